@@ -1,0 +1,34 @@
+"""Same seeds, same threads, no windows, for every test."""
+import os
+import random
+
+os.environ['MPLBACKEND'] = 'Agg'  # also for processes that tests start
+
+import matplotlib
+
+matplotlib.use('Agg')
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+
+torch.set_num_threads(2)
+settings.register_profile('repeatable', derandomize=True, deadline=None, max_examples=25, database=None)
+settings.load_profile('repeatable')
+
+
+@pytest.fixture(autouse=True)
+def repeatable():
+    "Seed every generator before a test; close its figures after it."
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    yield
+    import matplotlib.pyplot as plt
+    plt.close('all')
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    "Nothing a test unpacks or downloads lands in the user's cache."
+    monkeypatch.setenv('ANTEHOC_CACHE', str(tmp_path_factory.getbasetemp()/'cache'))

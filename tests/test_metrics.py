@@ -1,0 +1,465 @@
+"""Properties and references for `antehoc_nb.metrics` that would drown its page."""
+import json
+import math
+import os
+import subprocess
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from antehoc_nb.metrics import (
+    boxes_to_masks,
+    class_probability,
+    drop_inc_win,
+    energy_in_region,
+    equal_area_mask,
+    insertion_deletion,
+    map_area,
+    pointing_game,
+    read_record,
+    run_record,
+    write_record,
+)
+
+probabilities = st.lists(st.tuples(*[st.floats(0, 1, allow_subnormal=False)]*2), min_size=1, max_size=30)
+seeds = st.integers(0, 2**31 - 1)
+sizes = st.integers(2, 12)
+
+
+def maps(seed, h, w, b=3, levels=None):
+    "Random maps (b,1,h,w) in [0,1]; few `levels` make many ties"
+    m = torch.rand(b, 1, h, w, generator=torch.Generator().manual_seed(seed))
+    return m if levels is None else (m*levels).floor()/levels
+
+
+def images(seed, h, w, b=3): return torch.rand(b, 3, h, w, generator=torch.Generator().manual_seed(seed + 1))
+
+
+def score(x):
+    "A smooth function of every pixel by its own weight, in (0,1)"
+    weight = torch.linspace(-1, 1, x[0].numel()).view(x.shape[1:])
+    return (x*weight).sum((1, 2, 3)).sigmoid()
+
+
+# --- Drop, Inc, Win
+
+def naive_drop_inc_win(p_x, p_e):
+    lose = [(a - b)/a for a, b in zip(p_x, p_e) if b < a]
+    gain = [(b - a, a, b) for a, b in zip(p_x, p_e) if b > a]
+    n = len(p_x)
+    return dict(drop=100*sum(lose)/len(lose) if lose else math.nan, inc=100*sum(g/b for g, _, b in gain)/len(gain) if gain else math.nan,
+                win=100*len(gain)/n, average_drop=100*sum(lose)/n, average_gain=100*sum(g/(1 - a) for g, a, _ in gain)/n,
+                increase_in_confidence=100*len(gain)/n, n=n, n_drop=len(lose), n_inc=len(gain),
+                share_drop=len(lose)/n, share_inc=len(gain)/n)
+
+
+@given(probabilities)
+def test_drop_inc_win_is_its_definition(pairs):
+    p_x, p_e = (np.array(p) for p in zip(*pairs))
+    got, want = drop_inc_win(p_x, p_e), naive_drop_inc_win(*zip(*pairs))
+    assert got.keys() == want.keys()
+    for k in want: assert got[k] == pytest.approx(want[k], nan_ok=True, rel=1e-9, abs=1e-9), k
+
+
+@given(probabilities, st.randoms(use_true_random=False))
+def test_drop_inc_win_ranges_and_symmetry(pairs, rnd):
+    def run(pairs, swap=False):
+        p_x, p_e = (torch.tensor(p, dtype=torch.float64) for p in zip(*pairs))
+        return drop_inc_win(p_e, p_x) if swap else drop_inc_win(p_x, p_e)
+    r, swapped = run(pairs), run(pairs, swap=True)
+    for k in ('drop', 'inc', 'win', 'average_drop', 'average_gain'): assert math.isnan(r[k]) or 0 <= r[k] <= 100 + 1e-9, k
+    assert r['n_drop'] + r['n_inc'] <= r['n'] == len(pairs)
+    assert math.isnan(r['drop']) == (r['n_drop'] == 0) and math.isnan(r['inc']) == (r['n_inc'] == 0)
+    if r['n_drop']: assert r['average_drop'] == pytest.approx(r['drop']*r['share_drop']) and r['drop'] > 0
+    assert r['drop'] == pytest.approx(swapped['inc'], nan_ok=True)  # what one direction loses, the other gains
+    assert r['n_drop'] == swapped['n_inc']
+    shuffled = list(pairs)
+    rnd.shuffle(shuffled)
+    for k, v in run(shuffled).items(): assert v == pytest.approx(r[k], nan_ok=True), k
+
+
+def test_drop_inc_win_at_the_ends():
+    assert drop_inc_win([0., 1.], [0., 1.])['average_drop'] == 0  # 0/0 in no mean
+    r = drop_inc_win([0., 1.], [1., 0.])
+    assert (r['drop'], r['inc'], r['average_gain']) == (100, 100, 50)
+    assert drop_inc_win([1 + 5e-7], [1.])['n_drop'] == 0  # a rounding error above 1 is 1
+
+
+@pytest.mark.parametrize('p_x,p_e,says', [
+    ([.5, 1.5], [.5, .5], 'p_x must lie in [0,1]; 1 of 2 values do not'),
+    ([.5, .5], [-.1, math.nan], 'p_e must lie in [0,1]; 2 of 2 values do not'),
+    ([], [], 'p_x must hold one probability per image, (N,) with N > 0, not (0,)'),
+    ([[.5]], [[.5]], 'p_x must hold one probability per image, (N,) with N > 0, not (1, 1)'),
+    ([.5], [.5, .5], 'p_x and p_e must be of the same images: 1 and 2 values'),
+])
+def test_drop_inc_win_refuses(p_x, p_e, says):
+    with pytest.raises(ValueError) as e: drop_inc_win(p_x, p_e)
+    assert says in str(e.value)
+
+
+# --- area
+
+@given(seeds, sizes, sizes, st.floats(.001, 1), st.sampled_from([None, 1, 3]))
+def test_equal_area_is_exact_and_keeps_the_highest(seed, h, w, share, levels):
+    m, k = maps(seed, h, w, levels=levels), round(share*h*w)
+    if k == 0:
+        with pytest.raises(ValueError, match='is less than one pixel'): equal_area_mask(m, share)
+        return
+    mask = equal_area_mask(m, share)
+    assert mask.shape == m.shape and set(mask.unique().tolist()) <= {0., 1.}
+    for mi, ki in zip(m.flatten(1).tolist(), mask.flatten(1).bool().tolist()):
+        best = sorted(range(h*w), key=lambda i: (-mi[i], i))[:k]  # ties in reading order
+        assert sorted(best) == [i for i, keep in enumerate(ki) if keep]
+    assert torch.equal(map_area(mask), torch.full((3,), k/(h*w)))
+
+
+@given(seeds, sizes, st.sampled_from([None, 4]))
+def test_only_the_order_of_the_pixels_counts(seed, n, levels):
+    m, x = maps(seed, n, n, levels=levels or 64), images(seed, n, n)
+    base = dict(steps=min(5, n*n), baseline=0.)
+    r = insertion_deletion(score, x, m, **base)
+    for f in (lambda m: 4*m - 2, lambda m: m.double().exp(), lambda m: (m + 1)**3):
+        assert torch.equal(equal_area_mask(f(m), .3).bool(), equal_area_mask(m, .3).bool())
+        s = insertion_deletion(score, x, f(m), **base)
+        assert all(torch.equal(r[k], s[k]) for k in r)
+
+
+@given(seeds, sizes, sizes)
+def test_map_area_is_the_mean(seed, h, w):
+    m = maps(seed, h, w)
+    assert torch.allclose(map_area(m), torch.stack([i.mean() for i in m])) and torch.equal(map_area(m), map_area(m[:, 0]))
+    assert torch.allclose(map_area(m > .5), (m > .5).float().mean((1, 2, 3)))
+    assert torch.allclose(map_area(1 - m), 1 - map_area(m), atol=1e-6)
+
+
+@pytest.mark.parametrize('share', [0, -.1, 1.01, math.nan])
+def test_share_outside_its_range(share):
+    with pytest.raises(ValueError) as e: equal_area_mask(torch.rand(1, 1, 4, 4), share)
+    assert f'share must lie in (0,1], got {share}' in str(e.value)
+
+
+def with_nan(b=3):
+    m = torch.rand(b, 1, 4, 4)
+    m[1, 0, 2, 2] = math.nan
+    return m
+
+
+@pytest.mark.parametrize('use', [map_area, partial(equal_area_mask, share=.5), partial(pointing_game, region=[[0, 0, 2, 2]]*3),
+    partial(energy_in_region, region=[[0, 0, 2, 2]]*3), lambda m: insertion_deletion(score, torch.rand(3, 3, 4, 4), m, 4, baseline=0.)])
+def test_every_metric_refuses_a_bad_map(use):
+    for bad, says in ((with_nan(), 'map holds NaN or infinity in 1 of 3 images'),
+                      (torch.rand(3, 2, 4, 4), '(B,1,H,W) or (B,H,W), not (3, 2, 4, 4)'),
+                      (torch.rand(4, 4), '(B,1,H,W) or (B,H,W), not (4, 4)'), (torch.rand(0, 1, 4, 4), 'map is empty: shape (0, 4, 4)')):
+        with pytest.raises(ValueError) as e: use(bad)
+        assert says in str(e.value)
+    with pytest.raises(TypeError, match='map must be a tensor or numbers, not str'): use('map.png')
+
+
+# --- insertion and deletion
+
+def naive_curves(score, x, m, steps, baseline):
+    out = []
+    for xi, mi, bi in zip(x, m[:, 0], baseline.expand(x.shape)):
+        w, flat = mi.shape[1], mi.flatten().tolist()
+        order = sorted(range(len(flat)), key=lambda i: (-flat[i], i))
+        both = []
+        for start, end in ((bi, xi), (xi, bi)):
+            curve = []
+            for k in range(steps + 1):
+                img = start.clone()
+                for i in order[:round(k*len(flat)/steps)]: img[:, i//w, i % w] = end[:, i//w, i % w]
+                curve.append(score(img[None]).item())
+            both.append(curve)
+        out.append(both)
+    return torch.tensor(out).unbind(1)
+
+
+@given(seeds, st.integers(2, 6), st.integers(2, 6), st.integers(1, 9), st.sampled_from([None, 2]), st.sampled_from([None, 1, 4, 100]))
+def test_insertion_deletion_is_its_definition(seed, h, w, steps, levels, bs):
+    m, x, steps = maps(seed, h, w, levels=levels), images(seed, h, w), min(steps, h*w)
+    baseline = torch.rand(1, 3, 1, 1, generator=torch.Generator().manual_seed(seed))
+    r = insertion_deletion(score, x, m, steps, baseline=baseline, bs=bs)
+    ins, dele = naive_curves(score, x, m, steps, baseline)
+    shares = torch.tensor([round(k*h*w/steps)/(h*w) for k in range(steps + 1)])
+    assert torch.allclose(r['shares'], shares) and torch.allclose(r['insertion_curve'], ins, atol=1e-5)
+    assert torch.allclose(r['deletion_curve'], dele, atol=1e-5)
+    for k, c in (('insertion', ins), ('deletion', dele)):
+        auc = ((c[:, 1:] + c[:, :-1])/2*(shares[1:] - shares[:-1])).sum(1)
+        assert torch.allclose(r[k], auc, atol=1e-5) and ((0 <= r[k]) & (r[k] <= 1)).all()
+
+
+@given(seeds, st.integers(2, 8))
+def test_insertion_deletion_symmetries(seed, n):
+    "Another order of the batch; the map turned round; image and baseline exchanged"
+    m, x = maps(seed, n, n), images(seed, n, n)
+    m = m.flatten(1).argsort(1).argsort(1).float().view_as(m)  # no ties
+    black = torch.zeros_like(x)
+    r = insertion_deletion(score, x, m, n, baseline=black)
+    p = torch.tensor([2, 0, 1])
+    s = insertion_deletion(score, x[p], m[p], n, baseline=black[p])
+    assert all(torch.allclose(s[k], r[k][p], atol=1e-6) for k in ('insertion', 'deletion'))
+    turned = insertion_deletion(score, x, -m, n, baseline=black)
+    assert torch.allclose(turned['insertion_curve'], r['deletion_curve'].flip(1), atol=1e-6)
+    exchanged = insertion_deletion(score, black, m, n, baseline=x)
+    assert torch.allclose(exchanged['insertion_curve'], r['deletion_curve'], atol=1e-6)
+
+
+class Net(torch.nn.Sequential):
+    def __init__(self, k=4): super().__init__(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.Dropout(.5),
+                                              torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(8, k))
+
+
+def test_targets_stay_with_their_images():
+    net, x, m, y = Net(), images(0, 8, 8, 5), maps(0, 8, 8, 5), torch.tensor([0, 3, 1, 1, 2])
+    whole = insertion_deletion(lambda x: class_probability(net, x, y), x, m, 8, baseline=0.)
+    for bs in (None, 1, 3, 64):
+        r = insertion_deletion(partial(class_probability, net), x, m, 8, baseline=0., target=y, bs=bs)
+        assert torch.allclose(r['insertion_curve'], whole['insertion_curve'], atol=1e-6)
+    one = insertion_deletion(partial(class_probability, net), x[1:2], m[1:2], 8, baseline=0., target=y[1:2], bs=64)
+    assert torch.allclose(one['deletion'], whole['deletion'][1:2], atol=1e-6)
+    assert torch.allclose(whole['insertion_curve'][:, -1], class_probability(net, x, y), atol=1e-6)
+    for bs in (2, 10):
+        with pytest.raises(ValueError, match=rf'target has shape \(5,\) for {bs} images'):
+            insertion_deletion(lambda x: class_probability(net, x, y), x, m, 8, baseline=0., bs=bs)
+
+
+def test_insertion_deletion_calls_and_memory():
+    "2 x steps batches, none larger than asked, without a graph"
+    calls, net = [], Net()
+    def s(x):
+        calls.append(len(x))
+        return net(x).softmax(1)[:, 0]
+    r = insertion_deletion(s, images(0, 8, 8).requires_grad_(), maps(0, 8, 8), 10, baseline=0.)
+    assert calls == [3]*20 and not r['insertion'].requires_grad
+    calls.clear()
+    insertion_deletion(s, images(0, 8, 8), maps(0, 8, 8), 10, baseline=0., bs=16)
+    assert sum(calls) == 60 and max(calls) == 16
+
+
+@pytest.mark.parametrize('change,says', [
+    (dict(x=torch.rand(3, 8, 8)), 'x must have shape (B,C,H,W), not (3, 8, 8)'),
+    (dict(map=torch.rand(2, 1, 8, 8)), 'map and x do not fit: maps (2, 8, 8) for images (3, 3, 8, 8)'),
+    (dict(steps=65), 'steps must lie in 1..64 for 8x8 pixels, got 65'),
+    (dict(bs=0), 'bs must be at least 1, got 0'),
+    (dict(baseline=torch.zeros(3, 3, 4, 4)), 'baseline must broadcast to x: (3, 3, 4, 4) for images (3, 3, 8, 8)'),
+    (dict(target=[1, 2]), 'target must have one entry per image, (3,...), not (2,)'),
+    (dict(score=lambda x: x.mean((2, 3))), 'score must give one number per image, (3,), got (3, 3)'),
+])
+def test_insertion_deletion_refuses(change, says):
+    args = dict(score=score, x=torch.rand(3, 3, 8, 8), map=torch.rand(3, 1, 8, 8), baseline=0.) | change
+    with pytest.raises(ValueError) as e: insertion_deletion(**args)
+    assert says in str(e.value)
+
+
+# --- the probability
+
+def test_class_probability_leaves_the_model_alone():
+    net, x = Net().train(), images(0, 8, 8)
+    net[1].eval()
+    state = {k: v.clone() for k, v in net.state_dict().items()}
+    rng = torch.get_rng_state()
+    p = class_probability(net, x, 1)
+    assert torch.equal(p, class_probability(net, x, torch.ones(3, dtype=torch.uint8)))  # dropout is off
+    assert [m.training for m in net] == [True, False, True, True, True, True] and not p.requires_grad
+    assert all(torch.equal(v, state[k]) for k, v in net.state_dict().items()) and torch.equal(rng, torch.get_rng_state())
+    with pytest.raises(RuntimeError): class_probability(net, x[:, :1], 1)
+    assert net.training and net[2].training and not net[1].training
+
+
+def test_class_probability_takes_fastai_tensors():
+    from fastai.torch_core import TensorCategory, TensorImage
+    net, x, y = Net().eval(), images(0, 8, 8), torch.tensor([0, 1, 2])
+    p = class_probability(net, TensorImage(x), TensorCategory(y))
+    assert type(p) is torch.Tensor and torch.equal(p, net(x).softmax(1).gather(1, y[:, None])[:, 0])
+    score = partial(class_probability, net)
+    r = insertion_deletion(score, TensorImage(x), TensorImage(maps(0, 8, 8)), 4, baseline=0., target=TensorCategory(y))
+    assert all(type(v) is torch.Tensor for v in r.values())
+
+
+@pytest.mark.parametrize('target,error,says', [
+    (4, ValueError, "target must lie in 0..3 for this model's 4 classes, got 4"),
+    ([0, -1, 5], ValueError, "target must lie in 0..3 for this model's 4 classes, got -1"),
+    ([0, 1], ValueError, 'target has shape (2,) for 3 images; it must be (3,)'),
+    ([.5, .5, .5], TypeError, 'target must hold class numbers (integers), not torch.float32'),
+])
+def test_class_probability_refuses(target, error, says):
+    with pytest.raises(error) as e: class_probability(Net(), images(0, 8, 8), target)
+    assert says in str(e.value)
+
+
+def test_a_regression_has_no_class_probability():
+    with pytest.raises(ValueError, match='one output: its softmax is always 1; pass your own score'):
+        class_probability(Net(1), images(0, 8, 8), 0)
+    with pytest.raises(ValueError, match='logits .B,K., got tuple; pass your own score'):
+        class_probability(lambda x: (x, x), images(0, 8, 8), 0)
+
+
+# --- localisation
+
+def random_boxes(seed, h, w, b=3):
+    rng = np.random.default_rng(seed)
+    x0, y0 = rng.integers(0, w, b), rng.integers(0, h, b)
+    return np.stack([x0, y0, rng.integers(x0 + 1, w + 1), rng.integers(y0 + 1, h + 1)], 1).astype(np.float32)
+
+
+@given(seeds, sizes, sizes)
+def test_boxes_are_slices(seed, h, w):
+    boxes = random_boxes(seed, h, w)
+    for b, m in zip(boxes.astype(int), boxes_to_masks(boxes, (h, w))):
+        want = torch.zeros(h, w, dtype=torch.bool)
+        want[b[1]:b[3], b[0]:b[2]] = True
+        assert torch.equal(m, want)
+
+
+@given(seeds, sizes, sizes, st.sampled_from([None, 1, 3]), st.floats(0, 6))
+def test_pointing_game_is_its_definition(seed, h, w, levels, tolerance):
+    m, boxes = maps(seed, h, w, levels=levels), random_boxes(seed, h, w)
+    region = boxes_to_masks(boxes, (h, w))
+    got = pointing_game(m, boxes, tolerance)
+    assert torch.equal(got, pointing_game(m, region, tolerance))
+    assert torch.equal(got, pointing_game(m[:, 0], region[:, None].numpy(), tolerance))
+    for mi, ri, g in zip(m[:, 0], region, got):
+        inside, top = ri.nonzero().tolist(), (mi == mi.max()).nonzero().tolist()
+        hits = [min(math.dist(t, i) for i in inside) <= tolerance for t in top]
+        assert g.item() == pytest.approx(sum(hits)/len(hits))
+    assert (got >= pointing_game(m, boxes)).all()
+
+
+@given(seeds, sizes, sizes, st.floats(1e-30, 1e30))
+def test_energy_in_region_is_its_definition(seed, h, w, factor):
+    m, boxes = maps(seed, h, w), random_boxes(seed, h, w)
+    region = boxes_to_masks(boxes, (h, w))
+    got = energy_in_region(m, boxes)
+    want = torch.stack([mi[ri].sum()/mi.sum() for mi, ri in zip(m[:, 0], region)])
+    assert torch.allclose(got, want, atol=1e-5) and torch.allclose(energy_in_region(m*factor, region), got, atol=1e-5)
+    if not region.flatten(1).all(1).any(): assert torch.allclose(energy_in_region(m, ~region), 1 - got, atol=1e-5)
+
+
+def test_a_map_of_nothing_and_a_map_of_ones():
+    region, m = boxes_to_masks([[0, 0, 2, 2], [1, 1, 4, 3]], 4), torch.zeros(2, 1, 4, 4)
+    assert energy_in_region(m, region).isnan().all()
+    for flat in (m, m + 1): assert torch.equal(pointing_game(flat, region), region.float().mean((1, 2)))
+    m[0] = 1
+    assert energy_in_region(m, region).isnan().tolist() == [False, True]
+
+
+@pytest.mark.parametrize('region,error,says', [
+    (torch.ones(3, 4, 5, dtype=torch.bool), ValueError, 'region must be masks (3, 4, 4) or boxes (3,4), not (3, 4, 5)'),
+    (torch.ones(2, 4), ValueError, 'boxes must have x1 > x0 and y1 > y0; 2 do not, the first is box 0: [1.0, 1.0, 1.0, 1.0]'),
+    ([[0, 0, 1, 1]]*2, ValueError, 'region must be masks (3, 4, 4) or boxes (3,4), not (2, 4, 4)'),
+    ([[0, 0, 1, 1]]*2 + [[9, 9, 12, 12]], ValueError, 'region holds no pixel in 1 of 3 images, the first is image 2'),
+    (torch.ones(3, 4, 4), TypeError, 'region masks must be bool, not torch.float32; write `mask > 0`'),
+])
+@pytest.mark.parametrize('metric', [pointing_game, energy_in_region])
+def test_localisation_refuses(metric, region, error, says):
+    with pytest.raises(error) as e: metric(torch.rand(3, 1, 4, 4), region)
+    assert says in str(e.value)
+
+
+def test_more_refusals():
+    with pytest.raises(ValueError, match='map must not be negative to have an energy, its minimum is -1'):
+        energy_in_region(-torch.ones(1, 4, 4), [[0, 0, 1, 1]])
+    with pytest.raises(ValueError, match='tolerance must be 0 or more pixels, got -1'):
+        pointing_game(torch.rand(1, 4, 4), [[0, 0, 1, 1]], -1)
+    with pytest.raises(ValueError, match=r'boxes must have shape \(B,4\)'): boxes_to_masks([0, 0, 1, 1], 4)
+
+
+# --- records
+
+def git(cwd, *args):
+    subprocess.run(['git', '-c', 'user.name=t', '-c', 'user.email=t@example.com', *args], cwd=cwd, check=True, capture_output=True)
+
+
+def test_the_commit_of_a_record(tmp_path, monkeypatch):
+    "None outside a repository and before the first commit; dirty by any file but those of results/, from a folder below as well"
+    for k in [k for k in os.environ if k.startswith('GIT_')]: monkeypatch.delenv(k)
+    monkeypatch.setenv('GIT_CEILING_DIRECTORIES', str(tmp_path))
+    repo, below = tmp_path/'repo', tmp_path/'repo'/'nbs'
+    below.mkdir(parents=True)
+    monkeypatch.chdir(below)
+    def commit(): return run_record({}, 0, {})['commit']
+    assert commit() is None
+    git(repo, 'init')
+    assert commit() is None
+    (repo/'code.py').write_text('1')
+    git(repo, 'add', '.')
+    git(repo, 'commit', '-m', 'first')
+    clean = commit()
+    assert len(clean['hash']) == 40 and clean['dirty'] is False
+    write_record(run_record({}, 0, {}), repo/'results'/'table'/'a.json')
+    assert commit() == clean
+    (repo/'code.py').write_text('2')
+    assert commit() == clean | dict(dirty=True)
+    git(repo, 'checkout', 'code.py')
+    (below/'results').mkdir()
+    (below/'results'/'new.py').write_text('3')  # not the repository's results/
+    assert commit()['dirty'] is True
+    monkeypatch.setenv('PATH', str(tmp_path))  # no git at all
+    assert commit() is None
+
+
+def test_a_record_says_where_it_ran(tmp_path):
+    rec = run_record(dict(eta=8), [0, 1], dict(a=math.nan), experiment='e', command='antehoc e', seconds=3)
+    rec = read_record(write_record(rec, tmp_path/'r.json'))
+    assert set(rec) == set('schema experiment command config seed results versions hardware commit date seconds'.split())
+    assert set(rec['versions']) == set('antehoc_nb python torch torchvision fastai fastcore timm numpy'.split())
+    assert rec['versions']['torch'] == torch.__version__ and rec['hardware']['torch_threads'] == torch.get_num_threads()
+    assert rec['hardware']['cores'] >= 1 and rec['hardware']['cpu'] and rec['results'] == {'a': None}
+
+
+def test_no_path_of_this_machine_in_a_record(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rec = dict(schema=1, data=tmp_path/'data'/'cifar10', text=str(tmp_path.parent/'elsewhere'/'x.tar'), rel='a/b',
+               nested=[{tmp_path/'k': 1}])
+    text = write_record(rec, tmp_path/'r.json').read_text()
+    assert str(tmp_path) not in text and str(tmp_path.parent) not in text
+    assert read_record('r.json') == dict(schema=1, data='data/cifar10', text='x.tar', rel='a/b', nested=[{'k': 1}])
+
+
+text = st.text(max_size=5).filter(lambda s: not os.path.isabs(s))
+finite = st.floats(allow_nan=False, allow_infinity=False)
+leaves = st.one_of(st.none(), st.booleans(), st.integers(-2**53, 2**53), finite, text)
+
+
+@given(st.recursive(leaves, lambda v: st.lists(v, max_size=4) | st.dictionaries(text, v, max_size=4), max_leaves=12))
+def test_a_record_comes_back_as_it_was(tmp_path_factory, tree):
+    path = tmp_path_factory.getbasetemp()/'record.json'
+    assert read_record(write_record(dict(schema=1, t=tree), path))['t'] == tree
+
+
+def test_a_failed_write_leaves_the_old_record(tmp_path, monkeypatch):
+    path = write_record(dict(schema=1, a=1), tmp_path/'r.json')
+    with pytest.raises(TypeError, match=r'record.results\[1\].model is a Net, which a record cannot hold'):
+        write_record(dict(results=[0, dict(model=Net())]), path)
+    with pytest.raises(ValueError, match='record.a has keys that are the same as strings'): write_record(dict(a={1: 2, '1': 3}), path)
+    def killed(*a): raise KeyboardInterrupt
+    monkeypatch.setattr(os, 'replace', killed)
+    with pytest.raises(KeyboardInterrupt): write_record(dict(schema=1, a=2), path)
+    assert read_record(path)['a'] == 1 and [p.name for p in tmp_path.iterdir()] == ['r.json']
+
+
+def test_a_record_is_sorted_json_that_other_programs_read(tmp_path):
+    from fastcore.foundation import L
+    rec = dict(b=[np.float64('nan'), np.bool_(True), torch.tensor(.5), -math.inf], a={np.int64(3): np.arange(2)}, c=L(1, 2),
+               d=torch.float32, e=map_area, f={'y', 'x'}, g=torch.tensor([1., math.nan], dtype=torch.bfloat16))
+    text = write_record(rec, tmp_path/'r.json').read_text()
+    def refuse(c): raise AssertionError(c)
+    want = dict(a={'3': [0, 1]}, b=[None, True, .5, '-inf'], c=[1, 2], d='torch.float32', e='map_area', f=['x', 'y'], g=[1., None])
+    assert json.loads(text, parse_constant=refuse) == want
+    assert list(json.loads(text)) == sorted(rec) and '\n ' in text and text.endswith('\n')
+
+
+def test_reading_what_is_no_record(tmp_path):
+    with pytest.raises(FileNotFoundError) as e: read_record(tmp_path/'no.json', command='antehoc reproduce table1')
+    assert 'no.json; to make it, run `antehoc reproduce table1`' in str(e.value)
+    bad = tmp_path/'bad.json'
+    for text, says in (('{', 'does not parse as JSON'), ('[1]', 'it has no `schema` entry'), ('{"a": 1}', 'it has no `schema` entry'),
+                       ('{"schema": 2}', 'was written with record schema 2, this version reads 1; run its experiment again'),
+                       ('{"schema": 2, "command": "antehoc reproduce x"}', 'run `antehoc reproduce x`')):
+        bad.write_text(text)
+        with pytest.raises(ValueError) as e: read_record(bad)
+        assert says in str(e.value)

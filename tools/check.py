@@ -1,0 +1,103 @@
+"""Every check of the repository: ruff, notebooks and files in step, notebooks run, tests. Exits with 1 if any fails.
+
+`--fix` brings exported modules, notebooks and README.md in step instead of complaining; `--only` picks steps by name.
+"""
+import argparse
+import difflib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+BIN = Path(sys.executable).parent
+LIB = 'antehoc_nb'
+FIX = 'python tools/check.py --fix'
+
+
+def run(*cmd, cwd=ROOT, quiet=False, **env):
+    "Run a command of this Python's environment; True if it went well."
+    exe = next((str(o) for o in (BIN/cmd[0], BIN/f'{cmd[0]}.exe') if o.exists()), cmd[0])
+    env = {**os.environ, 'PYTHONUNBUFFERED': '1', **env}
+    env.pop('IN_TEST', None)  # nbdev exports nothing while this is set
+    r = subprocess.run([exe, *map(str, cmd[1:])], cwd=cwd, env=env, stdin=subprocess.DEVNULL,
+                       **(dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) if quiet else {}))
+    if quiet and r.returncode: print(r.stdout, flush=True)
+    return r.returncode == 0
+
+
+def sync(root, quiet=False):
+    "Clean the notebooks, export the modules and make README.md, in `root`. Cleaning gives a new cell the id its export carries."
+    return (run('nbdev_clean', cwd=root, quiet=quiet) and run('nbdev_export', cwd=root, quiet=quiet)
+            and run(sys.executable, root/'tools'/'readme.py', '--root', root, cwd=root, quiet=quiet))
+
+
+def kept(root):
+    "The files that must be in step, path -> bytes."
+    globs = ['nbs/**/*.ipynb', f'{LIB}/**/*.py', 'README.md', 'index_files/*']
+    files = [f for g in globs for f in root.glob(g) if not any(o == '__pycache__' or o.startswith('.ipynb_') for o in f.parts)]
+    return {f.relative_to(root).as_posix(): f.read_bytes() for f in sorted(files)}
+
+
+def diff(name, a, b, n=12):
+    "The first lines that differ; nothing for a picture."
+    try: a, b = a.decode().splitlines(), b.decode().splitlines()
+    except UnicodeDecodeError: return ''
+    lines = difflib.unified_diff(a, b, f'{name} (here)', f'{name} (made anew)', n=1, lineterm='')
+    return '\n'.join(f'    {o[:160]}' for o, _ in zip(lines, range(n)))
+
+
+def in_step():
+    "Make everything anew from the notebooks in a scratch copy and compare: needs no git and changes nothing here."
+    with tempfile.TemporaryDirectory() as tmp:
+        tmp = Path(tmp)/ROOT.name
+        skip = shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints', '_proc', 'nbdev.yml')
+        for d in ('nbs', LIB, 'tools'): shutil.copytree(ROOT/d, tmp/d, ignore=skip, symlinks=True)
+        for f in ('settings.ini', '_quarto.yml'): shutil.copy(ROOT/f, tmp/f)
+        for f in (tmp/LIB).rglob('*.py'):
+            if f.name != '__init__.py': f.unlink()  # so that a module whose notebook is gone shows up
+        if not sync(tmp, quiet=True): return False
+        here, anew = kept(ROOT), kept(tmp)
+    bad = [o for o in sorted({*here, *anew}) if here.get(o) != anew.get(o)]
+    for o in bad:
+        if o not in here: print(f'  {o}: missing')
+        elif o not in anew: print(f'  {o}: left over, no notebook makes it')
+        else: print(f'  {o}: out of step\n{diff(o, here[o], anew[o])}')
+    if bad: print(f'Bring them in step with: {FIX}   (and delete what is left over)', flush=True)
+    else: print(f'{len(here)} files in step')
+    return not bad
+
+
+def lint(): return run('ruff', 'check', LIB, *[o for o in ('tests', 'tools', 'benchmarks', 'setup.py') if (ROOT/o).exists()])
+
+
+def notebooks(workers=2):
+    threads = str(max(1, (os.cpu_count() or 1)//workers))
+    return run('nbdev_test', '--n_workers', workers, '--do_print', '--timing', OMP_NUM_THREADS=threads)
+
+
+def tests(): return run(sys.executable, '-m', 'pytest')
+
+
+STEPS = {'ruff': lint, 'in-step': in_step, 'notebooks': notebooks, 'tests': tests}
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    p.add_argument('--fix', action='store_true', help='bring modules, notebooks and README.md in step, then stop')
+    p.add_argument('--only', nargs='+', choices=STEPS, default=list(STEPS), help='run these steps only')
+    args = p.parse_args()
+    if args.fix: raise SystemExit(0 if sync(ROOT) else 1)
+    failed = []
+    for i, name in enumerate(args.only):
+        print(f'\n=== {name} ({i + 1} of {len(args.only)})', flush=True)
+        start = time.time()
+        if not STEPS[name](): failed.append(name)
+        if name != 'tests': print(f"--- {name}: {'FAILED' if name in failed else 'ok'} in {time.time() - start:.0f} s", flush=True)
+    if failed: raise SystemExit(f"FAILED: {', '.join(failed)}")
+
+
+if __name__ == '__main__': main()
