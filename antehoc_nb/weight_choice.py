@@ -34,24 +34,18 @@ from .two_pass import Bf16, TwoPass, held, int_loss, masks, normalisation, sampl
 
 # %% ../nbs/14_weight_choice.ipynb #cell0004
 TRIALS = {
-    'paper: T=1, unscaled': dict(temperature=1., scale=False),
-    'T=3, unscaled': dict(temperature=3., scale=False),
+    'T=1, unscaled': dict(temperature=1., scale=False),
     'T=1': dict(temperature=1.),
     'T=3': dict(temperature=3.),
-    'T=5': dict(temperature=5.),
-    'bare softmax': dict(soft_attention='bare_softmax', temperature=1.),
     'l2 channels, T=3': dict(soft_attention='softmax_l2'),
-    'max channels, T=3': dict(soft_attention='softmax_max'),
     'sigmoid': dict(soft_attention='sigmoid', temperature=1.),
     'single weight, T=3': dict(weight_net='single'),
     'uniform average, T=3': dict(weight_net='uniform'),
     'uniform average, T=1': dict(weight_net='uniform', temperature=1.),
     'T=3, mean fill': dict(fill='mean'),
-    'T=3, blur fill': dict(fill='blur'),
     'T=3, sweep': dict(mask='sweep'),
     'T=1, sweep': dict(temperature=1., mask='sweep'),
     'T=3, both': dict(mask='both'),
-    'T=1, both': dict(temperature=1., mask='both'),
 }
 
 # %% ../nbs/14_weight_choice.ipynb #cell0006
@@ -140,7 +134,7 @@ def score_maps(model: AntehocModel, # Gives the CNN and its black pixel
 
 # %% ../nbs/14_weight_choice.ipynb #cell0013
 PROFILES = dict(smoke=dict(n_train=96, n_valid=32, epochs=1, size=32, bs=32, widen=.25, seeds=(0,)),
-                cpu=dict(n_train=4000, n_valid=256, epochs=4, size=48, bs=50, widen=.5, seeds=(0,)),
+                cpu=dict(n_train=3000, n_valid=256, epochs=4, size=48, bs=50, widen=.5, seeds=(0,)),
                 paper=dict(n_train=49000, n_valid=1000, epochs=10, size=128, bs=128, widen=1., seeds=(0, 1, 2)))
 
 
