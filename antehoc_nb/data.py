@@ -103,7 +103,8 @@ def _scene(rng, S, digits, photos, n_distractors):
 class PhotoDigits:
     """Digits on photographs among distractors, with masks and boxes; `ds[i]` is `(PILImage, Category)`.
 
-    Train and test share no digit image and no photograph pixel. Raises `ValueError` for a size under 24, an unknown split, a negative count."""
+    Train and test share no digit image and no photograph pixel.
+    Raises `ValueError` for a size under 24, an unknown split, a negative count."""
     vocab = [str(i) for i in range(10)]
     def __init__(self,
         n:int=1000,              # number of scenes, >= 1
@@ -130,7 +131,8 @@ class PhotoDigits:
 
     def __len__(self): return self.n
     def __getitem__(self, i): return PILImage.create(self.images[i]), Category(self.vocab[self.labels[i]])
-    def __repr__(self): return 'PhotoDigits(%d, size=%d, seed=%d, split=%r, n_distractors=%d)' % (self.n, self.size, self.seed, self.split, self.n_distractors)
+    def __repr__(self):
+        return f'PhotoDigits({self.n}, size={self.size}, seed={self.seed}, split={self.split!r}, n_distractors={self.n_distractors})'
 
 # %% ../nbs/00_data.ipynb #cell0024
 class OpenImage(Transform):

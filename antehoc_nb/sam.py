@@ -56,7 +56,7 @@ class _Call:
     out: torch.Tensor # kept, so that ids stay unique
     key: tuple[int, int] # (id, version) of the output: in-place operations return the same object, one version on
     inputs: tuple[tuple[int, int], ...]
-    nonneg: bool
+    rectified: bool # nothing below zero, something at it, something above
     leaf: bool
 
     def has(self, kinds): return any(isinstance(m, kinds) for m in self.module.modules())
@@ -90,7 +90,7 @@ def _watch(cnn, sample) -> list[_Call]:
             keep.extend((args, out))
             if not (isinstance(out, torch.Tensor) and out.ndim == 4 and out.is_floating_point()): return
             calls.append(_Call(name, m, k, out, _key(out), tuple(_key(a) for a in args if isinstance(a, torch.Tensor)),
-                               bool((out >= 0).all()), not any(True for _ in m.children())))
+                               bool(out.min() == 0 < out.max()), not any(True for _ in m.children())))
         return f
     try:
         handles = [m.register_forward_hook(hook(n)) for n, m in cnn.named_modules() if n]
@@ -139,9 +139,8 @@ def candidate_layers(cnn: nn.Module, # Any CNN
     groups = {}
     for c in calls: groups.setdefault(c.key, []).append(c)
     groups = {k: g for k, g in groups.items() if not any('Pool' in type(c.module).__name__ for c in g)}
-    # A tensor counts as rectified if an activation module made it, or if a block with convolutions returned no negative value.
-    act = {k for k, g in groups.items() if any(c.is_act for c in g) or
-           any(c.nonneg and c.has(_CONVS) or c.nonneg and c.is_norm for c in g)}
+    # What an activation module made, or what a block with convolutions returned rectified.
+    act = {k for k, g in groups.items() if any(c.is_act or c.rectified and c.has(_CONVS) for c in g)}
     read = {i for c in calls if c.is_act or c.is_norm for i in c.inputs}  # what a norm or an activation goes on to work on
     block = {k for k, g in groups.items() if k not in act | read and any(not c.leaf and c.has(_CONVS) for c in g)}
     bare = {k for k, g in groups.items() if k not in act | read and any(isinstance(c.module, _CONVS) or c.is_norm for c in g)}

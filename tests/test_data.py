@@ -57,7 +57,10 @@ def test_cifar_as_python2_wrote_it(tmp_path):
     assert (ims[1].transpose(2, 0, 1).ravel() == np.frombuffer(raw, np.uint8)[3072:]).all()
 
 
-@pytest.mark.parametrize('payload', [b'', b'junk', pickle.dumps(print), pickle.dumps({'data': 1}), pickle.dumps({'data': np.zeros((1, 5))}, 2)])
+BAD = [b'', b'junk', pickle.dumps(print), pickle.dumps({'data': 1}), pickle.dumps({'data': np.zeros((1, 5))}, 2)]
+
+
+@pytest.mark.parametrize('payload', BAD)
 def test_cifar_refuses(tmp_path, payload):
     (tmp_path/'data_batch_1').write_bytes(payload)
     with pytest.raises(ValueError, match='data_batch_1'): D.image_dls(tmp_path)
