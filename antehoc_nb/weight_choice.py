@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import fastai.vision.all  # noqa: F401  gives Learner its fit_one_cycle and its progress bar
 import torch
-from fastai.callback.core import Callback
+from fastai.callback.core import Callback, CancelBackwardException
 from fastai.callback.fp16 import MixedPrecision
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
@@ -22,15 +22,15 @@ from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
 from fastai.optimizer import Adam
 from fastai.torch_core import set_seed
-from fastai.vision.models.xresnet import xresnet18
 from fastprogress import progress_bar
 
-from .data import data_root, image_dls, photo_digits_dls
+from .data import photo_digits_dls
+from .files import data_root, image_dls
 from .metrics import (class_probability, drop_inc_win, energy_in_region, equal_area_mask, insertion_deletion, map_area,
-                                pointing_game, read_record, run_record, write_record)
-from .model import AntehocModel, plain
+                                pointing_game, run_record, write_record)
+from .model import AntehocModel, plain, small_cnn
 from .sam import Recorder
-from .two_pass import Bf16, TwoPass, held, int_loss, masks, normalisation, sample_inputs
+from .two_pass import TwoPass, held, int_loss, masks, normalisation, sample_inputs
 
 # %% ../nbs/14_weight_choice.ipynb #cell0004
 TRIALS = {
@@ -55,8 +55,9 @@ class Trials(Callback):
 
     def __init__(self,
                  trials: dict[str, dict], # name -> arguments of `AntehocModel`, and `mask` and `fill` as for `TwoPass`
-                 eta: int = 8, # How many layers to tap
-                ): self.trials, self.eta, self.losses = trials, eta, {k: [] for k in trials}
+                 eta: int = 6, # How many layers to tap
+                 train_cnn: bool = False, # Whether the CNN goes on training meanwhile
+                ): self.trials, self.eta, self.train_cnn, self.losses = trials, eta, train_cnn, {k: [] for k in trials}
 
     def before_fit(self):
         sample, (mean, std) = sample_inputs(self.learn.dls), normalisation(self.learn.dls)
@@ -66,7 +67,18 @@ class Trials(Callback):
             self.models[name] = m = AntehocModel(self.learn.model, sample, self.eta, mean=mean, std=std, **kw)
             w = list(m.weight_net.parameters())
             self.opts[name] = Adam(w, lr=1e-3) if w else None
+        self._frozen = [] if self.train_cnn else [p for p in self.learn.model.parameters() if p.requires_grad]
+        for p in self._frozen: p.requires_grad_(False)
         self.attentions = {(m.soft_attention, m.temperature): m.attention for m in self.models.values()}
+
+    def after_fit(self):
+        for p in self._frozen: p.requires_grad_(True)
+
+    def before_train(self):
+        if not self.train_cnn: self.learn.model.eval()
+
+    def before_backward(self):
+        if not self.train_cnn: raise CancelBackwardException()
 
     def before_batch(self):
         if not self.training: return
@@ -126,16 +138,16 @@ def score_maps(model: AntehocModel, # Gives the CNN and its black pixel
     soft = drop_inc_win(p, prob(model.mask(x, m), y))
     out = dict(drop=soft['drop'], average_drop=soft['average_drop'], win=soft['win'], area=map_area(m).mean().item())
     for s in shares: out[f'average_drop@{s:.0%}'] = drop_inc_win(p, prob(model.mask(x, equal_area_mask(m, s)), y))['average_drop']
-    auc = insertion_deletion(prob, x, m, steps=steps, baseline=model.black if hasattr(model, 'black') else -model.mean / model.std, target=y, bs=256)
+    auc = insertion_deletion(prob, x, m, steps=steps, baseline=-model.mean / model.std, target=y, bs=256)
     out |= dict(insertion=auc['insertion'].mean().item(), deletion=auc['deletion'].mean().item())
     if boxes is not None:
         out |= dict(pointing=pointing_game(m, boxes).mean().item(), energy_in_box=energy_in_region(m, boxes).nanmean().item())
     return out
 
 # %% ../nbs/14_weight_choice.ipynb #cell0013
-PROFILES = dict(smoke=dict(n_train=96, n_valid=32, epochs=1, size=32, bs=32, widen=.25, seeds=(0,)),
-                cpu=dict(n_train=3000, n_valid=256, epochs=4, size=48, bs=50, widen=.5, seeds=(0,)),
-                paper=dict(n_train=49000, n_valid=1000, epochs=10, size=128, bs=128, widen=1., seeds=(0, 1, 2)))
+PROFILES = dict(smoke=dict(n_train=96, n_valid=32, cnn_epochs=1, epochs=1, size=32, bs=32, seeds=(0,)),
+                cpu=dict(n_train=5000, n_valid=256, cnn_epochs=6, epochs=2, size=48, bs=32, seeds=(0,)),
+                paper=dict(n_train=40000, n_valid=1000, cnn_epochs=10, epochs=5, size=128, bs=32, seeds=(0, 1, 2)))
 
 
 def weight_choice_dls(dataset: str, # 'photo-digits' or 'cifar10'
@@ -168,8 +180,9 @@ def run_trials(dataset: str, # 'photo-digits' or 'cifar10'
         dls = weight_choice_dls(dataset, cfg['n_train'], cfg['n_valid'], cfg['size'], cfg['bs'], seed, data)
         set_seed(seed)
         cb = Trials(trials)
-        learn = Learner(dls, xresnet18(n_out=10, widen=cfg['widen']), CrossEntropyLossFlat(), metrics=accuracy, cbs=[Bf16(), cb])
-        learn.fit_one_cycle(cfg['epochs'], 5e-3)
+        learn = Learner(dls, small_cnn(10), CrossEntropyLossFlat(), metrics=accuracy)
+        learn.fit_one_cycle(cfg['cnn_epochs'], 6e-3)
+        learn.fit_one_cycle(cfg['epochs'], 6e-3, cbs=cb)
         acc.append(float(learn.recorder.values[-1][-1]))
         learn.model.eval()
         b = [dls.valid.one_batch()] if len(dls.valid) == 1 else list(dls.valid)
@@ -178,11 +191,10 @@ def run_trials(dataset: str, # 'photo-digits' or 'cifar10'
         maps = {name: m.explain(x).map for name, m in cb.models.items()} | control_maps(x)
         any_model = next(iter(cb.models.values()))
         for name in progress_bar(list(maps)):
-            with torch.autocast(x.device.type, torch.bfloat16): s = score_maps(any_model, x, y, maps[name], boxes)
-            rows.append(dict(trial=name, seed=seed, **s))
+            rows.append(dict(trial=name, seed=seed, **score_maps(any_model, x, y, maps[name], boxes)))
     t = pd.DataFrame(rows).drop(columns='seed').groupby('trial', sort=False)
     spread = t.std().to_dict('index') if len(cfg['seeds']) > 1 else {}
-    rec = run_record(dict(dataset=dataset, profile=profile, **cfg, trials=trials, cnn='xresnet18', lr=5e-3, precision='bfloat16'), list(cfg['seeds']),
+    rec = run_record(dict(dataset=dataset, profile=profile, **cfg, trials=trials, cnn='small_cnn', eta=cb.eta, lr=6e-3), list(cfg['seeds']),
                      dict(rows=t.mean().to_dict('index'), spread=spread, accuracy=acc), experiment='weight-choice',
                      command=f'antehoc reproduce weight-choice --dataset {dataset} --profile {profile}')
     if out: write_record(rec, out)

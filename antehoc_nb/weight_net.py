@@ -65,4 +65,4 @@ def interpretation_map(sams: torch.Tensor, # Soft attention maps, (B,eta,H,W) in
     "Equation 1 of the paper: weights that sum to 1 over the layers at every pixel, and the weighted sum of the maps."
     weights = logits.float().softmax(1)
     m = (weights * sams).sum(1, keepdim=True)
-    return (minmax(m) if scale else m), weights
+    return (minmax(m) if scale else m.clamp(0, 1)), weights  # rounding can lift a sum of convex weights just above 1

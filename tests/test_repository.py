@@ -56,9 +56,10 @@ def test_notebook_is_executed_small_and_without_errors(nb):
 
 
 @pytest.mark.parametrize('module', MODULES, ids=lambda o: o.name)
-def test_module_is_small_and_imports_lower_numbers_only(module):
+def test_module_is_small_and_imports_earlier_pages_only(module):
+    "Earlier means a lower number, or the same number and an earlier name: `00_data` before `00_files`."
     code = module.read_text(encoding='utf-8')
     assert len([o for o in code.splitlines() if o.strip() and not o.startswith('#')]) <= 275
-    number = {m.stem: int(n[1]) for m in MODULES if (n := re.search(r'File to edit: \S*?(\d\d)_\w+\.ipynb', m.read_text(encoding='utf-8')))}
-    later = [o for o in re.findall(r'^\s*from \.(\w+) import', code, flags=re.M) if number.get(o, -1) >= number.get(module.stem, 99)]
+    page = {m.stem: n[1] for m in MODULES if (n := re.search(r'File to edit: \S*?(\d\d_\w+)\.ipynb', m.read_text(encoding='utf-8')))}
+    later = [o for o in re.findall(r'^\s*from \.(\w+) import', code, flags=re.M) if page.get(o, '') >= page.get(module.stem, '~')]
     assert not later
