@@ -9,6 +9,7 @@ __all__ = ['METHOD', 'COLUMNS', 'cnn_digest', 'claim', 'train_run', 'localisatio
 import csv
 import hashlib
 import json
+import random
 import sys
 import time
 from contextlib import nullcontext
@@ -31,7 +32,8 @@ from torch import nn
 from .checkpoint import Checkpoint
 from .metrics import energy_in_region, pointing_game, run_record, write_record
 from .model import AntehocModel, Explanation
-from .show import concept_regions, plot_losses
+from .show import concept_regions
+from .show_learner import plot_losses  # gives Learner its show_maps too
 from .two_pass import Bf16, antehoc_learner, plain_learner
 
 # %% ../nbs/06_runs.ipynb #cell0005
@@ -65,6 +67,7 @@ def train_run(dls, # fastai DataLoaders
     "Train for accuracy, resumably; write `model/`, `record.json`, `losses.png` and `maps.png`. Errors as of `antehoc_learner` and `Checkpoint`."
     c, out = config, Path(out)
     set_seed(c['seed'])
+    for i, dl in enumerate(dls.loaders): dl.rng = random.Random(c['seed'] + i)  # a loader shuffles from a stream of its own, begun when it was made
     cbs = [Checkpoint(out/'checkpoint.pt')] + [Bf16()] * c.get('bf16', False) + [ChannelsLast()] * c.get('channels_last', False)
     kw = dict(pretrained=c.get('pretrained', False), metrics=accuracy, path=out, cbs=cbs)
     learn = plain_learner(dls, c['arch'], **kw) if c.get('plain') else \

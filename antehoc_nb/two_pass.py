@@ -288,8 +288,8 @@ class Bf16(MixedPrecision):
     def __init__(self): super().__init__('bf16')
 
     def before_fit(self):
-        super().before_fit()
-        self.autocast = torch.autocast(torch.device(self.learn.dls.device or 'cpu').type, torch.bfloat16)
+        device = torch.device(self.learn.dls.device or 'cpu').type
+        self.autocast, self.learn.scaler, self.scales = torch.autocast(device, torch.bfloat16), torch.amp.GradScaler(device, enabled=False), L()
 
 # %% ../nbs/04_two_pass.ipynb #cell0029
 HEAD = 'n_in', 'concat_pool', 'pool', 'lin_ftrs', 'ps', 'first_bn', 'bn_final', 'lin_first', 'y_range'  # of vision_learner, what shapes the CNN

@@ -177,8 +177,8 @@ def run_trials(dataset: str, # 'photo-digits' or 'cifar10'
     if profile not in PROFILES: raise ValueError(f'profile={profile!r}: use one of {", ".join(PROFILES)}')
     cfg, trials, rows, acc = PROFILES[profile], trials or TRIALS, [], []
     for seed in cfg['seeds']:
-        dls = weight_choice_dls(dataset, cfg['n_train'], cfg['n_valid'], cfg['size'], cfg['bs'], seed, data)
         set_seed(seed)
+        dls = weight_choice_dls(dataset, cfg['n_train'], cfg['n_valid'], cfg['size'], cfg['bs'], seed, data)
         cb = Trials(trials)
         learn = Learner(dls, small_cnn(10), CrossEntropyLossFlat(), metrics=accuracy)
         learn.fit_one_cycle(cfg['cnn_epochs'], 6e-3)

@@ -228,8 +228,8 @@ def main():
             if 'memory' in a.only:
                 r['memory'] = memory(arch, size, a)
                 for k, v in r['memory'].items():
-                    rows.append([name, f'peak training memory, {k}', f"{v['ratio']:.2f}", '', '', '{:.0f} / {:.0f} MiB'.format(*(o/2**20 for o in reversed(v['bytes']))),
-                                 f"{BUDGETS['memory']:.2f}"])
+                    mib = '{:.0f} / {:.0f} MiB'.format(*(o/2**20 for o in reversed(v['bytes'])))
+                    rows.append([name, f'peak training memory, {k}', f"{v['ratio']:.2f}", '', '', mib, f"{BUDGETS['memory']:.2f}"])
             cases[name] = r
     if 'import' in a.only:
         cases['import'] = s = import_seconds()

@@ -13,7 +13,7 @@ from fastai.callback.schedule import fine_tune, fit_flat_cos, fit_one_cycle, lr_
 from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.learner import Learner
 from fastai.metrics import accuracy
-from fastai.optimizer import Adam, SGD
+from fastai.optimizer import SGD, Adam
 from fastai.torch_core import set_seed
 from torch import nn
 from workers import OPTS, bare_cnn, checkpointed, halves, run, scenes, small_cnn, small_resnet, together

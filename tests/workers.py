@@ -33,8 +33,8 @@ def small_resnet(): # BatchNorm everywhere, dropout before the last layer
     return XResNet(ResBlock, 1, [1, 1, 1, 1], p=.3, n_out=10, stem_szs=(8, 8, 64), widen=.125)
 
 
-def small_cnn(n_out=10, c=3, act=partial(nn.ReLU, inplace=True)):
-    def block(i, o): return nn.Sequential(nn.Conv2d(i, o, 3, padding=1, bias=False), nn.BatchNorm2d(o), act(), nn.MaxPool2d(2))
+def small_cnn(n_out=10, c=3):
+    def block(i, o): return nn.Sequential(nn.Conv2d(i, o, 3, padding=1, bias=False), nn.BatchNorm2d(o), nn.ReLU(inplace=True), nn.MaxPool2d(2))
     return nn.Sequential(block(c, 8), block(8, 16), block(16, 16), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(.3), nn.Linear(16, n_out))
 
 
