@@ -50,20 +50,25 @@ def untouched(dls): # fastai DataLoaders
 
 # %% ../nbs/04_checkpoint.ipynb #cell0008
 class Checkpoint(Callback):
-    """After every epoch, save all that the rest of the run depends on to `path`; when `fit` is called and the file is there, go on from it.
+    """After every epoch, save all that the rest of the run depends on to `path`; when the same run is started and the file is there, go on from it.
 
-    Raises `ValueError` in `before_fit` if the file is unreadable, or belongs to a run of another length or another model."""
+    A run may have several fits, as `fine_tune` has: those that were finished are skipped. Raises `ValueError` in `before_fit` if the file is unreadable, or belongs to a run of another length or another model."""
     order = 80  # after the recorder and the scheduler
 
     def __init__(self,
                  path: str | Path, # The file; its folder is made
-                ): self.path, self._start = Path(path), 0
+                ): self.path, self._start, self._fit = Path(path), 0, -1
 
     def before_fit(self):
         self._start = 0
-        if hasattr(self.learn, 'lr_finder') or not self.path.exists(): return
+        if hasattr(self.learn, 'lr_finder'): return
+        self._fit += 1
+        if not self.path.exists(): return
         try: self._state = s = torch.load(self.path, map_location='cpu', weights_only=True)
         except Exception as e: raise ValueError(f'{self.path} is not a checkpoint of antehoc_nb, or is damaged; delete it to start over ({e})') from e
+        if s['fit'] != self._fit:
+            self._start = self.n_epoch if s['fit'] > self._fit else 0
+            return
         if s['n_epoch'] != self.n_epoch:
             raise ValueError(f'{self.path} is of a run of {s["n_epoch"]} epochs, this one has {self.n_epoch}; delete it to start over')
         try: getattr(self.learn.model, 'module', self.learn.model).load_state_dict(s['model'])
@@ -73,7 +78,7 @@ class Checkpoint(Callback):
 
     def before_epoch(self):
         if self.epoch < self._start: raise CancelEpochException()
-        if self.epoch == self._start and self._start:
+        if self._start and self.epoch == self._start:
             s, self._state = self._state, None
             _set_rng_state(self.learn.dls, s['rng'])
             if getattr(self.learn, 'scaler', None) is not None: self.learn.scaler.load_state_dict(s['scaler'])
@@ -86,7 +91,7 @@ class Checkpoint(Callback):
     def after_epoch(self):
         if self.epoch < self._start or hasattr(self.learn, 'lr_finder') or (dist.is_initialized() and dist.get_rank()): return
         r, two, scaler = self.learn.recorder, getattr(self.learn, 'two_pass', None), getattr(self.learn, 'scaler', None)
-        state = dict(epoch=self.epoch, n_epoch=self.n_epoch, rng=_rng_state(self.learn.dls), scaler=scaler.state_dict() if scaler else {},
+        state = dict(fit=self._fit, epoch=self.epoch, n_epoch=self.n_epoch, rng=_rng_state(self.learn.dls), scaler=scaler.state_dict() if scaler else {},
                      model=getattr(self.learn.model, 'module', self.learn.model).state_dict(), opt=self.learn.opt.state_dict(),
                      losses=torch.stack([torch.as_tensor(o) for o in r.losses]), lrs=[float(o) for o in r.lrs], iters=[int(o) for o in r.iters],
                      values=[[float('nan') if o is None else float(o) for o in v] for v in r.values], smooth=(int(r.smooth_loss.count), r.smooth_loss.val),

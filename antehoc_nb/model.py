@@ -8,6 +8,7 @@ __all__ = ['cnns', 'map_tensors', 'output_tensors', 'plain', 'evaluating', 'Expl
 
 # %% ../nbs/03_model.ipynb #cell0002
 import json
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -57,14 +58,23 @@ def plain(t: torch.Tensor) -> torch.Tensor:
     return t if type(t) is torch.Tensor else t.as_subclass(torch.Tensor)
 
 
+_held, _lock = {}, threading.Lock()  # modules that some thread wants in evaluation mode -> how many do
+
+
 @contextmanager
 def evaluating(m: nn.Module): # Any module
-    "Evaluation mode inside the block; each submodule's own mode afterwards, also after an error."
-    training = [c for c in m.modules() if c.training]
-    for c in training: c.training = False
+    "Evaluation mode inside the block; each submodule's own mode after the last such block of any thread, also after an error."
+    with _lock:
+        mine = [c for c in m.modules() if c.training or c in _held]
+        for c in mine: c.training, _held[c] = False, _held.get(c, 0) + 1
     try: yield m
     finally:
-        for c in training: c.training = True
+        with _lock:
+            for c in mine:
+                _held[c] -= 1
+                if not _held[c]:
+                    del _held[c]
+                    c.training = True
 
 # %% ../nbs/03_model.ipynb #cell0008
 @dataclass
@@ -152,7 +162,7 @@ class AntehocModel(nn.Module):
                  sample=None, # Input like the ones to come, to choose layers with; a tuple if the CNN takes several. None: 128 x 128 noise
                  eta: int = 8, # How many layers to tap, if `layers` is not given
                  layers: Sequence[str] | None = None, # Layers by name (see `layer_table`)
-                 soft_attention: str = 'softmax', # A name in `soft_attentions`
+                 soft_attention: str = 'softmax_l2', # A name in `soft_attentions`
                  temperature: float = 3., # Of the soft attention: above 1 softens
                  weight_net: str = 'autoencoder', # A name in `weight_nets`
                  scale: bool = True, # Min-max scale the map to [0,1]

@@ -139,7 +139,7 @@ class TwoPass(Callback):
     fp16_scale = 2.**10  # of the interpretation loss, so that small gradients survive half precision
 
     def __init__(self,
-                 mask: str = 'soft', # A name in `masks`
+                 mask: str = 'both', # A name in `masks`
                  fill: str | float | Sequence[float] = 'black', # What masked pixels become: 'black', 'mean', 'blur' or a colour in [0,1]
                  loss: str = 'mse', # A name in `int_losses`
                  train_cnn: bool = True, # False: the CNN is already trained; train the weight network alone
@@ -318,11 +318,11 @@ def antehoc_learner(dls, # fastai DataLoaders with images (B,C,H,W) as first inp
                     arch, # "resnet18", "timm/convnext_atto", "small_cnn", a torchvision function, or a CNN (nn.Module)
                     eta: int = 8, # How many layers to tap
                     layers: Sequence[str] | None = None, # Layers by name, instead of `eta`
-                    soft_attention: str = 'softmax', # A name in `soft_attentions`
+                    soft_attention: str = 'softmax_l2', # A name in `soft_attentions`
                     temperature: float = 3., # Of the soft attention
                     weight_net: str = 'autoencoder', # A name in `weight_nets`
                     scale: bool = True, # Min-max scale the map
-                    mask: str = 'soft', # A name in `masks`: what pass 2 multiplies the image with
+                    mask: str = 'both', # A name in `masks`: what pass 2 multiplies the image with
                     fill: str | float | Sequence[float] = 'black', # What masked pixels become in pass 2
                     train_cnn: bool = True, # False: `arch` is trained; train the weight network alone
                     keep_maps: int = 0, # Keep the maps of so many validation images per epoch

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .sam import Registry, minmax
+from .sam import Registry, minmax, resize
 
 # %% ../nbs/02_weight_net.ipynb #cell0005
 weight_nets = Registry('weight network')
@@ -18,10 +18,10 @@ weight_nets = Registry('weight network')
 
 @weight_nets.register
 class autoencoder(nn.Module):
-    "Pixel-wise weights from a convolutional autoencoder (paper, section 3.2): (B,eta,H,W) maps in [0,1] -> (B,eta,H,W) logits."
+    "Weights that differ from place to place, by a convolutional autoencoder (paper, section 3.2): (B,eta,H,W) maps in [0,1] -> (B,eta,H/4,W/4) logits."
     def __init__(self,
                  eta: int, # How many layers are blended
-                 width: int = 16, # Channels at half resolution; twice that at a quarter
+                 width: int = 16, # Channels at a quarter of the resolution; twice that at an eighth
                 ):
         super().__init__()
         self.down1 = nn.Conv2d(eta, width, 3, stride=2, padding=1)
@@ -33,10 +33,9 @@ class autoencoder(nn.Module):
         nn.init.zeros_(self.out.weight), nn.init.zeros_(self.out.bias)
 
     def forward(self, sams: torch.Tensor) -> torch.Tensor:
-        a = F.relu(self.down1(sams - 0.5))
-        b = F.relu(self.mid(F.relu(self.down2(a))))
-        c = F.relu(self.up(F.interpolate(b, size=a.shape[2:], mode='nearest')) + a)
-        return F.interpolate(self.out(c), size=sams.shape[2:], mode='bilinear', align_corners=False)
+        a = F.relu(self.down1(F.avg_pool2d(sams - 0.5, 2, ceil_mode=True)))
+        b = self.up(F.relu(self.mid(F.relu(self.down2(a)))))
+        return self.out(F.relu(F.interpolate(b, size=a.shape[2:], mode='nearest') + a))
 
 # %% ../nbs/02_weight_net.ipynb #cell0008
 @weight_nets.register
@@ -46,7 +45,7 @@ class single(nn.Module):
         super().__init__()
         self.logits = nn.Parameter(torch.zeros(eta))
 
-    def forward(self, sams: torch.Tensor) -> torch.Tensor: return self.logits[:, None, None].expand_as(sams)
+    def forward(self, sams: torch.Tensor) -> torch.Tensor: return self.logits[None, :, None, None].expand(len(sams), -1, 1, 1)
 
 
 @weight_nets.register
@@ -55,14 +54,15 @@ class uniform(nn.Module):
     def __init__(self, eta: int): # How many layers are blended
         super().__init__()
 
-    def forward(self, sams: torch.Tensor) -> torch.Tensor: return torch.zeros_like(sams)
+    def forward(self, sams: torch.Tensor) -> torch.Tensor: return torch.zeros_like(sams[..., :1, :1])
 
 # %% ../nbs/02_weight_net.ipynb #cell0011
 def interpretation_map(sams: torch.Tensor, # Soft attention maps, (B,eta,H,W) in [0,1]
-                       logits: torch.Tensor, # What the weight network made of them, (B,eta,H,W)
+                       logits: torch.Tensor, # What the weight network made of them, (B,eta,h,w) at any resolution
                        scale: bool = True, # Min-max scale each map to [0,1]
                       ) -> tuple[torch.Tensor, torch.Tensor]: # The map (B,1,H,W) in [0,1]; the weights (B,eta,H,W), sum 1 over eta
     "Equation 1 of the paper: weights that sum to 1 over the layers at every pixel, and the weighted sum of the maps."
     weights = logits.float().softmax(1)
+    if weights.shape[2:] != sams.shape[2:]: weights = resize(weights, sams.shape[2:])
     m = (weights * sams).sum(1, keepdim=True)
     return (minmax(m) if scale else m.clamp(0, 1)), weights  # rounding can lift a sum of convex weights just above 1
