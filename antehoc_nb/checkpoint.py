@@ -52,19 +52,20 @@ def untouched(dls): # fastai DataLoaders
 class Checkpoint(Callback):
     """After every epoch, save all that the rest of the run depends on to `path`; when the same run is started and the file is there, go on from it.
 
-    A run may have several fits, as `fine_tune` has: those that were finished are skipped. Raises `ValueError` in `before_fit` if the file is unreadable, or belongs to a run of another length or another model."""
+    A run may have several fits, as `fine_tune` has: those that were finished are skipped. Raises `ValueError` in `before_fit` if the file is
+    unreadable, or belongs to a run of another length or another model."""
     order = 80  # after the recorder and the scheduler
 
     def __init__(self,
                  path: str | Path, # The file; its folder is made
-                ): self.path, self._start, self._fit = Path(path), 0, -1
+                ): self.path, self._start, self._fit, self._state = Path(path), 0, -1, None
 
     def before_fit(self):
-        self._start = 0
+        self._start, self._state = 0, None
         if hasattr(self.learn, 'lr_finder'): return
         self._fit += 1
         if not self.path.exists(): return
-        try: self._state = s = torch.load(self.path, map_location='cpu', weights_only=True)
+        try: s = torch.load(self.path, map_location='cpu', weights_only=True)
         except Exception as e: raise ValueError(f'{self.path} is not a checkpoint of antehoc_nb, or is damaged; delete it to start over ({e})') from e
         if s['fit'] != self._fit:
             self._start = self.n_epoch if s['fit'] > self._fit else 0
@@ -74,19 +75,24 @@ class Checkpoint(Callback):
         try: getattr(self.learn.model, 'module', self.learn.model).load_state_dict(s['model'])
         except RuntimeError as e: raise ValueError(f'{self.path} does not fit this model: {str(e).splitlines()[0]}; delete it to start over') from e
         self.learn.opt.load_state_dict(to_device(s['opt'], next(self.learn.model.parameters()).device))
-        self._start = s['epoch'] + 1
+        self._start, self._state = s['epoch'] + 1, s
 
     def before_epoch(self):
         if self.epoch < self._start: raise CancelEpochException()
-        if self._start and self.epoch == self._start:
-            s, self._state = self._state, None
-            _set_rng_state(self.learn.dls, s['rng'])
-            if getattr(self.learn, 'scaler', None) is not None: self.learn.scaler.load_state_dict(s['scaler'])
-            r = self.learn.recorder
-            r.losses, r.lrs, r.iters = list(s['losses'].unbind()), s['lrs'], s['iters']
-            r.values = [L(v) for v in s['values']]
-            r.smooth_loss.count, r.smooth_loss.val = s['smooth']
-            if hasattr(self.learn, 'two_pass'): self.learn.two_pass.int_losses, self.learn.two_pass.film = s['int_losses'], s['film']
+        if self._state: self._go_on()
+
+    def after_fit(self):
+        if self._state: self._go_on()  # all of it was done before
+
+    def _go_on(self):
+        "Put back random states and history: the skipped epochs have left their mark on both."
+        s, self._state, r = self._state, None, self.learn.recorder
+        _set_rng_state(self.learn.dls, s['rng'])
+        if getattr(self.learn, 'scaler', None) is not None: self.learn.scaler.load_state_dict(s['scaler'])
+        r.losses, r.lrs, r.iters = list(s['losses'].unbind()), s['lrs'], s['iters']
+        r.values = [L(v) for v in s['values']]
+        r.smooth_loss.count, r.smooth_loss.val = s['smooth']
+        if hasattr(self.learn, 'two_pass'): self.learn.two_pass.int_losses, self.learn.two_pass.film = s['int_losses'], s['film']
 
     def after_epoch(self):
         if self.epoch < self._start or hasattr(self.learn, 'lr_finder') or (dist.is_initialized() and dist.get_rank()): return
@@ -94,7 +100,8 @@ class Checkpoint(Callback):
         state = dict(fit=self._fit, epoch=self.epoch, n_epoch=self.n_epoch, rng=_rng_state(self.learn.dls), scaler=scaler.state_dict() if scaler else {},
                      model=getattr(self.learn.model, 'module', self.learn.model).state_dict(), opt=self.learn.opt.state_dict(),
                      losses=torch.stack([torch.as_tensor(o) for o in r.losses]), lrs=[float(o) for o in r.lrs], iters=[int(o) for o in r.iters],
-                     values=[[float('nan') if o is None else float(o) for o in v] for v in r.values], smooth=(int(r.smooth_loss.count), r.smooth_loss.val),
+                     values=[[float('nan') if o is None else float(o) for o in v] for v in r.values],
+                     smooth=(int(r.smooth_loss.count), r.smooth_loss.val),
                      int_losses=two.int_losses if two else [], film=two.film if two else [])
         self.path.parent.mkdir(parents=True, exist_ok=True)
         part = self.path.with_name(self.path.name + '.part')

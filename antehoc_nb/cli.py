@@ -91,7 +91,7 @@ def train(data: Annotated[str, typer.Argument(help='Class folders (`train/<class
     with _in_one_line():
         from antehoc_nb.data import photo_digits_dls
         from antehoc_nb.files import cifar10, image_dls
-        from antehoc_nb.model import find_arch
+        from antehoc_nb.cnns import find_arch
         find_arch(arch)
         if data == 'photo-digits': dls = photo_digits_dls(size=size, bs=bs, seed=seed)
         else:

@@ -29,8 +29,9 @@ from fastcore.meta import delegates
 from torch import nn
 
 from .checkpoint import untouched
-from .model import AntehocModel, build_cnn, cnns, evaluating, find_arch, output_tensors, plain
-from .sam import Registry
+from .cnns import build_cnn, find_arch, own_cnns
+from .layers import Registry
+from .model import AntehocModel, evaluating, output_tensors, plain
 
 # %% ../nbs/04_two_pass.ipynb #cell0005
 int_losses = Registry('interpretation loss')
@@ -151,7 +152,6 @@ class TwoPass(Callback):
         self.int_losses, self.film, self.film_images, self._aside, self._seen = [], [], None, None, None
         self._mean = dict(train=[], valid=[])
 
-    # -- setting up
     def after_create(self): self.attach()
 
     def attach(self):
@@ -200,7 +200,6 @@ class TwoPass(Callback):
         for p in self._frozen: p.requires_grad_(True)
         self._frozen, self.antehoc.listening = [], False
 
-    # -- pass 1 is the learner's own; listen in
     def before_train(self):
         self._mean['train'] = []
         if not self.train_cnn: self.antehoc.cnn.eval()
@@ -221,7 +220,6 @@ class TwoPass(Callback):
     def before_backward(self):
         if not self.train_cnn: raise CancelBackwardException()
 
-    # -- pass 2
     def after_backward(self):
         w = [p for p in self.antehoc.weight_net.parameters() if p.requires_grad]
         scaler = getattr(self.learn, 'scaler', None)
@@ -231,20 +229,18 @@ class TwoPass(Callback):
         self.int_losses.append(loss.item())
         self._mean['train'].append(self.int_losses[-1])
         if not w: return
-        acc = getattr(self.learn, 'gradient_accumulation', None)
+        acc, scale = getattr(self.learn, 'gradient_accumulation', None), self.fp16_scale if half else 1.
         share = 1. if acc is None else find_bs(self.yb) / acc.n_acc
-        scale = self.fp16_scale if half else 1.
         grads = [g * (share / scale) for g in torch.autograd.grad(loss * scale, w)]
-        if not all(g.isfinite().all() for g in grads) if half else False: return  # half precision overflowed: leave this batch out
-        self._aside = grads if self._aside is None else [a + g for a, g in zip(self._aside, grads)]
+        if half and not all(g.isfinite().all() for g in grads): return  # half precision overflowed: leave this batch out
+        self._aside = [a + g for a, g in zip(self._aside, grads)] if self._aside else grads
         if not self.train_cnn and half:  # loss scaling insists on finding gradients, scaled, before the step
             for p, g in zip(w, self._aside): p.grad = g * scaler.get_scale()
 
     def _second_pass(self, mask):
         "Pass 2 on the current batch: the interpretation loss, differentiable in the weight network alone."
         (sams, y1), self._seen, m = self._seen, None, self.antehoc
-        x, *others = self.xb
-        x = plain(x)
+        x, others = plain(self.xb[0]), self.xb[1:]
         amp = next((cb for cb in self.learn.cbs if isinstance(cb, MixedPrecision)), None)
         with amp.autocast if amp and getattr(amp, 'autocast', None) else nullcontext(), held(m.cnn):
             i_map, *_ = m.interpret(sams, x.shape[2:])
@@ -302,7 +298,7 @@ def plain_learner(dls, # fastai DataLoaders
     "fastai's `vision_learner`, or `Learner` for a CNN that is already built, by name or by hand."
     name, whole = arch if isinstance(arch, str) else getattr(arch, '__name__', ''), isinstance(arch, nn.Module)
     if isinstance(arch, str): arch = find_arch(arch)
-    if name in cnns: arch, whole = build_cnn(name, get_c(dls)), True
+    if name in own_cnns: arch, whole = build_cnn(name, get_c(dls)), True
     learn = Learner(dls, arch, **{k: v for k, v in kwargs.items() if k != 'pretrained'}) if whole else vision_learner(dls, arch, **kwargs)
     head = {k: v for k, v in kwargs.items() if k in HEAD}
     try:

@@ -28,9 +28,10 @@ from fastprogress import progress_bar
 from .data import photo_digits_dls
 from .files import data_root, image_dls
 from .metrics import (class_probability, drop_inc_win, energy_in_region, equal_area_mask, insertion_deletion, map_area,
-                                pointing_game, read_record, run_record, write_record)
-from .model import AntehocModel, plain, small_cnn
-from .sam import Recorder
+                                pointing_game, run_record, write_record)
+from .cnns import small_cnn
+from .layers import Recorder
+from .model import AntehocModel, plain
 from .two_pass import TwoPass, held, int_loss, masks, normalisation, sample_inputs
 
 # %% ../nbs/14_weight_choice.ipynb #cell0004

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .sam import Registry, minmax, resize
+from .layers import Registry
+from .sam import minmax, resize
 
 # %% ../nbs/02_weight_net.ipynb #cell0005
 weight_nets = Registry('weight network')
