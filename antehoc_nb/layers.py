@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['unknown_name', 'Registry', 'as_inputs', 'Layer', 'parse_layer', 'candidate_layers', 'choose_layers', 'layer_table',
-           'Recorder']
+           'Listener']
 
 # %% ../nbs/01_layers.ipynb #cell0002
 import difflib
@@ -208,7 +208,7 @@ def layer_table(cnn: nn.Module, # Any CNN
     return pd.DataFrame(rows, columns=['layer', 'kind', 'channels', 'height', 'width', 'stage', 'chosen'])
 
 # %% ../nbs/01_layers.ipynb #cell0023
-class Recorder:
+class Listener:
     """Record `f(activation)` for each of `layers` during a `with` block; `values` are in the order of `layers`.
 
     Activations are detached before `f` sees them. Calls from other threads are not recorded."""

@@ -15,19 +15,17 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 
-import fastai.callback.schedule  # noqa: F401  gives Learner its fit_one_cycle
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from fastai.callback.channelslast import ChannelsLast
-from fastai.callback.progress import ProgressCallback  # noqa: F401  gives Learner its no_bar
 from fastai.learner import Learner
 from fastai.metrics import accuracy
 from fastai.torch_core import set_seed
-from fastprogress import progress_bar
 from matplotlib import colormaps
 from PIL import Image, ImageOps
 from torch import nn
+from tqdm import tqdm
 
 from .checkpoint import Checkpoint
 from .metrics import energy_in_region, pointing_game, run_record, write_record
@@ -147,7 +145,7 @@ def explain_files(model: AntehocModel, # A classifier; `meta` tells size and voc
     with table.open('a', newline='') as f:
         w = csv.writer(f)
         if f.tell() == 0: w.writerow(COLUMNS)
-        for i in progress_bar(range(0, len(todo), bs), display=sys.stdout.isatty()):
+        for i in tqdm(range(0, len(todo), bs), desc='explaining', unit='batch', disable=None):
             batch = []
             for path, name in todo[i:i + bs]:
                 try: batch.append((name, *_open(path, size)))

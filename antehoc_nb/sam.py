@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .layers import Recorder, Registry
+from .layers import Listener, Registry
 
 # %% ../nbs/01_sam.ipynb #cell0005
 def minmax(t: torch.Tensor, # (B,1,h,w) or (B,h,w), any range
@@ -110,5 +110,5 @@ def record_sams(cnn: nn.Module, # The network
                 attention: Callable = softmax_l2, # (B,C,h,w) -> (B,1,h,w)
                ) -> tuple: # What the CNN returned, and the SAMs, each (B,1,h_i,w_i) at its layer's own resolution
     "One forward pass that returns the CNN's output untouched, and the soft attention maps of `layers`."
-    with Recorder(cnn, layers, attention) as rec: out = cnn(*inputs, **(kwargs or {}))
+    with Listener(cnn, layers, attention) as rec: out = cnn(*inputs, **(kwargs or {}))
     return out, rec.values

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 
+import fastai.callback.all  # noqa: F401  gives Learner fit_one_cycle, lr_find, to_fp16
 import numpy as np
 import torch
 import torch.distributed as dist

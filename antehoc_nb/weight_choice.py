@@ -6,14 +6,13 @@
 __all__ = ['TRIALS', 'PROFILES', 'BETTER', 'Trials', 'control_maps', 'score_maps', 'weight_choice_dls', 'run_trials',
            'trials_table']
 
-# %% ../nbs/14_weight_choice.ipynb #cell0002
+# %% ../nbs/14_weight_choice.ipynb #cell0003
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import fastai.vision.all  # noqa: F401  gives Learner its fit_one_cycle and its progress bar
 import torch
 from fastai.callback.core import Callback, CancelBackwardException
 from fastai.callback.fp16 import MixedPrecision
@@ -23,18 +22,18 @@ from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
 from fastai.optimizer import Adam
 from fastai.torch_core import set_seed
-from fastprogress import progress_bar
+from tqdm import tqdm
 
 from .data import photo_digits_dls
 from .files import data_root, image_dls
 from .metrics import (class_probability, drop_inc_win, energy_in_region, equal_area_mask, insertion_deletion, map_area,
                                 pointing_game, run_record, write_record)
 from .cnns import small_cnn
-from .layers import Recorder
+from .layers import Listener
 from .model import AntehocModel, plain
 from .two_pass import TwoPass, held, int_loss, masks, normalisation, sample_inputs
 
-# %% ../nbs/14_weight_choice.ipynb #cell0004
+# %% ../nbs/14_weight_choice.ipynb #cell0005
 _MEAN, _L2 = (dict(soft_attention=a, temperature=3., mask='soft') for a in ('softmax', 'softmax_l2'))
 TRIALS = {
     'mean, T=1, unscaled': _MEAN | dict(temperature=1., scale=False),
@@ -51,7 +50,7 @@ TRIALS = {
     'l2, T=3, both': _L2 | dict(mask='both'),
 }
 
-# %% ../nbs/14_weight_choice.ipynb #cell0006
+# %% ../nbs/14_weight_choice.ipynb #cell0007
 class Trials(Callback):
     "Train one weight network per entry of `trials` on the learner's CNN, as `TwoPass` would train each alone."
     order = TwoPass.order
@@ -86,7 +85,7 @@ class Trials(Callback):
     def before_batch(self):
         if not self.training: return
         layers = next(iter(self.models.values())).layers
-        self.rec = Recorder(self.learn.model, layers, lambda t: {k: f(t) for k, f in self.attentions.items()}).__enter__()
+        self.rec = Listener(self.learn.model, layers, lambda t: {k: f(t) for k, f in self.attentions.items()}).__enter__()
 
     def after_pred(self):
         if self.training: self.rec.__exit__()
@@ -193,7 +192,7 @@ def run_trials(dataset: str, # 'photo-digits' or 'cifar10'
         boxes = torch.as_tensor(dls.valid_ds.boxes)[:len(x)] if hasattr(dls.valid_ds, 'boxes') else None
         maps = {name: m.explain(x).map for name, m in cb.models.items()} | control_maps(x)
         any_model = next(iter(cb.models.values()))
-        for name in progress_bar(list(maps)):
+        for name in tqdm(maps, desc='scoring', disable=None):
             rows.append(dict(trial=name, seed=seed, **score_maps(any_model, x, y, maps[name], boxes)))
     t = pd.DataFrame(rows).drop(columns='seed').groupby('trial', sort=False)
     spread = t.std().to_dict('index') if len(cfg['seeds']) > 1 else {}

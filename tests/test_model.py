@@ -179,7 +179,7 @@ def test_error_leaves_nothing_behind(where, monkeypatch):
     modes = [o.training for o in m.modules()]
 
     def fail(*a, **k): raise ZeroDivisionError
-    if where == 'attention': monkeypatch.setitem(soft_attentions, 'softmax', fail)
+    if where == 'attention': monkeypatch.setitem(soft_attentions, m.soft_attention, fail)
     else: monkeypatch.setattr(m.cnn[2] if where == 'cnn' else m.weight_net, 'forward', fail)
     with pytest.raises(ZeroDivisionError): m.explain(torch.rand(1, 3, 32, 32))
     assert [o.training for o in m.modules()] == modes

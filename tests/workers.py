@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import fastai.distributed
+import fastai.vision.all  # noqa: F401  gives Learner what a user of fastai has
 import torch
 import torch.nn as nn
 from fastai.callback.core import Callback
