@@ -101,7 +101,8 @@ def train(data: Annotated[str, typer.Argument(help='Class folders (`train/<class
         config |= dict(data=Path(data).name, layers=layers.split(',') if layers else None)
         from antehoc_nb.runs import train_run
         typer.echo(f'{len(dls.train_ds):,} training and {len(dls.valid_ds):,} validation images of {len(dls.vocab)} classes, on {dls.device}')
-        learn = train_run(dls, config, out, command='antehoc ' + ' '.join(sys.argv[1:]))
+        command = ' '.join(['antehoc', *(Path(o).name if o == data else o for o in sys.argv[1:])])
+        learn = train_run(dls, config, out, command)
         typer.echo(f'accuracy {learn.recorder.values[-1][2]:.4f}; wrote ' + ', '.join(sorted(f.name for f in out.iterdir())) + f' to {out}/')
 
 # %% ../nbs/15_cli.ipynb #cell0009

@@ -206,7 +206,6 @@ class TwoPass(Callback):
         if not self.train_cnn: self.antehoc.cnn.eval()
 
     def before_validate(self): self._mean['valid'] = []
-
     def before_batch(self): self.antehoc.listening = self.training or not hasattr(self.learn, 'gather_preds')
 
     def after_pred(self):
@@ -220,7 +219,6 @@ class TwoPass(Callback):
 
     def before_backward(self):
         if not self.train_cnn: raise CancelBackwardException()
-
     def after_backward(self):
         w = [p for p in self.antehoc.weight_net.parameters() if p.requires_grad]
         scaler = getattr(self.learn, 'scaler', None)
@@ -265,7 +263,6 @@ class TwoPass(Callback):
 
     def after_cancel_step(self): self._aside = None
     def after_batch(self): self._seen = None
-
     def after_epoch(self):
         if self.keep_maps and not hasattr(self.learn, 'lr_finder'): self._shoot()
 

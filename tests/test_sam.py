@@ -3,8 +3,8 @@ import pytest
 import torch
 import torchvision
 
-from antehoc_nb.model import AntehocModel, output_tensors
 from antehoc_nb.layers import candidate_layers, choose_layers, parse_layer
+from antehoc_nb.model import AntehocModel, output_tensors
 
 TORCHVISION = dict(resnet18=48, squeezenet1_1=48, mobilenet_v3_small=48, mnasnet0_5=48, shufflenet_v2_x0_5=48, regnet_y_400mf=48, alexnet=80,
                    vgg11_bn=48, densenet121=48, googlenet=48, efficientnet_b0=48)
