@@ -7,6 +7,7 @@ __all__ = ['TRIALS', 'PROFILES', 'BETTER', 'Trials', 'control_maps', 'score_maps
            'trials_table']
 
 # %% ../nbs/14_weight_choice.ipynb #cell0003
+import sys
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -68,7 +69,9 @@ class Trials(Callback):
             kw = {k: v for k, v in kw.items() if k not in ('mask', 'fill')}
             self.models[name] = m = AntehocModel(self.learn.model, sample, self.eta, mean=mean, std=std, **kw)
             w = list(m.weight_net.parameters())
-            self.opts[name] = Adam(w, lr=1e-3) if w else None
+            self.opts[name] = opt = Adam(w, lr=1e-3) if w else None
+            for n, q in m.weight_net.named_parameters():
+                if n.endswith('bias'): opt.state[q]['do_wd'] = False  # as a Learner has it
         self._frozen = [] if self.train_cnn else [p for p in self.learn.model.parameters() if p.requires_grad]
         for p in self._frozen: p.requires_grad_(False)
         self.attentions = {(m.soft_attention, m.temperature): m.attention for m in self.models.values()}
@@ -183,8 +186,9 @@ def run_trials(dataset: str, # 'photo-digits' or 'cifar10'
         dls = weight_choice_dls(dataset, cfg['n_train'], cfg['n_valid'], cfg['size'], cfg['bs'], seed, data)
         cb = Trials(trials)
         learn = Learner(dls, small_cnn(10), CrossEntropyLossFlat(), metrics=accuracy)
-        learn.fit_one_cycle(cfg['cnn_epochs'], 6e-3)
-        learn.fit_one_cycle(cfg['epochs'], 6e-3, cbs=cb)
+        with learn.no_bar() if not sys.stdout.isatty() else nullcontext():  # lines, not bars, in a log file
+            learn.fit_one_cycle(cfg['cnn_epochs'], 6e-3)
+            learn.fit_one_cycle(cfg['epochs'], 6e-3, cbs=cb)
         acc.append(float(learn.recorder.values[-1][-1]))
         learn.model.eval()
         b = [dls.valid.one_batch()] if len(dls.valid) == 1 else list(dls.valid)
@@ -210,6 +214,7 @@ def trials_table(record: dict, # As `run_trials` returns it
                  ): # A styled table: candidates first, then controls; the best candidate of each column bold
     "The scores of a record as a table."
     t = pd.DataFrame(record['results']['rows']).T.rename_axis('method')
+    t = t.loc[[k for k in TRIALS if k in t.index] + [k for k in t.index if k not in TRIALS]]
     best = {c: BETTER.get(c, 'min' if 'average_drop' in c else None) for c in t}
     ours = t[~t.index.str.startswith('control')]
     def bold(col):
