@@ -36,7 +36,8 @@ class autoencoder(nn.Module):
     def forward(self, sams: torch.Tensor) -> torch.Tensor:
         a = F.relu(self.down1(F.avg_pool2d(sams - 0.5, 2, ceil_mode=True)))
         b = self.up(F.relu(self.mid(F.relu(self.down2(a)))))
-        return self.out(F.relu(F.interpolate(b, size=a.shape[2:], mode='nearest') + a))
+        c = F.relu(F.interpolate(b, size=a.shape[2:], mode='nearest') + a)
+        return self.out(F.group_norm(c, 1)) / self.out.weight[0].numel()**.5
 
 # %% ../nbs/02_weight_net.ipynb #cell0008
 @weight_nets.register
