@@ -84,11 +84,10 @@ def train_run(dls, # fastai DataLoaders
         results |= dict(layers=list(learn.model.layers), int_losses=[round(o, 5) for o in learn.two_pass.int_losses[::10]])
         learn.model.save_pretrained(out/'model')
         spread = np.linspace(0, len(dls.valid_ds) - 1, min(16, len(dls.valid_ds))).astype(int).tolist()  # folders are read class by class
-        with plt.ioff():
-            for f, draw in (('losses.png', plot_losses), ('maps.png', lambda o: o.show_maps(items=spread))):
-                draw(learn)
-                plt.savefig(out/f, dpi=100, bbox_inches='tight')
-                plt.close()
+        for f, draw in (('losses.png', plot_losses), ('maps.png', lambda o: o.show_maps(items=spread))):
+            draw(learn)
+            plt.savefig(out/f, dpi=100, bbox_inches='tight')
+            plt.close()
     write_record(run_record(config, c['seed'], results, experiment='train', command=command), out/'record.json')
     return learn
 
