@@ -27,7 +27,8 @@ from antehoc_nb.data import photo_digits_dls
 from antehoc_nb.model import AntehocModel
 from antehoc_nb.two_pass import Bf16, TwoPass
 
-OPTS = dict(adam=Adam, adamw=partial(OptimWrapper, opt=torch.optim.AdamW, eps=1e-5), sgd=SGD)
+# a large eps, since Adam divides by the size of the gradient and turns the rounding of a tiny one into a step
+OPTS = dict(adam=partial(Adam, eps=1e-3), adamw=partial(OptimWrapper, opt=torch.optim.AdamW, eps=1e-3), sgd=SGD)
 
 
 def small_resnet(): # BatchNorm everywhere, dropout before the last layer
