@@ -121,8 +121,11 @@ def unpack(
         if zipfile.is_zipfile(archive): _unzip(archive, part)
         else:
             with tarfile.open(archive) as t: t.extractall(part, filter='data')
-        if dest.is_dir(): dest.rmdir()
-        part.rename(dest)
+        try:
+            if dest.is_dir(): dest.rmdir()
+            part.rename(dest)
+        except OSError:
+            if not (dest.is_dir() and any(dest.iterdir())): raise  # else another process was faster, with the same archive
     except tarfile.FilterError as e: raise ValueError(f'{archive}: refused, {e}') from e
     except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error) as e:
         raise ValueError(f'{archive}: not an archive, or damaged ({e})') from e

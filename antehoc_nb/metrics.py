@@ -13,7 +13,7 @@ import math
 import os
 import platform
 import subprocess
-from contextlib import contextmanager
+from contextlib import nullcontext
 from datetime import datetime, timezone
 from pathlib import Path, PurePath
 
@@ -23,6 +23,7 @@ from fastcore.foundation import L
 from scipy.ndimage import distance_transform_edt
 
 from . import __version__
+from .model import evaluating
 
 # %% ../nbs/06_metrics.ipynb #cell0005
 def _plain(t, name):
@@ -44,23 +45,13 @@ def _check_map(m):
     return m
 
 # %% ../nbs/06_metrics.ipynb #cell0007
-@contextmanager
-def _evaluating(model):
-    "Eval mode and no autograd inside; afterwards each module has the mode it had"
-    was = [(m, m.training) for m in model.modules()] if isinstance(model, torch.nn.Module) else []
-    for m,_ in was: m.training = False
-    try:
-        with torch.no_grad(): yield
-    finally:
-        for m,t in was: m.training = t
-
 def class_probability(
     model, # A classifier: images (B,C,H,W) to logits (B,K)
     x:torch.Tensor, # Images, (B,C,H,W), normalised as the model expects
     target, # The class of each image: (B,) integers, or one integer for all
 )->torch.Tensor: # (B,), in [0,1]
     "Softmax probability of class `target`, in eval mode. `ValueError` unless the model gives logits (B,K), K > 1"
-    with _evaluating(model): out = model(x)
+    with torch.no_grad(), evaluating(model) if isinstance(model, torch.nn.Module) else nullcontext(): out = model(x)
     if not isinstance(out, torch.Tensor) or out.ndim != 2:
         got = tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
         raise ValueError(f"class_probability needs a model that gives logits (B,K), got {got}; pass your own score for other tasks")

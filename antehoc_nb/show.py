@@ -268,7 +268,7 @@ def show(self:Explanation,
     return show_explanation(self, i, **kwargs)
 
 # %% ../nbs/05_show.ipynb #cell0041
-def _strip(e, tiles, titles, cols, size, cmap, vmax):
+def _strip(e, tiles, titles, vmax, cmap, cols=4, size=1.5):
     "Image, tiles, map in rows of `cols`, with one colour bar for the tiles"
     img = to_rgb(e.pixels)
     n = len(tiles)+2
@@ -296,16 +296,15 @@ def show_sams(
     e = _at(expl, i)
     names = _names(e)
     if e.sizes: names = [f'{n}\n{h} × {w}' for n,(h,w) in zip(names, e.sizes)]
-    return _strip(e, e.sams[0], names, cols, size, cmap, 1)
+    return _strip(e, e.sams[0], names, 1, cmap, cols, size)
 
 def show_weights(
     expl, # an `Explanation`
     i:int=0, # which of its images
-    cols:int=4, # tiles per row
-    size:float=1.5, # height of a tile, inches
     cmap:str='viridis', # a perceptually uniform colour map
+    **kwargs # of `show_sams`: cols, size
 ): # array (rows, cols) of `Axes`
     "The weight maps of one image, each under its layer's name and mean weight (the means sum to 1). Scale 0 to the largest weight."
     e = _at(expl, i)
     w = e.weights[0].float()
-    return _strip(e, w, [f'{n}\nmean {m:.2f}' for n,m in zip(_names(e), w.mean((1,2)).tolist())], cols, size, cmap, float(w.max()))
+    return _strip(e, w, [f'{n}\nmean {m:.2f}' for n,m in zip(_names(e), w.mean((1,2)).tolist())], float(w.max()), cmap, **kwargs)

@@ -28,6 +28,15 @@ def repeatable():
     plt.close('all')
 
 
+@pytest.fixture
+def one_thread():
+    "For CNNs and images too small to share among cores."
+    n = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n)
+
+
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory, monkeypatch):
     "Nothing a test unpacks or downloads lands in the user's cache."

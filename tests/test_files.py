@@ -106,6 +106,18 @@ def test_truncated_targz(tmp_path):
     assert not (tmp_path/'out').exists()
 
 
+def test_unpack_beside_a_faster_process(tmp_path, monkeypatch):
+    with tarfile.open(tmp_path/'t.tar', 'w') as t: t.add(__file__, arcname='f')
+    real = tarfile.open
+    def late(*args):
+        monkeypatch.setattr(tarfile, 'open', real)
+        F.unpack(tmp_path/'t.tar', tmp_path/'out')  # the other process begins later and ends sooner
+        return real(*args)
+    monkeypatch.setattr(tarfile, 'open', late)
+    assert F.unpack(tmp_path/'t.tar', tmp_path/'out') == tmp_path/'out'
+    assert [f.name for f in (tmp_path/'out').iterdir()] == ['f'] and len(list(tmp_path.iterdir())) == 2  # nothing is left over
+
+
 def test_fetch_status_codes(tmp_path):
     body = b'0123456789'
     class H(BaseHTTPRequestHandler):

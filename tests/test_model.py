@@ -19,15 +19,7 @@ from antehoc_nb.sam import soft_attentions
 from antehoc_nb.weight_net import interpretation_map, weight_nets
 
 FEW = settings(max_examples=15)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    "These CNNs are too small to share among cores."
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 def small_model(eta=3, c=3, **kw): return AntehocModel(small_cnn(c=c), sample=torch.rand(2, c, 32, 32), eta=eta, **kw)

@@ -12,13 +12,7 @@ TIMM = dict(resnet10t=48, convnext_atto=48, mobilenetv3_small_050=48, efficientn
             regnetx_002=48, edgenext_xx_small=64, vovnet39a=48)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    "These images are too small to share among cores."
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 def build(family, name):

@@ -22,14 +22,7 @@ from antehoc_nb.checkpoint import Checkpoint
 from antehoc_nb.model import AntehocModel
 from antehoc_nb.two_pass import Bf16, TwoPass, antehoc_learner
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    "These CNNs are too small to share among cores."
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 def same(a, b): return a.keys() == b.keys() and all(torch.equal(v, b[k]) for k, v in a.items())
