@@ -8,6 +8,7 @@ __all__ = ['untouched', 'Checkpoint']
 # %% ../nbs/04_checkpoint.ipynb #cell0002
 import os
 import random
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from fastai.callback.core import Callback, CancelEpochException
+from fastai.callback.tracker import TrackerCallback
 from fastai.torch_core import to_device
 from fastcore.foundation import L
 
@@ -52,61 +54,91 @@ def untouched(dls): # fastai DataLoaders
 class Checkpoint(Callback):
     """After every epoch, save all that the rest of the run depends on to `path`; when the same run is started and the file is there, go on from it.
 
-    A run may have several fits, as `fine_tune` has: those that were finished are skipped. Raises `ValueError` in `before_fit` if the file is
-    unreadable, or belongs to a run of another length or another model."""
-    order = 80  # after the recorder and the scheduler
+    A run may have several fits, as `fine_tune` has: those that were finished are skipped. Raises `ValueError` before training starts if the file
+    is unreadable, or belongs to a run of another length or another model; `FloatingPointError` after an epoch that left NaN or infinity in the
+    weights or the optimiser, with the epoch before still on file."""
+    order = 10**6  # after all others
 
     def __init__(self,
                  path: str | Path, # The file; its folder is made
-                ): self.path, self._start, self._fit, self._state = Path(path), 0, -1, None
+                ):
+        self.path, self._fit, self._state, self._start, self._training = Path(path), -1, None, 0, False
+        self.epochs, self.seconds = 0, 0. # trained since this was made; spent on the whole run
 
-    def before_fit(self):
-        self._start, self._state = 0, None
+    def before_fit(self): self._start, self._training = 0, False # also called for validating and predicting, which is none of our business
+
+    def before_train(self):
         if hasattr(self.learn, 'lr_finder'): return
-        self._fit += 1
+        if self.epoch == 0: self._resume()
+        if self.epoch < self._start: raise CancelEpochException()
+        self._training, self._since = True, time.time()
+
+    def _resume(self):
+        self._fit, self._state = self._fit + 1, None
         if not self.path.exists(): return
         try: s = torch.load(self.path, map_location='cpu', weights_only=True)
         except Exception as e: raise ValueError(f'{self.path} is not a checkpoint of antehoc_nb, or is damaged; delete it to start over ({e})') from e
-        if s['fit'] != self._fit:
-            self._start = self.n_epoch if s['fit'] > self._fit else 0
-            return
+        if not isinstance(s, dict) or not {'fit', 'epoch', 'n_epoch', 'seconds'} <= s.keys():
+            raise ValueError(f'{self.path} is not a checkpoint of antehoc_nb; choose another file')
+        if s['fit'] == self._fit: self._load(s)
+        elif s['fit'] > self._fit: self._start = self.n_epoch
+        if not self._start: return
+        self._others = [cb for cb in self.learn.cbs if cb is not self and cb.run]  # the skipped epochs are nothing to them
+        for cb in self._others: cb.run = False
+
+    def _load(self, s):
         if s['n_epoch'] != self.n_epoch:
             raise ValueError(f'{self.path} is of a run of {s["n_epoch"]} epochs, this one has {self.n_epoch}; delete it to start over')
         try: getattr(self.learn.model, 'module', self.learn.model).load_state_dict(s['model'])
         except RuntimeError as e: raise ValueError(f'{self.path} does not fit this model: {str(e).splitlines()[0]}; delete it to start over') from e
         self.learn.opt.load_state_dict(to_device(s['opt'], next(self.learn.model.parameters()).device))
-        self._start, self._state = s['epoch'] + 1, s
-
-    def before_epoch(self):
-        if self.epoch < self._start: raise CancelEpochException()
-        if self._state: self._go_on()
-
-    def after_fit(self):
-        if self._state: self._go_on()  # all of it was done before
+        self._start, self._state, self.seconds = s['epoch'] + 1, s, s['seconds']
 
     def _go_on(self):
-        "Put back random states and history: the skipped epochs have left their mark on both."
-        s, self._state, r = self._state, None, self.learn.recorder
+        "The last epoch to skip is over: put back history and random states, and let the others go on."
+        for cb in self._others: cb.run = True
+        s, r = self._state, self.learn.recorder
+        if s is None: return  # this fit was finished; where the run stands is in a later one
         _set_rng_state(self.learn.dls, s['rng'])
         if getattr(self.learn, 'scaler', None) is not None: self.learn.scaler.load_state_dict(s['scaler'])
         r.losses, r.lrs, r.iters = list(s['losses'].unbind()), s['lrs'], s['iters']
         r.values = [L(v) for v in s['values']]
         r.smooth_loss.count, r.smooth_loss.val = s['smooth']
         if hasattr(self.learn, 'two_pass'): self.learn.two_pass.int_losses, self.learn.two_pass.film = s['int_losses'], s['film']
+        for cb in self._trackers(): vars(cb).update(s['trackers'].get(cb.name, {}))
+
+    def _trackers(self): return [cb for cb in self.learn.cbs if isinstance(cb, TrackerCallback)]
 
     def after_epoch(self):
-        if self.epoch < self._start or hasattr(self.learn, 'lr_finder') or (dist.is_initialized() and dist.get_rank()): return
+        if self.epoch < self._start:
+            if self.epoch == self._start - 1: self._go_on()
+            return
+        if not self._training: return
+        self._training, self.epochs, self.seconds = False, self.epochs + 1, self.seconds + time.time() - self._since
+        model, opt = getattr(self.learn.model, 'module', self.learn.model).state_dict(), self.learn.opt.state_dict()
+        if not all(t.isfinite().all() for t in _tensors([model, opt])):
+            raise FloatingPointError(f'epoch {self.epoch} left NaN or infinity in the weights or the optimiser: lower the learning rate, or clip '
+                                     f'gradients with GradientClip(). {self.path} ' + ('holds the epoch before' if self.path.exists() else 'was not written'))
+        if dist.is_initialized() and dist.get_rank(): return
         r, two, scaler = self.learn.recorder, getattr(self.learn, 'two_pass', None), getattr(self.learn, 'scaler', None)
         state = dict(fit=self._fit, epoch=self.epoch, n_epoch=self.n_epoch, rng=_rng_state(self.learn.dls), scaler=scaler.state_dict() if scaler else {},
-                     model=getattr(self.learn.model, 'module', self.learn.model).state_dict(), opt=self.learn.opt.state_dict(),
+                     model=model, opt=opt,
                      losses=torch.stack([torch.as_tensor(o) for o in r.losses]), lrs=[float(o) for o in r.lrs], iters=[int(o) for o in r.iters],
                      values=[[float('nan') if o is None else float(o) for o in v] for v in r.values],
-                     smooth=(int(r.smooth_loss.count), r.smooth_loss.val),
+                     smooth=(int(r.smooth_loss.count), r.smooth_loss.val), seconds=self.seconds,
+                     trackers={cb.name: {k: float(getattr(cb, k)) for k in ('best', 'wait') if hasattr(cb, k)} for cb in self._trackers()},
                      int_losses=two.int_losses if two else [], film=two.film if two else [])
         self.path.parent.mkdir(parents=True, exist_ok=True)
         part = self.path.with_name(self.path.name + '.part')
         torch.save(_unwrapped(state), part)
         os.replace(part, self.path)
+
+
+def _tensors(o):
+    "The floating-point tensors in nested dicts and lists"
+    if isinstance(o, torch.Tensor): return [o] if o.is_floating_point() else []
+    if isinstance(o, dict): o = list(o.values())
+    return [t for v in o for t in _tensors(v)] if isinstance(o, (list, tuple, L)) else []
 
 
 def _unwrapped(o): # fastai's L and tensor classes and numpy's scalars as plain ones, which load without trusting the file

@@ -70,7 +70,7 @@ def train(data: Annotated[str, typer.Argument(help='Class folders (`train/<class
           size: Annotated[int, _opt('Side of the square the images are brought to, pixels.', min=8)] = 128,
           epochs: Annotated[int, _opt('Passes over the training images.', min=1)] = 5,
           bs: Annotated[int, _opt('Batch size.', min=1)] = 64,
-          lr: Annotated[float, _opt('Highest learning rate of the one-cycle schedule.')] = 3e-3,
+          lr: Annotated[float, _opt('Highest learning rate of the one-cycle schedule.', min=1e-8, max=10)] = 3e-3,
           valid: Annotated[str, _opt('Split to validate on (`valid`, `test`), or a fraction of the training images. Default: what is there.')] = '',
           pretrained: Annotated[bool, _opt('Start from ImageNet weights (downloads them once).')] = False,
           aug: Annotated[bool, _opt('Mirror and shift the training images.')] = True,
@@ -97,7 +97,7 @@ def train(data: Annotated[str, typer.Argument(help='Class folders (`train/<class
         else:
             where = cifar10() if data == 'cifar10' else Path(data)
             frac = valid.replace('.', '', 1).isdigit()
-            dls = image_dls(where, size, bs, valid=(float(valid) if frac else valid) or None, aug=aug, seed=seed, num_workers=workers)
+            dls = image_dls(where, size, bs, valid=float(valid) if frac else valid or None, aug=aug, seed=seed, num_workers=workers)
         config |= dict(data=Path(data).name, layers=layers.split(',') if layers else None)
         from antehoc_nb.runs import train_run
         typer.echo(f'{len(dls.train_ds):,} training and {len(dls.valid_ds):,} validation images of {len(dls.vocab)} classes, on {dls.device}')
@@ -119,7 +119,9 @@ def explain(model: Annotated[Path, typer.Argument(help='A folder that `antehoc t
         from antehoc_nb.runs import explain_files
         if not 0 < threshold <= 1: raise ValueError(f'--threshold {threshold} must lie in (0,1]')
         if not images.exists(): raise FileNotFoundError(f'{images}: no such image or folder')
-        found = [images] if images.is_file() else sorted(f for f in images.rglob('*') if f.suffix.lower() in IMAGES and f.is_file())
+        made = out.resolve()
+        found = [images] if images.is_file() else sorted(f for f in images.rglob('*') if f.suffix.lower() in IMAGES and f.is_file()
+                                                         and made not in f.resolve().parents)
         if not found: raise ValueError(f'{images}: no image files found in this folder')
         if not model.exists(): raise FileNotFoundError(f'{model}: no such model folder')
         net = AntehocModel.from_pretrained(model/'model' if (model/'model'/'config.json').exists() else model)
@@ -159,7 +161,8 @@ def demo(out: Annotated[Path, _opt('Where the model, the record and the figures 
         found = {k: localisation(m, boxes) for k, m in maps.items()}
         acc = float(learn.recorder.values[-1][2])
         results = dict(accuracy=acc, localisation=found, seconds=round(time.time() - start))
-        write_record(run_record(config, seed, results, experiment='demo', command='antehoc demo'), out/'demo.json')
+        new = learn.checkpoint.epochs or not (out/'demo.json').exists()
+        if new: write_record(run_record(config, seed, results, experiment='demo', command='antehoc demo'), out/'demo.json')
         show_concepts(model.explain(sample_inputs(dls, 4)[0]))
         plt.savefig(out/'concepts.png', dpi=110, bbox_inches='tight')
         typer.echo(f'\naccuracy on digits of other writers: {acc:.3f}\n\n{"does the map find the digit?":30}{"pointing":>10}{"energy in box":>16}')

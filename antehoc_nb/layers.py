@@ -11,6 +11,7 @@ import difflib
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 import numpy as np
 import pandas as pd
@@ -79,8 +80,10 @@ def as_inputs(sample) -> tuple: # The arguments of the CNN's forward
 
 def _watch(cnn, sample) -> list[_Call]:
     "Run `cnn` once in evaluation mode, and list every module call that returned a (B,C,H,W) tensor."
-    calls, counts, handles, keep = [], {}, [], []
-    modes = [(m, m.training) for m in cnn.modules()]
+    calls, counts, handles, keep, inputs = [], {}, [], [], as_inputs(sample)
+    modes, ps = [(m, m.training) for m in cnn.modules()], [p for p in cnn.parameters() if p.requires_grad]
+    several = len(inputs) > 1  # then only what depends on the image counts: what autograd can follow to it
+    if several: inputs = (inputs[0].detach().clone().requires_grad_() * 1, *inputs[1:])
 
     def hook(name):
         def f(m, args, out):
@@ -93,10 +96,13 @@ def _watch(cnn, sample) -> list[_Call]:
     try:
         handles = [m.register_forward_hook(hook(n)) for n, m in cnn.named_modules() if n]
         cnn.eval()
-        with torch.no_grad(), torch.random.fork_rng(devices=[]): cnn(*as_inputs(sample))
+        for p in ps: p.requires_grad_(False)
+        with torch.set_grad_enabled(several), torch.random.fork_rng(devices=[]): cnn(*inputs)
     finally:
         for h in handles: h.remove()
         for m, t in modes: m.training = t
+        for p in ps: p.requires_grad_(True)
+    if several: calls = [c for c in calls if c.out.requires_grad]
     for c in calls: c.k = c.k if counts[c.name] else -1  # -1: called only once, needs no index
     return calls
 
@@ -140,7 +146,7 @@ def candidate_layers(cnn: nn.Module, # Any CNN
     # What an activation module made, or what a block with convolutions returned rectified.
     act = {k for k, g in groups.items() if any(c.is_act or c.rectified and c.has(_CONVS) for c in g)}
     read = {i for c in calls if c.is_act or c.is_norm for i in c.inputs}  # what a norm or an activation goes on to work on
-    block = {k for k, g in groups.items() if k not in act | read and any(not c.leaf and c.has(_CONVS) for c in g)}
+    block = {k for k, g in groups.items() if k not in act | read and any(not c.leaf and c.has(_CONVS) for c in g) and not any(c.is_norm for c in g)}
     bare = {k for k, g in groups.items() if k not in act | read and any(isinstance(c.module, _CONVS) or c.is_norm for c in g)}
 
     def layers(keys):
@@ -170,7 +176,7 @@ def _pick(layers: list[Layer], eta: int) -> list[Layer]:
 
 
 def choose_layers(cnn: nn.Module, # Any CNN
-                  sample, # Input like the ones to come, (B,C,H,W); a tuple if the CNN takes several
+                  sample, # Input like the ones to come, (B,C,H,W); a tuple if the CNN takes several. False: only see whether it has the `layers`
                   eta: int = 8, # How many layers, if `layers` is not given (the paper's 8)
                   layers: Sequence[str] | None = None, # Names to use instead of the automatic choice
                  ) -> tuple[str, ...]: # Their names, in order of computation
@@ -178,15 +184,18 @@ def choose_layers(cnn: nn.Module, # Any CNN
 
     Raises `ValueError` for a CNN without convolutions, an `eta` below 1 or above the number of layers found, an unknown name
     (with near matches), a repeated name, a module called several times without saying which, or an output that is not (B,C,H,W)."""
+    if isinstance(layers, str): layers = [layers]
     if layers is None:
-        if eta < 1: raise ValueError(f'eta={eta}: at least one layer is needed')
+        if isinstance(eta, bool) or not isinstance(eta, Integral) or eta < 1: raise ValueError(f'eta={eta!r}: give a whole number of layers, 1 or more')
         return tuple(o.name for o in _pick(candidate_layers(cnn, sample), eta))
     modules, counts = dict(cnn.named_modules()), {}
-    for c in _watch(cnn, sample): counts.setdefault(c.name, []).append(tuple(c.out.shape))
     if len(set(layers)) < len(layers) or not layers: raise ValueError(f'layers={list(layers)}: name at least one layer, each only once')
+    for name, *_ in map(parse_layer, layers):
+        if name not in modules: raise ValueError(unknown_name('layer', name, [n for n in modules if n]))
+    if sample is False: return tuple(layers)
+    for c in _watch(cnn, sample): counts.setdefault(c.name, []).append(tuple(c.out.shape))
     for spec in layers:
         name, k, _ = parse_layer(spec)
-        if name not in modules: raise ValueError(unknown_name('layer', name, [n for n in modules if n]))
         if name not in counts:
             raise ValueError(f'layer {name!r} ({type(modules[name]).__name__}) does not return a (B,C,H,W) tensor; choose among '
                              f'{", ".join(o.name for o in candidate_layers(cnn, sample))}')

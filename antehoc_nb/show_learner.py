@@ -113,6 +113,9 @@ def plot_losses(
         valid = [(i, v[names.index(col)]) for i,v in zip(r.iters, r.values) if col in names and i > skip]
         if valid: ax.plot(*zip(*valid), color=_wrong, marker='o', ms=5, ls='--', label='valid, after each epoch')
         ax.set(title=title, xlabel='step', yscale='log' if log else 'linear')
+        if train is not task and not log: # a single wild batch would flatten all the rest
+            top = 1.3*max([np.quantile(two.int_losses[skip:], .98), *(v for _,v in valid)])
+            if top < max(two.int_losses[skip:]): ax.set(ylim=(0, top), title=f'{title} (highest: {max(two.int_losses[skip:]):.3g})')
         ax.legend(fontsize=8, frameon=False)
     return axs
 

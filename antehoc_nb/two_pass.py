@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['int_losses', 'masks', 'HEAD', 'mse', 'mse_prob', 'int_loss', 'soft', 'sweep', 'both', 'sample_inputs',
-           'normalisation', 'antehoc_splitter', 'held', 'TwoPass', 'Bf16', 'plain_learner', 'antehoc_learner']
+           'normalisation', 'antehoc_splitter', 'held', 'IntLoss', 'TwoPass', 'Bf16', 'plain_learner',
+           'antehoc_learner']
 
 # %% ../nbs/04_two_pass.ipynb #cell0002
+import inspect
 import json
 from collections.abc import Sequence
 from contextlib import contextmanager, nullcontext
@@ -20,7 +22,7 @@ import torch.nn.functional as F
 from fastai.callback.core import Callback, CancelBackwardException
 from fastai.callback.fp16 import MixedPrecision
 from fastai.data.transforms import Normalize
-from fastai.learner import Learner, ValueMetric
+from fastai.learner import Learner, Metric
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import find_bs, to_device, trainable_params
 from fastai.vision.data import get_c
@@ -32,7 +34,7 @@ from torch import nn
 from .checkpoint import untouched
 from .cnns import build_cnn, find_arch, own_cnns
 from .layers import Registry
-from .model import AntehocModel, evaluating, output_tensors, plain
+from .model import AntehocModel, check_fill, evaluating, output_tensors, plain
 
 # %% ../nbs/04_two_pass.ipynb #cell0005
 int_losses = Registry('interpretation loss')
@@ -98,7 +100,9 @@ def sample_inputs(dls, # fastai DataLoaders
                   n: int = 2, # At most so many
                  ) -> tuple: # The CNN's inputs for a few validation (or else training) images, normalised, on the DataLoaders' device
     "The first few inputs the CNN will get, without disturbing the order of the training images."
-    with untouched(dls): b = (dls.valid if len(dls.loaders) > 1 and len(dls.valid_ds) else dls.train).one_batch()
+    dl = dls.valid if len(dls.loaders) > 1 and len(dls.valid_ds) else dls.train
+    if type(dl).__name__ == 'DistributedDL': dl = dl.dl  # it can't do `one_batch`
+    with untouched(dls): b = dl.one_batch()
     n_inp = getattr(dls, 'n_inp', len(b) - 1)
     return tuple(plain(t)[:n] if isinstance(t, torch.Tensor) else t for t in b[:n_inp])
 
@@ -113,23 +117,33 @@ def antehoc_splitter(model: AntehocModel, # The learner's model
                      of=trainable_params, # The CNN's own splitter
                      train_cnn: bool = True, # Whether the CNN is trained at all
                     ) -> list: # Parameter groups
-    "The CNN's parameter groups with the weight network added to the last."
-    w = list(model.weight_net.parameters())
-    if not train_cnn: return [w]
-    groups = list(of(model.cnn))
-    if groups and isinstance(groups[0], nn.Parameter): return [*groups, *w]
-    return [*groups[:-1], [*groups[-1], *w]]
+    "The CNN's parameter groups with the weight network added to the last; the groups stay as many, but empty, if the CNN is not trained."
+    w, groups = list(model.weight_net.parameters()), list(of(model.cnn))
+    if groups and isinstance(groups[0], nn.Parameter): groups = [groups]
+    return [*(g if train_cnn else [] for g in groups[:-1]), [*(groups[-1] if train_cnn else []), *w]]
 
 
 @contextmanager
 def held(cnn: nn.Module): # The network that pass 2 must leave alone
-    "Inside the block `cnn` is in evaluation mode and its weights get no gradients; its input still does."
+    "Inside the block `cnn` is in evaluation mode, its weights get no gradients (its input still does), and no draw moves torch's random streams."
     ps = [p for p in cnn.parameters() if p.requires_grad]
+    devices = {p.device for p in ps if p.is_cuda}
     for p in ps: p.requires_grad_(False)
     try:
-        with evaluating(cnn): yield
+        with evaluating(cnn), torch.random.fork_rng(devices): yield
     finally:
         for p in ps: p.requires_grad_(True)
+
+
+class IntLoss(Metric):
+    "The mean interpretation loss of the epoch as `TwoPass` measured it; nan where there is no `TwoPass`."
+    def __init__(self, which: str): self.which, self.two = which, None # 'train' or 'valid'
+    def reset(self): self.two = None
+    def accumulate(self, learn): self.two = getattr(learn, 'two_pass', None)
+    @property
+    def value(self): return self.two.mean_int_loss(self.which) if self.two else float('nan')
+    @property
+    def name(self): return f'{self.which}_int_loss'
 
 
 class TwoPass(Callback):
@@ -137,6 +151,7 @@ class TwoPass(Callback):
 
     Give it to the learner when it is made: `vision_learner(dls, resnet34, cbs=TwoPass())`. The recorder gains the columns
     `train_int_loss` and `valid_int_loss`. Raises `FloatingPointError` when a loss is no longer finite, before the step is taken."""
+    name = 'two_pass'  # of subclasses too: `learn.two_pass`
     order = MixedPrecision.order + 5  # after loss scaling, gradient clipping and distribution
     fp16_scale = 2.**10  # of the interpretation loss, so that small gradients survive half precision
 
@@ -149,9 +164,10 @@ class TwoPass(Callback):
                  **model_kwargs, # For `AntehocModel`: eta, layers, soft_attention, temperature, weight_net, scale
                 ):
         masks[mask], int_losses[loss]
+        check_fill(fill)
         self.mask, self.fill, self.int_loss, self.train_cnn, self.keep_maps, self.model_kwargs = mask, fill, loss, train_cnn, keep_maps, model_kwargs
         self.int_losses, self.film, self.film_images, self._aside, self._seen = [], [], None, None, None
-        self._mean = dict(train=[], valid=[])
+        self._mean, self._attached, self._trained = dict(train=[], valid=[]), None, False # (loss, batch size) of each batch
 
     def after_create(self): self.attach()
 
@@ -163,21 +179,51 @@ class TwoPass(Callback):
                 raise ValueError('TwoPass was added after the model was distributed; pass it when the learner is made: cbs=TwoPass()')
             sample = to_device(sample_inputs(learn.dls), next(learn.model.parameters()).device)
             mean, std = normalisation(learn.dls)
-            meta = dict(size=list(sample[0].shape[2:]))
-            if all(isinstance(o, str) for o in getattr(learn.dls, 'vocab', [0])): meta['vocab'] = list(learn.dls.vocab)
-            learn.model = AntehocModel(learn.model, sample, mean=mean, std=std, meta=meta, **self.model_kwargs)
+            learn.model = AntehocModel(learn.model, sample, mean=mean, std=std, meta=self._meta(sample), **self.model_kwargs)
         elif self.model_kwargs: raise ValueError(f'{", ".join(self.model_kwargs)}: the learner already has an AntehocModel; set these there')
-        if not isinstance(learn.splitter, partial) or learn.splitter.func is not antehoc_splitter:
-            learn.splitter = partial(antehoc_splitter, of=learn.splitter, train_cnn=self.train_cnn)
-            w = list(learn.model.weight_net.parameters())
-            if learn.opt is not None and not self.train_cnn: learn.opt = None
-            elif isinstance(learn.opt, OptimWrapper): learn.opt.opt.param_groups[-1]['params'].extend(w)
-            elif learn.opt is not None: learn.opt.param_lists[-1] = learn.opt.param_lists[-1] + L(w)
-            learn.metrics = learn.metrics + L(ValueMetric(partial(self.mean_int_loss, k), f'{k}_int_loss') for k in self._mean)
+        else: self._adopt(learn.model)
+        check_fill(self.fill, learn.model.mean.shape[1] if learn.model.mean.shape[1] > 1 else None)
+        self._join(learn)
+        self._attached = learn.model
+        if not any(isinstance(m, IntLoss) for m in learn.metrics): learn.metrics = learn.metrics + L(IntLoss('train'), IntLoss('valid'))
+
+    def _adopt(self, model):
+        "A model that was made without the DataLoaders learns from them how images are normalised, and what its file should say."
+        stats = normalisation(self.learn.dls)
+        if stats[0] is None: return
+        mean, std = (torch.tensor(o, dtype=torch.float32, device=model.mean.device).view(1, -1, 1, 1) for o in stats)
+        if mean.shape == model.mean.shape and torch.allclose(mean, model.mean) and torch.allclose(std, model.std): return
+        if (model.mean != 0).any() or (model.std != 1).any():
+            raise ValueError(f'the DataLoaders normalise with mean {mean.flatten().tolist()}, std {std.flatten().tolist()}, the AntehocModel was made for '
+                             f'{model.mean.flatten().tolist()}, {model.std.flatten().tolist()}; give both the same')
+        model.mean, model.std = mean, std
+        model.meta = self._meta(sample_inputs(self.learn.dls)) | model.meta
+
+    def _meta(self, sample):
+        "What the saved model should say of the images"
+        vocab = getattr(self.learn.dls, 'vocab', None)
+        known = vocab is not None and all(isinstance(o, str) for o in vocab)
+        return dict(size=list(sample[0].shape[2:])) | (dict(vocab=list(vocab)) if known else {})
+
+    def _join(self, learn):
+        "Hand the weight network to the learner's splitter and optimiser."
+        ours = isinstance(learn.splitter, partial) and learn.splitter.func is antehoc_splitter
+        if ours and learn.splitter.keywords['train_cnn'] == self.train_cnn: return
+        learn.splitter = partial(antehoc_splitter, of=learn.splitter.keywords['of'] if ours else learn.splitter, train_cnn=self.train_cnn)
+        if learn.opt is None: return
+        w = list(learn.model.weight_net.parameters())
+        if ours or not self.train_cnn:  # other parameters than before: a new optimiser with the same settings
+            hypers = learn.opt.hypers
+            learn.create_opt()
+            learn.opt.set_hypers(**{k: [h[k] for h in hypers] for k in hypers[0]})
+        elif isinstance(learn.opt, OptimWrapper): learn.opt.opt.param_groups[-1]['params'].extend(w)
+        else: learn.opt.param_lists[-1] = learn.opt.param_lists[-1] + L(w)
 
     def mean_int_loss(self, which: str) -> float: # 'train' or 'valid'
-        "Mean interpretation loss of the current or last epoch; nan before the first."
-        return float(np.mean(self._mean[which])) if self._mean[which] else float('nan')
+        "Mean interpretation loss of the current or last epoch, over its images; nan before the first."
+        if not self._mean[which]: return float('nan')
+        losses, sizes = zip(*self._mean[which])
+        return float(np.average(losses, weights=sizes))
 
     @property
     def antehoc(self) -> AntehocModel:
@@ -186,47 +232,53 @@ class TwoPass(Callback):
 
     def _processes(self): return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
-    def before_fit(self):
-        if not isinstance(self.antehoc, AntehocModel): self.attach()
+    def before_fit(self): # also called for validating and predicting
+        if sum(isinstance(cb, TwoPass) for cb in self.learn.cbs) > 1: raise ValueError('two TwoPass callbacks on one learner: learn.remove_cb(TwoPass) first')
+        if self._attached is not self.antehoc: self.attach()
+        self._trained = False
+
+    def before_train(self):
+        if self.epoch == 0: self._begin()
+        self._trained, self._mean['train'] = True, []
+        if not self.train_cnn: self.antehoc.cnn.eval()
+
+    def _begin(self):
         self.int_losses, self.film, self._aside = [], [], None
-        self._frozen = [] if self.train_cnn else [p for p in self.antehoc.cnn.parameters() if p.requires_grad]
-        for p in self._frozen: p.requires_grad_(False)
         if self._processes() > 1:
             for p in self.antehoc.weight_net.parameters(): dist.broadcast(p.data, 0)
-        if self.keep_maps:
+        if self.keep_maps and not hasattr(self.learn, 'lr_finder'):
             self.film_images = sample_inputs(self.learn.dls, self.keep_maps)
             self._shoot()
 
-    def after_fit(self):
-        for p in self._frozen: p.requires_grad_(True)
-        self._frozen, self.antehoc.listening = [], False
-
-    def before_train(self):
-        self._mean['train'] = []
-        if not self.train_cnn: self.antehoc.cnn.eval()
-
     def before_validate(self): self._mean['valid'] = []
-    def before_batch(self): self.antehoc.listening = self.training or not hasattr(self.learn, 'gather_preds')
+
+    def before_batch(self):
+        self.antehoc.listening = self.training or not hasattr(self.learn, 'gather_preds')
+        self.antehoc.cnn_learns = self.train_cnn
 
     def after_pred(self):
-        if self.antehoc.listening: self._seen = self.antehoc.take_sams(), self.pred
-        self.antehoc.listening = False
+        if (sams := self.antehoc.take_sams()) is not None: self._seen = sams, self.pred
 
     def after_loss(self):
         if self.training and not hasattr(self.learn, 'lr_finder'): self._finite(self.loss, 'the task loss')
         if not self.training and self._seen and len(self.yb):
-            with torch.no_grad(): self._mean['valid'].append(self._second_pass('soft').item())
+            with torch.no_grad(), held(self.antehoc.cnn): self._mean['valid'].append((self._second_pass('soft').item(), find_bs(self.yb)))
 
     def before_backward(self):
         if not self.train_cnn: raise CancelBackwardException()
+
     def after_backward(self):
+        with held(self.antehoc.cnn): self._learn()
+
+    def _learn(self):
+        "Pass 2, and its gradients for the weight network"
         w = [p for p in self.antehoc.weight_net.parameters() if p.requires_grad]
         scaler = getattr(self.learn, 'scaler', None)
         half = scaler is not None and scaler.is_enabled()
         with nullcontext() if w else torch.no_grad(): loss = self._second_pass(self.mask)
         if not hasattr(self.learn, 'lr_finder') and not half: self._finite(loss, 'the interpretation loss')
         self.int_losses.append(loss.item())
-        self._mean['train'].append(self.int_losses[-1])
+        self._mean['train'].append((self.int_losses[-1], find_bs(self.yb)))
         if not w: return
         acc, scale = getattr(self.learn, 'gradient_accumulation', None), self.fp16_scale if half else 1.
         share = 1. if acc is None else find_bs(self.yb) / acc.n_acc
@@ -237,11 +289,11 @@ class TwoPass(Callback):
             for p, g in zip(w, self._aside): p.grad = g * scaler.get_scale()
 
     def _second_pass(self, mask):
-        "Pass 2 on the current batch: the interpretation loss, differentiable in the weight network alone."
+        "Pass 2 on the current batch, the CNN being `held`: the interpretation loss, differentiable in the weight network alone."
         (sams, y1), self._seen, m = self._seen, None, self.antehoc
         x, others = plain(self.xb[0]), self.xb[1:]
         amp = next((cb for cb in self.learn.cbs if isinstance(cb, MixedPrecision)), None)
-        with amp.autocast if amp and getattr(amp, 'autocast', None) else nullcontext(), held(m.cnn):
+        with amp.autocast if amp and getattr(amp, 'autocast', None) else nullcontext():
             i_map, *_ = m.interpret(sams, x.shape[2:])
             i = (self.epoch * self.n_iter + self.iter) * len(x) * self._processes() + torch.arange(len(x))
             if self._processes() > 1: i = i + dist.get_rank() * len(x)
@@ -264,15 +316,18 @@ class TwoPass(Callback):
     def after_cancel_step(self): self._aside = None
     def after_batch(self): self._seen = None
     def after_epoch(self):
-        if self.keep_maps and not hasattr(self.learn, 'lr_finder'): self._shoot()
+        if self.keep_maps and self._trained and not hasattr(self.learn, 'lr_finder'): self._shoot()
 
-    def _shoot(self): self.film.append(self.antehoc.explain(*to_device(self.film_images, self.antehoc.mean.device)).map.half().cpu())
+    def _shoot(self):
+        with held(self.antehoc.cnn): e = self.antehoc.explain(*to_device(self.film_images, self.antehoc.mean.device))
+        self.film.append(e.map.half().cpu())
 
     def _finite(self, loss, what):
         if torch.isfinite(loss).all(): return
-        raise FloatingPointError(f'{what} is {loss.float().mean().item()} at epoch {self.epoch}, batch {self.iter}. Training stopped before this '
-                                 'step, so the model still holds its last finite weights (and the last checkpoint is good): lower the '
-                                 'learning rate, clip gradients with GradientClip(), or leave half precision')
+        good = all(p.isfinite().all() for p in self.antehoc.parameters())
+        raise FloatingPointError(f'{what} is {loss.float().mean().item()} at epoch {self.epoch}, batch {self.iter}. Training stopped before this step; '
+                                 + ('the model still holds its last finite weights' if good else 'an earlier step has spoilt the weights, a checkpoint is good')
+                                 + '. Lower the learning rate, clip gradients with GradientClip(), or leave half precision')
 
     def __getstate__(self): return {**self.__dict__, 'film': [], 'film_images': None, '_seen': None, '_aside': None}
 
@@ -296,9 +351,9 @@ def plain_learner(dls, # fastai DataLoaders
     "fastai's `vision_learner`, or `Learner` for a CNN that is already built, by name or by hand."
     name, whole = arch if isinstance(arch, str) else getattr(arch, '__name__', ''), isinstance(arch, nn.Module)
     if isinstance(arch, str): arch = find_arch(arch)
-    if name in own_cnns: arch, whole = build_cnn(name, get_c(dls)), True
-    learn = Learner(dls, arch, **{k: v for k, v in kwargs.items() if k != 'pretrained'}) if whole else vision_learner(dls, arch, **kwargs)
     head = {k: v for k, v in kwargs.items() if k in HEAD}
+    if name in own_cnns: arch, whole = build_cnn(name, get_c(dls), **head), True
+    learn = Learner(dls, arch, **{k: v for k, v in kwargs.items() if k not in ('pretrained', *HEAD)}) if whole else vision_learner(dls, arch, **kwargs)
     try:
         find_arch(name), json.dumps(head)
         by_name = isinstance(learn.model, AntehocModel) and 'custom_head' not in kwargs and 'cut' not in kwargs
@@ -324,6 +379,8 @@ def antehoc_learner(dls, # fastai DataLoaders with images (B,C,H,W) as first inp
                     **kwargs, # As for `vision_learner`; for a CNN of your own as for `Learner`
                    ) -> Learner: # `learn.model` is an `AntehocModel`
     "A fastai learner whose CNN explains itself: `plain_learner` with `TwoPass`."
-    two = TwoPass(mask, fill, train_cnn=train_cnn, keep_maps=keep_maps, eta=eta, layers=layers, soft_attention=soft_attention,
-                  temperature=temperature, weight_net=weight_net, scale=scale)
+    method = dict(eta=eta, layers=layers, soft_attention=soft_attention, temperature=temperature, weight_net=weight_net, scale=scale)
+    if isinstance(arch, AntehocModel): # it has them; `TwoPass` refuses others
+        method = {k: v for k, v in method.items() if v != inspect.signature(AntehocModel).parameters[k].default}
+    two = TwoPass(mask, fill, train_cnn=train_cnn, keep_maps=keep_maps, **method)
     return plain_learner(dls, arch, cbs=[*L(cbs), two], **kwargs)

@@ -1,6 +1,7 @@
 """What any model must hold to, whatever the images, the thread or the process."""
 import copy
 import gc
+import json
 import multiprocessing
 import sys
 import threading
@@ -290,3 +291,88 @@ def test_inputs_and_outputs_of_any_kind():
     assert torch.equal(e.pred['pair'][0], m(x, depth, gain=2.)['pair'][0]) and e.pred['note'] == 'kept'
     one = e[1]
     assert isinstance(one, Explanation) and one.pred['pair'][1].shape == (1, 2, 6, 6) and one.pred['rank'][0].tolist() == [1] and one.pred['note'] == 'kept'
+
+
+class Siamese(nn.Module):
+    "Two images, each through a branch of its own or both through one."
+    def __init__(self, shared):
+        super().__init__()
+        self.a = small_cnn(4)
+        self.b = self.a if shared else small_cnn(4)
+
+    def forward(self, x, other): return self.b(other) - self.a(x)
+
+
+@pytest.mark.parametrize('shared', [False, True])
+def test_layers_come_from_the_image_that_is_explained(shared):
+    cnn, x, other = Siamese(shared).eval(), torch.rand(2, 3, 32, 32), torch.rand(2, 3, 32, 32)
+    m = AntehocModel(cnn, (x, other), eta=3)
+    assert all(o.startswith('a.') and not o.endswith(':0') for o in m.layers)  # the other image runs first
+    assert torch.equal(m.explain(x, other).map, m.explain(x, torch.rand(2, 3, 32, 32)).map)
+    assert all(p.requires_grad and p.grad is None for p in cnn.parameters())
+
+
+class Flat(nn.Module):
+    "Takes 32 x 32 images and a number, nothing else."
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1), nn.ReLU()), nn.Linear(4*32*32 + 1, 2)
+
+    def forward(self, x, age): return self.head(torch.cat([self.conv(x).flatten(1), age], 1))
+
+
+def test_loading_does_not_run_the_cnn(tmp_path):
+    x, age = torch.rand(2, 3, 32, 32), torch.rand(2, 1)
+    m = noisy(AntehocModel(Flat(), (x, age), eta=2))
+    m.save_pretrained(tmp_path)
+    e, f = m.explain(x, age), AntehocModel.from_pretrained(tmp_path, cnn=Flat()).explain(x, age)
+    assert torch.equal(e.map, f.map) and torch.equal(e.pred, f.pred)
+    with pytest.raises(ValueError, match="does not fit the CNN, or was edited: unknown layer 'conv.1'"): AntehocModel.from_pretrained(tmp_path, cnn=small_cnn())
+
+
+@pytest.mark.parametrize('edit,message', [(dict(meta=None), 'was not built by name'), (dict(meta=dict(cnn=dict(arch='resnet18'))), 'was edited: .*n_out'),
+                                          (dict(meta=dict(cnn=5)), 'was edited'), (dict(colour=1), 'was edited: .*colour'), (dict(eta='x'), 'was edited')])
+def test_edited_configurations_are_refused(tmp_path, edit, message):
+    small_model().save_pretrained(tmp_path)
+    config = tmp_path/'config.json'
+    config.write_text(json.dumps(json.loads(config.read_text()) | edit))
+    with pytest.raises(ValueError, match=message): AntehocModel.from_pretrained(tmp_path, **({} if 'meta' in edit else dict(cnn=small_cnn())))
+
+
+def test_memory_format_survives_saving(tmp_path):
+    m = noisy(small_model()).to(memory_format=torch.channels_last)
+    x = torch.rand(4, 3, 32, 32)
+    m.save_pretrained(tmp_path)
+    e, f = m.explain(x), AntehocModel.from_pretrained(tmp_path, cnn=small_cnn()).explain(x)
+    assert m.config['channels_last'] and torch.equal(e.map, f.map) and torch.equal(e.pred, f.pred)
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float64])
+def test_other_precisions(dtype):
+    m, x = noisy(small_model()), torch.rand(2, 3, 32, 32)
+    want = m.explain(x).map
+    e = m.to(dtype).explain(x.to(dtype))
+    torch.testing.assert_close(e.map.float(), want, atol=.2 if dtype is torch.bfloat16 else 1e-4, rtol=0)
+
+
+def test_a_cnn_that_writes_to_its_input():
+    class Greedy(nn.Module):
+        def __init__(self): super().__init__(); self.body = small_cnn()
+        def forward(self, x): return self.body(x.mul_(0.))
+    x = torch.rand(2, 3, 32, 32)
+    e = AntehocModel(Greedy(), torch.rand(2, 3, 32, 32), eta=2).explain(x)
+    assert e.image.abs().max() > 0 and e.image is x
+
+
+def test_one_image_of_many():
+    e = small_model().explain(torch.rand(3, 3, 32, 32))
+    e.pred = dict(logits=e.pred, scale=torch.tensor(2.))
+    one = e[torch.tensor(1).numpy()[()]]
+    assert one.map.shape == (1, 1, 32, 32) and one.pred['logits'].shape[0] == 1 and one.pred['scale'] == 2
+
+
+@pytest.mark.parametrize('kw,message', [(dict(eta=2.5), 'eta=2.5: give a whole number'), (dict(eta=True), 'eta=True: give a whole number'),
+                                        (dict(temperature=float('nan')), 'temperature=nan must be above 0'), (dict(layers='9.9'), "unknown layer '9.9'"),
+                                        (dict(mean=[0]*3, std=[1, 0, 1]), 'std above 0'), (dict(mean=[0.], std=[1]*3), 'as many of each')])
+def test_bad_arguments(kw, message):
+    with pytest.raises(ValueError, match=message): AntehocModel(small_cnn(), torch.rand(2, 3, 32, 32), **dict(eta=2) | kw)

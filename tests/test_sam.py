@@ -9,7 +9,7 @@ from antehoc_nb.model import AntehocModel, output_tensors
 TORCHVISION = dict(resnet18=48, squeezenet1_1=48, mobilenet_v3_small=48, mnasnet0_5=48, shufflenet_v2_x0_5=48, regnet_y_400mf=48, alexnet=80,
                    vgg11_bn=48, densenet121=48, googlenet=48, efficientnet_b0=48)
 TIMM = dict(resnet10t=48, convnext_atto=48, mobilenetv3_small_050=48, efficientnet_lite0=48, repvgg_a0=48, nf_resnet26=48, ghostnet_050=48,
-            regnetx_002=48, edgenext_xx_small=64, vovnet39a=48)
+            regnetx_002=48, edgenext_xx_small=64, vovnet39a=48, mobileone_s0=48)
 
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -42,6 +42,7 @@ def test_families(family, name, size):
     chosen = [stages[o] for o in m.layers]
     assert chosen == sorted(chosen) and chosen[0] == 0 and chosen[-1] == max(stages.values()), m.layers
     assert all(o.shape[1]*o.shape[2] > 1 for o in found)
+    if name in ('repvgg_a0', 'mobileone_s0'): assert not any(o.endswith('+relu') for o in m.layers)  # sums of branches, not one of them
     assert len({t.numpy().tobytes() for t in e.sams[0]}) == eta
     assert choose_layers(cnn, x, layers=m.layers) == m.layers
     assert all(parse_layer(o)[0] in dict(cnn.named_modules()) for o in m.layers)

@@ -200,6 +200,7 @@ def test_two_processes_train_as_one(start, tmp_path, n, bs, opt, mask, accumulat
     port, args = free_port(), (tmp_path, n, bs, opt, mask)
     ended(*[start(together, *args, accumulate//2, rank=r, world=2, port=port) for r in (0, 1)], start(together, *args, accumulate))
     one, a, b = (torch.load(tmp_path/f) for f in ('1-0.pt', '2-0.pt', '2-1.pt'))
+    assert len(a['film']) == 4 and all(torch.equal(p, q) for p, q in zip(a['film'], b['film']))
     assert same(a['model'], b['model'])  # both processes hold the same weights, weight network included
     for k, v in one['model'].items(): torch.testing.assert_close(v, a['model'][k], atol=2e-5, rtol=1e-3, msg=lambda m, k=k: f'{k}: {m}')
     means = [(p + q)/2 for p, q in zip(a['int_losses'], b['int_losses'])]

@@ -144,7 +144,7 @@ def together(folder, n, bs, opt, mask, accumulate=0, rank=0, world=1, port=0):
             torch.distributed.broadcast(t, rank)
             return t.tolist()
         fastai.distributed.DistributedDL._broadcast = broadcast
-    cbs = [TwoPass(eta=3, mask=mask)]
+    cbs = [TwoPass(eta=3, mask=mask, keep_maps=2)]
     if accumulate: cbs.append(fastai.callback.training.GradientAccumulation(accumulate))
     learn = Learner(tensor_dls(n, bs//world, joint=0 if world > 1 else 2), bare_cnn(), loss_func=nn.CrossEntropyLoss(), opt_func=OPTS[opt], cbs=cbs)
     if world > 1:
@@ -153,7 +153,7 @@ def together(folder, n, bs, opt, mask, accumulate=0, rank=0, world=1, port=0):
         with learn.distrib_ctx(sync_bn=False): run(learn, lambda o: o.fit(3, .02))
         torch.distributed.destroy_process_group()
     else: run(learn, lambda o: o.fit(3, .02))
-    torch.save(dict(model=learn.model.state_dict(), int_losses=learn.two_pass.int_losses), folder/f'{world}-{rank}.pt')
+    torch.save(dict(model=learn.model.state_dict(), int_losses=learn.two_pass.int_losses, film=learn.two_pass.film), folder/f'{world}-{rank}.pt')
 
 
 # --- Elsewhere

@@ -1,0 +1,42 @@
+"""The command on other data, other models and its own output."""
+import csv
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from antehoc_nb.cli import app
+from antehoc_nb.data import PhotoDigits
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for seed, root in enumerate(('a', 'b')):
+        scenes = PhotoDigits(24, size=32, seed=seed)
+        for i, (im, y) in enumerate(zip(scenes.images, scenes.labels)):
+            f = tmp_path/root/'photos'/('odd' if y % 2 else 'even')/f'{i}.png'
+            f.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(im).save(f)
+    return tmp_path
+
+
+def antehoc(*args, code=0):
+    r = CliRunner().invoke(app, list(map(str, args)))
+    assert r.exit_code == code, r.output
+    return r.output
+
+
+def test_runs_do_not_mix(folders):
+    train = ('--arch', 'small_cnn', '--size', 32, '--epochs', 1, '--bs', 8, '--eta', 4)
+    assert 'accuracy' in antehoc('train', 'a/photos', *train)
+    assert 'holds a run with other settings (images: ' in antehoc('train', 'b/photos', *train, code=1)  # the same name, other images
+    assert "unknown fill 'green'" in antehoc('train', 'b/photos', *train, '--out', 'run-b', '--fill', 'green', code=1)
+    assert 'accuracy' in antehoc('train', 'b/photos', *train, '--out', 'run-b')  # the slip has left nothing behind
+    assert '--lr' in antehoc('train', 'a/photos', '--lr', -1, code=2)
+    assert 'valid=0.0' in antehoc('train', 'a/photos', '--valid', 0, '--out', 'c', code=1)
+    assert '24 images explained' in antehoc('explain', 'antehoc-run', 'a/photos')
+    assert 'holds a run with other settings (model: ' in antehoc('explain', 'run-b', 'a/photos', code=1)
+    assert 'holds a run with other settings (threshold: ' in antehoc('explain', 'antehoc-run', 'a/photos', '--threshold', .3, code=1)
+    for again in (24, 0): assert f'{again} images explained' in antehoc('explain', 'antehoc-run', 'b', '--out', 'b/maps')  # not its own output
+    with open('b/maps/explanations.csv', newline='') as f: assert all(r['image'].startswith('photos/') for r in csv.DictReader(f))
