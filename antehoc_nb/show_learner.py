@@ -98,24 +98,26 @@ def plot_losses(
     log:bool=False, # logarithmic loss axes?
     axs=None, # two axes to draw on; a new figure if None
 ): # array (2,) of `Axes`
-    "Task loss and interpretation loss over the steps of the last fit, validation after each epoch. `RuntimeError` before the first fit."
+    """Task loss and interpretation loss over the steps of the last fit, validation after each epoch. `RuntimeError` before the first fit.
+
+    Interpretation losses far above the rest are cut, in the smoothed curve too, unless `log`; the title then tells the highest."""
     r,two = getattr(learn, 'recorder', None),getattr(learn, 'two_pass', None)
     if two is None: raise TypeError("learn: no TwoPass callback, no interpretation loss; use `antehoc_learner(dls, arch)` or `cbs=TwoPass()`")
     if len(getattr(r, 'losses', [])) <= skip:
         raise RuntimeError(f"learn: no losses after step {skip}; call `learn.fit_one_cycle(...)` first (saving drops them)")
     if axs is None: axs = plt.subplots(1, 2, figsize=(8, 2.7), layout='constrained')[1]
     task,names = [float(o) for o in r.losses],list(r.metric_names)[1:]
-    curves = ('task loss', task, 'valid_loss'), ('interpretation loss', _smooth(two.int_losses), 'valid_int_loss')
+    raw = np.array(two.int_losses)
+    cut = np.inf if log else 1.5*np.quantile(raw[skip:], .98) # one wild batch would flatten all the rest
+    curves = ('task loss', task, 'valid_loss'), ('interpretation loss', _smooth(raw.clip(max=cut)), 'valid_int_loss')
     for ax,(title,train,col) in zip(axs, curves):
         steps = np.arange(1, len(train)+1)
-        if train is not task: ax.plot(steps[skip:], two.int_losses[skip:], color=_right, alpha=.25, lw=.8)
+        if train is not task: ax.plot(steps[skip:], raw[skip:], color=_right, alpha=.25, lw=.8)
         ax.plot(steps[skip:], train[skip:], color=_right, label='train (smoothed)')
         valid = [(i, v[names.index(col)]) for i,v in zip(r.iters, r.values) if col in names and i > skip]
         if valid: ax.plot(*zip(*valid), color=_wrong, marker='o', ms=5, ls='--', label='valid, after each epoch')
         ax.set(title=title, xlabel='step', yscale='log' if log else 'linear')
-        if train is not task and not log: # a single wild batch would flatten all the rest
-            top = 1.3*max([np.quantile(two.int_losses[skip:], .98), *(v for _,v in valid)])
-            if top < max(two.int_losses[skip:]): ax.set(ylim=(0, top), title=f'{title} (highest: {max(two.int_losses[skip:]):.3g})')
+        if train is not task and raw[skip:].max() > 2*cut: ax.set(ylim=(0, max([cut, *(v for _,v in valid)])), title=f'{title} (highest: {raw.max():.3g})')
         ax.legend(fontsize=8, frameon=False)
     return axs
 
