@@ -101,7 +101,8 @@ def model_randomisation(
         return _check_map(out)
     def row(layer, m):
         flat = m.flatten(1).amax(1) == m.flatten(1).amin(1)
-        return dict(layer=layer, rank_correlation=rank_correlation(first, m).nanmean().item(), ssim=ssim(first, m).mean().item(), flat=flat.float().mean().item())
+        return dict(layer=layer, rank_correlation=rank_correlation(first, m).nanmean().item(), ssim=ssim(first, m).mean().item(),
+                    flat=flat.float().mean().item())
     first = maps(model)
     rows = [row('(trained)', first)]
     for k in range(len(layers)):

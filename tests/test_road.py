@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from antehoc_nb.road import linear_imputation, road
+from antehoc_nb.road import linear_imputation, road_scores
 
 seeds = st.integers(0, 2**31 - 1)
 sizes = st.integers(2, 9)
@@ -83,7 +83,7 @@ def test_road_of_the_grad_cam_library(monkeypatch):
     y = torch.tensor([0, 1, 2, 3, 0])
     args = x, m[:, 0].numpy(), [ClassifierOutputSoftmaxTarget(c) for c in y.tolist()], net
     shares = (.2, .4, .6, .8)
-    r = road(lambda x, t: net(x).softmax(1).gather(1, t[:, None])[:, 0], x, m, shares, target=y, noise=0)
+    r = road_scores(lambda x, t: net(x).softmax(1).gather(1, t[:, None])[:, 0], x, m, shares, target=y, noise=0)
     for k, s in enumerate(shares):
         p = round(100*(1 - s))  # it names the share that stays
         for name, theirs in (('most', lib.ROADMostRelevantFirst(p)), ('least', lib.ROADLeastRelevantFirst(p))):
@@ -103,7 +103,7 @@ def test_the_order_of_removal(seed, n, levels):
         seen.append(x)
         return x.mean((1, 2, 3))
     x = torch.rand(2, 3, n, n, generator=g) + 1e-3*torch.arange(n*n).view(n, n)
-    road(score, x, m, (.3, .6), noise=.5)
+    road_scores(score, x, m, (.3, .6), noise=.5)
     for order, high in ((seen[:2], True), (seen[2:], False)):
         before = None
         for s, xk in zip((.3, .6), order):
@@ -123,7 +123,7 @@ def test_targets_and_batches():
         assert not torch.is_grad_enabled()
         sizes.append(len(x))
         return net(x).softmax(1).gather(1, t[:, None])[:, 0]
-    whole, parts = road(score, x, m, target=y), road(score, x, m, target=y, bs=2)
+    whole, parts = road_scores(score, x, m, target=y), road_scores(score, x, m, target=y, bs=2)
     assert sizes == [5]*8 + [2, 2, 1]*8
     for k in whole: assert torch.allclose(whole[k], parts[k], atol=1e-6)
     assert whole['most_curve'].shape == (5, 4) and torch.allclose(whole['combined'], whole['least'] - whole['most'], atol=1e-6)
@@ -145,5 +145,5 @@ def test_targets_and_batches():
 ])
 def test_road_refuses(change, says):
     args = dict(score=lambda x: x.mean((1, 2, 3)), x=torch.rand(3, 3, 8, 8), map=torch.rand(3, 1, 8, 8)) | change
-    with pytest.raises(ValueError) as e: road(**args)
+    with pytest.raises(ValueError) as e: road_scores(**args)
     assert says in str(e.value)
