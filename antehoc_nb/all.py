@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../nbs/16_all.ipynb #cell0003
-from . import checkpoint, cnns, data, files, layers, metrics, model, sam, show, show_learner, two_pass, weight_net
+from . import checkpoint, cnns, data, files, layers, metrics, model, records, road, sam, sanity, show, show_learner, stability, two_pass, weight_net
 from .checkpoint import *
 from .cnns import *
 from .data import *
@@ -14,13 +14,17 @@ from .files import *
 from .layers import *
 from .metrics import *
 from .model import *
+from .records import *
+from .road import *
 from .sam import *
+from .sanity import *
 from .show import *
 from .show_learner import *
+from .stability import *
 from .two_pass import *
 from .weight_net import *
 
 # %% ../nbs/16_all.ipynb #cell0004
-_modules = data, files, layers, sam, weight_net, cnns, model, checkpoint, two_pass, show, show_learner, metrics
+_modules = data, files, layers, sam, weight_net, cnns, model, checkpoint, two_pass, show, show_learner, metrics, records, road, sanity, stability
 _by_name = {*sam.soft_attentions, *weight_net.weight_nets, *two_pass.masks, *two_pass.int_losses, 'plain', 'resize', 'masked'}
 __all__ = sorted({n for m in _modules for n in m.__all__} - _by_name)

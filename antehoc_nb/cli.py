@@ -143,7 +143,7 @@ def demo(out: Annotated[Path, _opt('Where the model, the record and the figures 
         import torch
 
         from antehoc_nb.data import photo_digits_dls
-        from antehoc_nb.metrics import run_record, write_record
+        from antehoc_nb.records import run_record, write_record
         from antehoc_nb.model import AntehocModel, plain
         from antehoc_nb.runs import centred_blob, localisation, train_run
         from antehoc_nb.show import show_concepts

@@ -110,7 +110,7 @@ class Explanation:
     @property
     def energy(self) -> torch.Tensor:
         "The images under the map, normalised as the CNN wants them, (B,C,H,W)."
-        return self.black + (self.image - self.black) * self.map
+        return torch.lerp(self.black, self.image, self.map.to(self.image))
 
     @property
     def binarised(self) -> torch.Tensor:
@@ -269,7 +269,7 @@ def masked(x: torch.Tensor, # Images, (B,C,H,W), normalised
     else:
         k = max(3, min(x.shape[2:]) // 4 | 1)
         f = gaussian_blur(x, k, k / 3)
-    return f + (x - f) * m
+    return torch.lerp(f.to(x), x, m.to(x))  # exact where m is 0 or 1
 
 
 @patch

@@ -29,8 +29,9 @@ from tqdm import tqdm
 
 from .checkpoint import Checkpoint
 from .data import open_rgb
-from .metrics import energy_in_region, pointing_game, run_record, write_record
+from .metrics import energy_in_region, pointing_game
 from .model import AntehocModel, Explanation, in_channels
+from .records import run_record, write_record
 from .show import concept_regions
 from .show_learner import plot_losses  # gives Learner its show_maps too
 from .two_pass import Bf16, antehoc_learner, plain_learner

@@ -29,10 +29,11 @@ from tqdm import tqdm
 from .data import photo_digits_dls
 from .files import data_root, image_dls
 from .metrics import (class_probability, drop_inc_win, energy_in_region, equal_area_mask, insertion_deletion, map_area,
-                                pointing_game, run_record, write_record)
+                                pointing_game)
 from .cnns import small_cnn
 from .layers import Listener
 from .model import AntehocModel, plain
+from .records import run_record, write_record
 from .two_pass import TwoPass, held, int_loss, masks, normalisation, sample_inputs
 
 # %% ../nbs/14_weight_choice.ipynb #cell0005

@@ -213,7 +213,7 @@ def main():
     if a.threads: torch.set_num_threads(a.threads)
     if a.peak: return print(json.dumps(peak(a.arch[0], a.size[0], a, a.peak == 'two-pass')))
 
-    from antehoc_nb.metrics import run_record, write_record
+    from antehoc_nb.records import run_record, write_record
     start, cases, rows = time.time(), {}, [['case', 'ratio of', 'wall', 'quartiles', 'CPU time', 'ours / plain', 'budget']]
     for arch in a.arch:
         for size in a.size:

@@ -1,8 +1,5 @@
 """Properties and references for `antehoc_nb.metrics` that would drown its page."""
-import json
 import math
-import os
-import subprocess
 from functools import partial
 
 import numpy as np
@@ -17,13 +14,14 @@ from antehoc_nb.metrics import (
     drop_inc_win,
     energy_in_region,
     equal_area_mask,
+    faithfulness,
+    faithfulness_table,
     insertion_deletion,
+    iou,
     map_area,
     pointing_game,
-    read_record,
-    run_record,
-    write_record,
 )
+from antehoc_nb.model import masked
 
 probabilities = st.lists(st.tuples(*[st.floats(0, 1, allow_subnormal=False)]*2), min_size=1, max_size=30)
 seeds = st.integers(0, 2**31 - 1)
@@ -99,6 +97,169 @@ def test_drop_inc_win_at_the_ends():
 def test_drop_inc_win_refuses(p_x, p_e, says):
     with pytest.raises(ValueError) as e: drop_inc_win(p_x, p_e)
     assert says in str(e.value)
+
+
+# --- faithfulness
+
+@pytest.mark.usefixtures('one_thread')
+@given(seeds, sizes, st.floats(.01, 1), st.sampled_from(['black', 'mean', 'blur', .3]), st.integers(1, 4))
+def test_faithfulness_is_its_definition(seed, n, threshold, fill, bs):
+    "One image and one mask at a time, in pixel space"
+    n += 4
+    net, m, y = Net().eval(), maps(seed, n, n), torch.tensor([0, 3, 1])
+    mean, std = torch.tensor([.4, .5, .6]), torch.tensor([.2, .3, .25])
+    shape = lambda v: v.view(1, -1, 1, 1)
+    x = (images(seed, n, n) - shape(mean))/shape(std)
+    r = faithfulness(net, x, m, y, threshold=threshold, areas=(.1, .5), fill=fill, mean=mean, std=tuple(std.tolist()), bs=bs)
+    assert list(r) == ['p_x'] + [k for kind in ('energy', 'binarised', 'top 10%', 'top 50%') for k in (kind, f'{kind} area')]
+    for i in range(3):
+        xi, mi = x[i:i+1], m[i:i+1]
+        masks = {'energy': mi, 'binarised': (mi >= threshold).float(), 'top 10%': equal_area_mask(mi, .1), 'top 50%': equal_area_mask(mi, .5)}
+        with torch.no_grad():
+            assert r['p_x'][i].item() == pytest.approx(net(xi).softmax(1)[0, y[i]].item(), abs=1e-6)
+            for k, mk in masks.items():
+                p = net(masked(xi, mk, fill, shape(mean), shape(std))).softmax(1)[0, y[i]]
+                assert r[k][i].item() == pytest.approx(p.item(), abs=1e-5), k
+                assert r[f'{k} area'][i].item() == pytest.approx(mk.mean().item(), abs=1e-6), k
+
+
+@given(seeds, st.floats(.01, 1))
+def test_a_map_of_ones_neither_drops_nor_wins(seed, threshold):
+    "Also where the fill and the normalisation would round: kept pixels are the image's own, to the bit"
+    x = images(seed, 8, 8, 5)*3 - 1.3
+    r = faithfulness(Net(), x, torch.ones(5, 1, 8, 8), 1, threshold=threshold, areas=(1.,), mean=(.485, .456, .406), std=(.229, .224, .225), bs=2)
+    t = faithfulness_table(r)
+    assert (t.win == 0).all() and (t.average_drop == 0).all() and t['drop'].isna().all() and (t.area == 1).all()
+    m = maps(seed, 8, 8, 5)
+    kept = faithfulness(Net(), x, m, 1, threshold=threshold, areas=(), mean=.5, std=.2)['binarised area']
+    assert torch.allclose(kept, (m >= threshold).float().mean((1, 2, 3)))
+
+
+def test_faithfulness_runs_the_model_once_per_kind_and_leaves_it_alone():
+    net, calls = Net().train(), []
+    net[1].eval()
+    def s(model, x, target):
+        calls.append((len(x), model.training, torch.is_grad_enabled()))
+        return class_probability(model, x, target)
+    r = faithfulness(net, images(0, 8, 8, 5).requires_grad_(), maps(0, 8, 8, 5), [0, 1, 2, 3, 0], score=s, areas=(.2,), bs=4)
+    assert calls == [(4, False, False)]*4 + [(1, False, False)]*4
+    assert [m.training for m in net] == [True, False, True, True, True, True] and not any(v.requires_grad for v in r.values())
+    def fails(*a): raise ZeroDivisionError
+    with pytest.raises(ZeroDivisionError): faithfulness(net, images(0, 8, 8), maps(0, 8, 8), 0, score=fails)
+    assert net.training and not net[1].training
+
+
+def test_the_table_is_drop_inc_win_by_kind():
+    r = dict(p_x=torch.tensor([.8, .5, .4, .2, .9]), energy=torch.tensor([.6, .125, .5, .5, .9]), binarised=torch.zeros(5))
+    r |= {'energy area': torch.tensor([.1, .2, .3, .4, .5]), 'binarised area': torch.zeros(5)}
+    t = faithfulness_table(r)
+    assert t.columns.tolist() == 'drop inc win average_drop average_gain increase_in_confidence share_drop share_inc n area'.split()
+    assert t.index.tolist() == ['energy', 'binarised'] and t.index.name == 'kind'
+    assert t.loc['energy'].tolist() == pytest.approx([50, 40, 40, 20, 100*(1/6 + .375)/5, 40, .4, .4, 5, .3], rel=1e-5)
+    assert t.loc['binarised', ['drop', 'win', 'average_drop', 'area']].tolist() == [100, 0, 100, 0] and math.isnan(t.loc['binarised', 'inc'])
+
+
+def test_other_tasks_bring_their_own_targets():
+    "Token sequences for captioning, none for a score that needs none"
+    x, m, tokens = images(0, 8, 8, 5), maps(0, 8, 8, 5), torch.arange(20).view(5, 4)
+    def s(model, x, target):
+        assert target.shape == (len(x), 4)
+        return x.mean((1, 2, 3))*0 + target[:, 0]/20
+    assert faithfulness(None, x, m, tokens, score=s, bs=2)['energy'].tolist() == pytest.approx([0, .2, .4, .6, .8])
+    none = faithfulness(None, x, m, None, score=lambda model, x, target: x.mean((1, 2, 3)) if target is None else 1/0, bs=2)
+    assert torch.allclose(none['energy'], (x*m).mean((1, 2, 3)))
+
+
+@pytest.mark.parametrize('change,says', [
+    (dict(x=torch.rand(0, 3, 8, 8), map=torch.rand(0, 1, 8, 8)), 'x holds no image: the test set is empty'),
+    (dict(x=torch.rand(3, 8, 8)), 'x must have shape (B,C,H,W), not (3, 8, 8)'),
+    (dict(x=torch.ones(3, 3, 8, 8, dtype=torch.uint8)), 'x must be floating point, normalised as the model expects, not torch.uint8'),
+    (dict(map=torch.rand(2, 1, 8, 8)), 'map and x do not fit: maps (2, 8, 8) for images (3, 3, 8, 8)'),
+    (dict(map=torch.rand(3, 3, 8, 8)), 'map must have shape (B,1,H,W) or (B,H,W), not (3, 3, 8, 8)'),
+    (dict(map=torch.rand(3, 8, 8) + 1), 'map must lie in [0,1], got 1'),
+    (dict(map=torch.full((3, 8, 8), math.nan)), 'map holds NaN or infinity in 3 of 3 images'),
+    (dict(threshold=0), 'threshold must lie in (0,1], got 0'),
+    (dict(threshold=1.1), 'threshold must lie in (0,1], got 1.1'),
+    (dict(threshold=math.nan), 'threshold must lie in (0,1], got nan'),
+    (dict(areas=(.2, 1.2)), 'share must lie in (0,1], got 1.2'),
+    (dict(bs=0), 'bs must be at least 1, got 0'),
+    (dict(target=[0, 1]), 'target must have one entry per image, (3,...), not (2,)'),
+    (dict(target=4), "target must lie in 0..3 for this model's 4 classes, got 4"),
+    (dict(fill='white'), 'fill'),
+    (dict(score=lambda model, x, target: model(x)), 'score must give one number per image, (3,), got (3, 4)'),
+    (dict(score=lambda model, x, target: x.mean((1, 2, 3))*math.nan), 'score gave NaN or infinity for 3 of 3 images (p_x)'),
+])
+def test_faithfulness_refuses(change, says):
+    args = dict(model=Net(), x=torch.rand(3, 3, 8, 8), map=torch.rand(3, 1, 8, 8), target=0) | change
+    with pytest.raises(ValueError) as e: faithfulness(**args)
+    assert says in str(e.value)
+
+
+def test_a_score_without_0_and_1_has_no_drop():
+    r = faithfulness(Net(), images(0, 8, 8), maps(0, 8, 8), None, score=lambda model, x, target: x.sum((1, 2, 3)))
+    with pytest.raises(ValueError, match=r'p_x must lie in \[0,1\]; 3 of 3 values do not. Are these logits.*Is it a regression. Score its closeness'):
+        faithfulness_table(r)
+
+
+# --- the same numbers from other libraries
+
+class Wide(torch.nn.Sequential):
+    "A CNN whose probabilities differ from image to image, with a layer for CAMs"
+    def __init__(self):
+        torch.manual_seed(1)
+        super().__init__(torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.ReLU(), torch.nn.Conv2d(8, 8, 3, 2, padding=1), torch.nn.ReLU(),
+                         torch.nn.AdaptiveAvgPool2d(2), torch.nn.Flatten(), torch.nn.Linear(32, 4))
+        for p in self.parameters(): p.data.mul_(2.)
+
+
+def torchcam_case():
+    "Twelve images and torchcam's maps, resized as its metrics do, which also take the gradients of the softmax and not of the logits"
+    methods = pytest.importorskip('torchcam.methods')
+    net, x = Wide().eval(), torch.randn(12, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    y = torch.arange(12) % 4
+    cam = methods.GradCAM(net, '2')
+    maps = cam.fuse_cams(cam(y.tolist(), net(x).softmax(1)))
+    maps = torch.nn.functional.interpolate(maps[:, None], x.shape[2:], mode='bilinear', align_corners=False)
+    return net, x, y, cam, maps.detach().clamp(0, 1)
+
+
+def test_torchcam_agrees_on_probabilities_and_only_there():
+    '''torchcam masks in the normalised space (0 stays 0, so no mean and std here), adds 1e-7 to p_x, and, unless it is given
+    a softmax as `logits_fn`, works on raw logits, which gives another number'''
+    from torchcam.metrics import ClassificationMetric
+    net, x, y, cam, m = torchcam_case()
+    metric, raw = ClassificationMetric(cam, partial(torch.softmax, dim=-1)), ClassificationMetric(cam)
+    for o in (metric, raw): o.update(x, y.tolist())
+    t = faithfulness_table(faithfulness(net, x, m, y)).loc['energy']
+    assert 100*metric.summary()['avg_drop'] == pytest.approx(t.average_drop, rel=1e-4) and t.average_drop > 1
+    assert 100*metric.summary()['conf_increase'] == pytest.approx(t.increase_in_confidence) and 0 < t.win < 100
+    assert 100*raw.summary()['avg_drop'] != pytest.approx(t.average_drop, rel=.05)
+
+
+def test_torchcam_agrees_on_insertion_and_deletion():
+    "Where the steps divide the pixels; it rounds the step up otherwise, and we the number of pixels"
+    from torchcam.metrics import DeletionInsertionMetric
+    net, x, y, cam, m = torchcam_case()
+    metric = DeletionInsertionMetric(cam, partial(torch.softmax, dim=-1), steps=16)
+    metric.update(x, y.tolist())
+    r = insertion_deletion(partial(class_probability, net), x, m, 16, baseline=0., target=y)
+    assert metric.summary()['insertion_auc'] == pytest.approx(r['insertion'].mean().item(), abs=1e-5)
+    assert metric.summary()['deletion_auc'] == pytest.approx(r['deletion'].mean().item(), abs=1e-5)
+
+
+def test_grad_cam_library_gives_differences_instead_of_shares():
+    "Its drop is p_x - p_e where positive, not divided by p_x, per image; its increase is the same count"
+    lib = pytest.importorskip('pytorch_grad_cam.metrics.cam_mult_image')
+    from pytorch_grad_cam.utils.model_targets import ClassifierOutputSoftmaxTarget
+    net, x, y, _, m = torchcam_case()
+    args = x, m[:, 0].numpy(), [ClassifierOutputSoftmaxTarget(c) for c in y.tolist()], net
+    r = faithfulness(net, x, m, y)
+    t = faithfulness_table(r).loc['energy']
+    assert lib.CamMultImageConfidenceChange()(*args) == pytest.approx((r['energy'] - r['p_x']).numpy(), abs=1e-6)
+    drop = lib.DropInConfidence()(*args)
+    assert 100*(drop/r['p_x'].numpy()).mean() == pytest.approx(t.average_drop, rel=1e-4)
+    assert 100*drop.mean() != pytest.approx(t.average_drop, rel=.05)
+    assert 100*lib.IncreaseInConfidence()(*args).mean() == pytest.approx(t.increase_in_confidence)
 
 
 # --- area
@@ -339,6 +500,35 @@ def test_energy_in_region_is_its_definition(seed, h, w, factor):
     if not region.flatten(1).all(1).any(): assert torch.allclose(energy_in_region(m, ~region), 1 - got, atol=1e-5)
 
 
+@given(seeds, sizes, sizes, st.sampled_from([None, 1, 3, 8]), st.floats(.01, 1))
+def test_iou_is_its_definition(seed, h, w, levels, threshold):
+    "At the fixed threshold, and at the best of all thresholds tried one by one"
+    m, boxes = maps(seed, h, w, levels=levels), random_boxes(seed, h, w)
+    region = boxes_to_masks(boxes, (h, w))
+    def at(mi, ri, t):
+        on = {(r, c) for r in range(h) for c in range(w) if mi[r, c] >= t}
+        obj = {(r, c) for r in range(h) for c in range(w) if ri[r, c]}
+        return len(on & obj)/len(on | obj)
+    fixed, best = iou(m, boxes, threshold), iou(m, boxes)
+    t32 = float(torch.tensor(threshold, dtype=torch.float32))
+    for mi, ri, f, b in zip(m[:, 0], region, fixed, best):
+        assert f.item() == pytest.approx(at(mi, ri, t32), abs=1e-6)
+        assert b.item() == pytest.approx(max(at(mi, ri, t) for t in mi.unique().tolist()), abs=1e-6)
+        assert f <= b + 1e-6 or not (mi >= t32).any()
+    assert torch.equal(best, iou(5*m.double() - 3, region)) and torch.equal(best, iou(m[:, 0], region[:, None]))
+
+
+def test_iou_by_hand():
+    m = torch.tensor([[[.9, .8, .1], [.8, .2, 0.]]])
+    region = torch.tensor([[[1, 1, 0], [0, 1, 0]]]).bool()
+    assert iou(m, region, .85).item() == pytest.approx(1/3) and iou(m, region, .8).item() == pytest.approx(2/4)  # the two of .8 come together
+    assert iou(m, region, .95).item() == 0 and iou(m, region).item() == pytest.approx(3/4)  # at .2: all three, and one too many
+    assert iou(torch.zeros(1, 2, 3), region).item() == pytest.approx(.5)
+    for t in (0, -1, 1.01, math.nan):
+        with pytest.raises(ValueError, match=r'threshold must lie in \(0,1\], got'): iou(m, region, t)
+    with pytest.raises(ValueError, match=r'map must lie in \[0,1\] for a fixed threshold, got -1'): iou(m - 1, region, .5)
+
+
 def test_a_map_of_nothing_and_a_map_of_ones():
     region, m = boxes_to_masks([[0, 0, 2, 2], [1, 1, 4, 3]], 4), torch.zeros(2, 1, 4, 4)
     assert energy_in_region(m, region).isnan().all()
@@ -354,7 +544,7 @@ def test_a_map_of_nothing_and_a_map_of_ones():
     ([[0, 0, 1, 1]]*2 + [[9, 9, 12, 12]], ValueError, 'region holds no pixel in 1 of 3 images, the first is image 2'),
     (torch.ones(3, 4, 4), TypeError, 'region masks must be bool, not torch.float32; write `mask > 0`'),
 ])
-@pytest.mark.parametrize('metric', [pointing_game, energy_in_region])
+@pytest.mark.parametrize('metric', [pointing_game, energy_in_region, iou])
 def test_localisation_refuses(metric, region, error, says):
     with pytest.raises(error) as e: metric(torch.rand(3, 1, 4, 4), region)
     assert says in str(e.value)
@@ -366,100 +556,3 @@ def test_more_refusals():
     with pytest.raises(ValueError, match='tolerance must be 0 or more pixels, got -1'):
         pointing_game(torch.rand(1, 4, 4), [[0, 0, 1, 1]], -1)
     with pytest.raises(ValueError, match=r'boxes must have shape \(B,4\)'): boxes_to_masks([0, 0, 1, 1], 4)
-
-
-# --- records
-
-def git(cwd, *args):
-    subprocess.run(['git', '-c', 'user.name=t', '-c', 'user.email=t@example.com', *args], cwd=cwd, check=True, capture_output=True)
-
-
-def test_the_commit_of_a_record(tmp_path, monkeypatch):
-    "None outside a repository and before the first commit; dirty by any file but those of results/, from a folder below as well"
-    for k in [k for k in os.environ if k.startswith('GIT_')]: monkeypatch.delenv(k)
-    monkeypatch.setenv('GIT_CEILING_DIRECTORIES', str(tmp_path))
-    repo, below = tmp_path/'repo', tmp_path/'repo'/'nbs'
-    below.mkdir(parents=True)
-    monkeypatch.chdir(below)
-    def commit(): return run_record({}, 0, {})['commit']
-    assert commit() is None
-    git(repo, 'init')
-    assert commit() is None
-    (repo/'code.py').write_text('1')
-    git(repo, 'add', '.')
-    git(repo, 'commit', '-m', 'first')
-    clean = commit()
-    assert len(clean['hash']) == 40 and clean['dirty'] is False
-    write_record(run_record({}, 0, {}), repo/'results'/'table'/'a.json')
-    assert commit() == clean
-    (repo/'code.py').write_text('2')
-    assert commit() == clean | dict(dirty=True)
-    git(repo, 'checkout', 'code.py')
-    (below/'results').mkdir()
-    (below/'results'/'new.py').write_text('3')  # not the repository's results/
-    assert commit()['dirty'] is True
-    monkeypatch.setenv('PATH', str(tmp_path))  # no git at all
-    assert commit() is None
-
-
-def test_a_record_says_where_it_ran(tmp_path):
-    rec = run_record(dict(eta=8), [0, 1], dict(a=math.nan), experiment='e', command='antehoc e', seconds=3)
-    rec = read_record(write_record(rec, tmp_path/'r.json'))
-    assert set(rec) == set('schema experiment command config seed results versions hardware commit date seconds'.split())
-    assert set(rec['versions']) == set('antehoc_nb python torch torchvision fastai fastcore timm numpy'.split())
-    assert rec['versions']['torch'] == torch.__version__ and rec['hardware']['torch_threads'] == torch.get_num_threads()
-    assert rec['hardware']['cores'] >= 1 and rec['hardware']['cpu'] and rec['results'] == {'a': None}
-
-
-def test_no_path_of_this_machine_in_a_record(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    rec = dict(schema=1, data=tmp_path/'data'/'cifar10', text=str(tmp_path.parent/'elsewhere'/'x.tar'), rel='a/b',
-               nested=[{tmp_path/'k': 1}])
-    text = write_record(rec, tmp_path/'r.json').read_text()
-    assert str(tmp_path) not in text and str(tmp_path.parent) not in text
-    assert read_record('r.json') == dict(schema=1, data='data/cifar10', text='x.tar', rel='a/b', nested=[{'k': 1}])
-
-
-text = st.text(max_size=5).filter(lambda s: not os.path.isabs(s))
-finite = st.floats(allow_nan=False, allow_infinity=False)
-leaves = st.one_of(st.none(), st.booleans(), st.integers(-2**53, 2**53), finite, text)
-
-
-@given(st.recursive(leaves, lambda v: st.lists(v, max_size=4) | st.dictionaries(text, v, max_size=4), max_leaves=12))
-def test_a_record_comes_back_as_it_was(tmp_path_factory, tree):
-    path = tmp_path_factory.getbasetemp()/'record.json'
-    assert read_record(write_record(dict(schema=1, t=tree), path))['t'] == tree
-
-
-def test_a_failed_write_leaves_the_old_record(tmp_path, monkeypatch):
-    path = write_record(dict(schema=1, a=1), tmp_path/'r.json')
-    with pytest.raises(TypeError, match=r'record.results\[1\].model is a Net, which a record cannot hold'):
-        write_record(dict(results=[0, dict(model=Net())]), path)
-    with pytest.raises(ValueError, match='record.a has keys that are the same as strings'): write_record(dict(a={1: 2, '1': 3}), path)
-    def killed(*a): raise KeyboardInterrupt
-    monkeypatch.setattr(os, 'replace', killed)
-    with pytest.raises(KeyboardInterrupt): write_record(dict(schema=1, a=2), path)
-    assert read_record(path)['a'] == 1 and [p.name for p in tmp_path.iterdir()] == ['r.json']
-
-
-def test_a_record_is_sorted_json_that_other_programs_read(tmp_path):
-    from fastcore.foundation import L
-    rec = dict(b=[np.float64('nan'), np.bool_(True), torch.tensor(.5), -math.inf], a={np.int64(3): np.arange(2)}, c=L(1, 2),
-               d=torch.float32, e=map_area, f={'y', 'x'}, g=torch.tensor([1., math.nan], dtype=torch.bfloat16))
-    text = write_record(rec, tmp_path/'r.json').read_text()
-    def refuse(c): raise AssertionError(c)
-    want = dict(a={'3': [0, 1]}, b=[None, True, .5, '-inf'], c=[1, 2], d='torch.float32', e='map_area', f=['x', 'y'], g=[1., None])
-    assert json.loads(text, parse_constant=refuse) == want
-    assert list(json.loads(text)) == sorted(rec) and '\n ' in text and text.endswith('\n')
-
-
-def test_reading_what_is_no_record(tmp_path):
-    with pytest.raises(FileNotFoundError) as e: read_record(tmp_path/'no.json', command='antehoc reproduce table1')
-    assert 'no.json; to make it, run `antehoc reproduce table1`' in str(e.value)
-    bad = tmp_path/'bad.json'
-    for text, says in (('{', 'does not parse as JSON'), ('[1]', 'it has no `schema` entry'), ('{"a": 1}', 'it has no `schema` entry'),
-                       ('{"schema": 2}', 'was written with record schema 2, this version reads 1; run its experiment again'),
-                       ('{"schema": 2, "command": "antehoc reproduce x"}', 'run `antehoc reproduce x`')):
-        bad.write_text(text)
-        with pytest.raises(ValueError) as e: read_record(bad)
-        assert says in str(e.value)

@@ -331,7 +331,8 @@ def test_loading_does_not_run_the_cnn(tmp_path):
 
 
 @pytest.mark.parametrize('edit,message', [(dict(meta=None), 'was not built by name'), (dict(meta=dict(cnn=dict(arch='resnet18'))), 'was edited: .*n_out'),
-                                          (dict(meta=dict(cnn=5)), 'was edited'), (dict(colour=1), 'was edited: .*colour'), (dict(temperature='x'), 'was edited')])
+                                          (dict(meta=dict(cnn=5)), 'was edited'), (dict(colour=1), 'was edited: .*colour'),
+                                          (dict(temperature='x'), 'was edited')])
 def test_edited_configurations_are_refused(tmp_path, edit, message):
     small_model().save_pretrained(tmp_path)
     config = tmp_path/'config.json'
