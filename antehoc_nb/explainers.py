@@ -45,7 +45,8 @@ def ante_hoc(model: AntehocModel, # With a trained weight network
              target=None, # Not used: the map explains the forward pass as it is
             ) -> torch.Tensor: # (B,1,H,W) in [0,1]
     "The model's own interpretation map. `TypeError` for a model that has none."
-    if not isinstance(model, AntehocModel): raise TypeError(f"'ante-hoc' needs an AntehocModel, not a {type(model).__name__}: a plain CNN has no map of its own")
+    if not isinstance(model, AntehocModel):
+        raise TypeError(f"'ante-hoc' needs an AntehocModel, not a {type(model).__name__}: a plain CNN has no map of its own")
     _cnn(model)
     return model.explain(x).map
 
@@ -195,7 +196,7 @@ def random_map(model, # Not used
     "Control: smooth noise (Gaussian filter, standard deviation a tenth of the shorter side), the same for the same image."
     def noise(o):
         rng = np.random.default_rng([seed, zlib.crc32(o.tobytes())])
-        return ndimage.gaussian_filter(rng.standard_normal(o.shape[1:]), min(o.shape[1:]) / 10)
+        return ndimage.gaussian_filter(rng.standard_normal(o.shape[1:]), min(o.shape[1:]) / 10, mode='wrap')
     return _each(x, noise)
 
 

@@ -65,7 +65,8 @@ def other(name, cnn, layer, x, y):
 
 def state(cnn):
     "All that a CAM must leave as it was"
-    return [(n, m.training, len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks), len(m._backward_pre_hooks)) for n, m in cnn.named_modules()] + \
+    hooks = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
+    return [(n, m.training, *(len(getattr(m, h)) for h in hooks)) for n, m in cnn.named_modules()] + \
            [(n, p.requires_grad, p.grad is None, p._version) for n, p in cnn.named_parameters()]
 
 
@@ -83,7 +84,9 @@ def test_grad_cam_is_the_other_librarys(layer, inplace):
 
 @pytest.mark.parametrize('layer', ['1', '4', '6'])
 def test_grad_cam_pp_is_the_other_librarys_where_its_epsilon_is_small(layer):
-    "pytorch-grad-cam adds 1e-6 to a denominator of about 2 g^2: nothing for gradients near 1, but it outweighs gradients below 1e-3."
+    """pytorch-grad-cam adds 1e-6 to a denominator of about 2 g^2: nothing for gradients near 1, but it outweighs gradients below 1e-3.
+
+    With those of an untrained ResNet-18 at 64 pixels the maps differ by 0.03 at most, and correlate at 0.9998."""
     x, y = batch()
     cnn = tiny(scale=1e3)
     torch.testing.assert_close(grad_cam_pp(cnn, x, y, layer=layer), other('GradCAMPlusPlus', cnn, cnn[int(layer)], x, y), atol=1e-3, rtol=0)
@@ -106,7 +109,9 @@ def test_grad_cam_pp_is_the_papers_at_any_scale_of_the_gradient(scale):
 
 
 def test_torchcams_own_grad_cam_pp_lacks_the_division():
-    "The reason for our own weights. When this fails, torchcam has mended it: use its extractor as it is."
+    """The reason for our own weights. When this fails, torchcam has mended it: use its extractor as it is.
+
+    Its maps correlate with the paper's at 0.76 to 0.999 on an untrained ResNet-18, at 0.4 to 0.6 on `tiny(scale=1e3)`."""
     methods = pytest.importorskip('torchcam.methods')
     cnn, (x, y) = tiny(), batch()
     with methods.GradCAMpp(cnn, '6') as extract:
@@ -116,7 +121,9 @@ def test_torchcams_own_grad_cam_pp_lacks_the_division():
 
 
 def test_score_cam_is_the_other_librarys_at_full_resolution():
-    "There nothing is enlarged: pytorch-grad-cam enlarges masks with align_corners=True and scales them afterwards, torchcam neither."
+    """There nothing is enlarged: pytorch-grad-cam enlarges masks with align_corners=True and scales them afterwards, torchcam neither.
+
+    On a ResNet-18's last layer that makes 0.04 at most. Where logits are so large that one channel takes the whole softmax, it can be another channel."""
     x, y = batch()
     cnn = tiny(scale=30.)
     torch.testing.assert_close(score_cam(cnn, x, y, layer='1'), other('ScoreCAM', cnn, cnn[1], x, y), atol=1e-4, rtol=0)
@@ -125,7 +132,7 @@ def test_score_cam_is_the_other_librarys_at_full_resolution():
 def test_score_cam_correlates_where_masks_are_enlarged_differently():
     x, y = batch()
     cnn = tiny()
-    assert min(corr(score_cam(cnn, x, y), other('ScoreCAM', cnn, cnn[6], x, y))) > .999
+    assert min(corr(score_cam(cnn, x, y), other('ScoreCAM', cnn, cnn[6], x, y))) > .9999
 
 
 def test_score_cam_is_its_definition():
@@ -159,7 +166,9 @@ def test_a_timm_model(cam):
     x, y = batch(2, 64, 4)
     m = cam(net, x, y)
     assert m.shape == (2, 1, 64, 64) and m.min() == 0 and m.max() == 1
-    if cam is grad_cam: torch.testing.assert_close(m, other('GradCAM', net, net.get_submodule(candidate_layers(net, x)[-1].name.split('+')[0]), x, y), atol=1e-3, rtol=0)
+    if cam is not grad_cam: return
+    layer = net.get_submodule(candidate_layers(net, x)[-1].name.split('+')[0])
+    torch.testing.assert_close(m, other('GradCAM', net, layer, x, y), atol=1e-3, rtol=0)
 
 
 # --- one map per image and class
@@ -233,6 +242,15 @@ def test_modes_of_caller_and_cnn(cam, around, frozen, inplace):
 
 class Fails(nn.Module):
     def forward(self, x): raise RuntimeError('on purpose')
+
+
+@each_cam
+@pytest.mark.parametrize('layer', ['2', '3', '5'])
+def test_an_inplace_relu_that_follows_does_not_rewrite_the_activation(cam, layer):
+    x, y = batch()
+    want = cam(tiny(), x, y, layer=layer)
+    torch.testing.assert_close(cam(tiny(inplace=True), x, y, layer=layer), want)
+    assert (want - cam(tiny(), x, y, layer={'2': '4', '3': '4', '5': '6'}[layer])).abs().max() > .01
 
 
 @each_cam
@@ -367,6 +385,15 @@ def test_controls_do_not_depend_on_the_batch(seed, h, w, c):
     assert m.flatten(1).amin(1).max() == 0 and m.flatten(1).amax(1).min() == 1
 
 
+def test_noise_peaks_anywhere():
+    "As often in the middle quarter of the image as its area says, and its peaks are broad"
+    x = torch.arange(400.)[:, None, None, None].expand(400, 1, 24, 24).contiguous()
+    m = random_map(None, x)
+    r, c = np.unravel_index(m.flatten(1).argmax(1).numpy(), (24, 24))
+    assert .17 < np.mean((6 <= r) & (r < 18) & (6 <= c) & (c < 18)) < .33  # a quarter, 0.25 +- 3.7 standard errors
+    assert np.mean([np.corrcoef(a.flatten(), np.roll(a, 1, 1).flatten())[0, 1] for a in m[:20, 0].numpy()]) > .9
+
+
 def test_gaussian_and_edges_are_what_they_say():
     x = torch.zeros(1, 3, 33, 33)
     x[..., 16:] = 1
@@ -385,6 +412,9 @@ def test_the_registry_names_what_is_near():
     assert list(explainers)[:8] == ['ante-hoc', 'grad-cam', 'grad-cam++', 'score-cam', 'ones', 'random', 'gaussian', 'edges']
 
 
+def where_marked(x, v): return torch.where(x[:, :1].amax((2, 3), keepdim=True) > 5, v, .5).expand(-1, 1, 16, 16)
+
+
 @pytest.mark.parametrize('result, message', [
     (lambda x: torch.rand(len(x), 16, 16), "returned (2, 16, 16) for 2 images; it must return a tensor (2, 1, 16, 16)"),
     (lambda x: torch.rand(len(x), 3, 16, 16), "returned (2, 3, 16, 16) for 2 images; it must return a tensor (2, 1, 16, 16)"),
@@ -392,9 +422,9 @@ def test_the_registry_names_what_is_near():
     (lambda x: None, "returned a NoneType for 2 images; it must return a tensor (2, 1, 16, 16)"),
     (lambda x: np.zeros((2, 1, 16, 16)), "returned a ndarray for 2 images; it must return a tensor (2, 1, 16, 16)"),
     (lambda x: (x[:, :1] * 0 + 1.5), "returned values outside [0,1] in the maps of 5 of 5 images"),
-    (lambda x: torch.where(x[:, :1].amax((2, 3), keepdim=True) > 5, -.1, .5).expand(-1, 1, 16, 16), "returned values outside [0,1] in the maps of 2 of 5 images"),
-    (lambda x: torch.where(x[:, :1].amax((2, 3), keepdim=True) > 5, torch.nan, .5).expand(-1, 1, 16, 16), "returned NaN or infinity in the maps of 2 of 5 images"),
-    (lambda x: torch.where(x[:, :1].amax((2, 3), keepdim=True) > 5, torch.inf, .5).expand(-1, 1, 16, 16), "returned NaN or infinity in the maps of 2 of 5 images"),
+    (lambda x: where_marked(x, -.1), "returned values outside [0,1] in the maps of 2 of 5 images"),
+    (lambda x: where_marked(x, torch.nan), "returned NaN or infinity in the maps of 2 of 5 images"),
+    (lambda x: where_marked(x, torch.inf), "returned NaN or infinity in the maps of 2 of 5 images"),
 ])
 def test_bad_explainers(result, message):
     x, y = batch(5)
