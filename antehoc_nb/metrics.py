@@ -163,7 +163,7 @@ def faithfulness(
             kinds = {'energy': mb, 'binarised': mb >= threshold} | {f'top {100*a:g}%': equal_area_mask(mb, a) for a in areas}
             for k, mk in kinds.items():
                 mk = mk.to(x.dtype)
-                xk = torch.where(mk == 1, xb, masked(xb, mk, fill, mean, std))
+                xk = masked(xb, mk, fill, mean, std)
                 add(k, _check_score(score(model, xk, tb), len(xb)))
                 add(f'{k} area', mk.mean((1,2,3), dtype=torch.float32))
     res = {k: torch.cat(v) for k, v in res.items()}
