@@ -6,7 +6,8 @@
 __all__ = []
 
 # %% ../nbs/16_all.ipynb #cell0003
-from . import checkpoint, cnns, data, files, layers, metrics, model, records, road, sam, sanity, show, show_learner, stability, two_pass, weight_net
+from . import (checkpoint, cnns, data, files, layers, metrics, model, records, road, sam, sanity, second_pass, show, show_learner, stability,
+                        two_pass, weight_net)
 from . import explainers as explainers_page  # its registry has the module's name
 from .checkpoint import *
 from .cnns import *
@@ -27,6 +28,7 @@ from .two_pass import *
 from .weight_net import *
 
 # %% ../nbs/16_all.ipynb #cell0004
-_modules = data, files, layers, sam, weight_net, cnns, model, checkpoint, two_pass, show, show_learner, metrics, records, road, sanity, stability, explainers_page
+_modules = (data, files, layers, sam, weight_net, cnns, model, checkpoint, second_pass, two_pass, show, show_learner, metrics, records, road, sanity, stability,
+            explainers_page)
 _by_name = {*sam.soft_attentions, *weight_net.weight_nets, *two_pass.masks, *two_pass.int_losses, 'plain', 'resize', 'masked'}
 __all__ = sorted({n for m in _modules for n in m.__all__} - _by_name)

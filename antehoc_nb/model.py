@@ -266,9 +266,7 @@ def masked(x: torch.Tensor, # Images, (B,C,H,W), normalised
     colour = check_fill(fill, x.shape[1])
     if colour is not None: f = (colour.to(x).view(1, -1, 1, 1) - mean) / std
     elif fill == 'mean': f = x.mean((2, 3), keepdim=True)
-    else:
-        k = max(3, min(x.shape[2:]) // 4 | 1)
-        f = gaussian_blur(x, k, k / 3)
+    else: f = gaussian_blur(x, k := max(3, min(x.shape[2:]) // 4 | 1), k / 3)
     return torch.lerp(f.to(x), x, m.to(x))  # exact where m is 0 or 1
 
 

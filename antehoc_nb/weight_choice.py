@@ -34,7 +34,8 @@ from .cnns import small_cnn
 from .layers import Listener
 from .model import AntehocModel, plain
 from .records import run_record, write_record
-from .two_pass import TwoPass, held, int_loss, masks, normalisation, sample_inputs
+from .second_pass import held, int_loss, masks
+from .two_pass import TwoPass, normalisation, sample_inputs
 
 # %% ../nbs/14_weight_choice.ipynb #cell0005
 _MEAN, _L2 = (dict(soft_attention=a, temperature=3., mask='soft') for a in ('softmax', 'softmax_l2'))
