@@ -17,6 +17,13 @@ from .sam import minmax, resize
 weight_nets = Registry('weight network')
 
 
+def _halve(t):
+    "Means of 2 x 2 pixels, an odd last row or column alone: `avg_pool2d` in `ceil_mode`, several times faster on a CPU"
+    t = F.pad(t, (0, t.shape[3] % 2, 0, t.shape[2] % 2), mode='replicate')
+    t = t[:, :, ::2] + t[:, :, 1::2]
+    return (t[..., ::2] + t[..., 1::2]) / 4
+
+
 @weight_nets.register
 class autoencoder(nn.Module):
     "Weights that differ from place to place, by a convolutional autoencoder (paper, section 3.2): (B,eta,H,W) maps in [0,1] -> (B,eta,H/4,W/4) logits."
@@ -34,7 +41,7 @@ class autoencoder(nn.Module):
         nn.init.zeros_(self.out.weight), nn.init.zeros_(self.out.bias)
 
     def forward(self, sams: torch.Tensor) -> torch.Tensor:
-        a = F.relu(self.down1(F.avg_pool2d(sams - 0.5, 2, ceil_mode=True)))
+        a = F.relu(self.down1(_halve(sams) - 0.5))
         b = self.up(F.relu(self.mid(F.relu(self.down2(a)))))
         c = F.relu(F.interpolate(b, size=a.shape[2:], mode='nearest') + a)
         return self.out(F.group_norm(c, 1)) / self.out.weight[0].numel()**.5
