@@ -21,6 +21,7 @@ from .records import *
 from .road import *
 from .sam import *
 from .sanity import *
+from .second_pass import *
 from .show import *
 from .show_learner import *
 from .stability import *
@@ -30,5 +31,5 @@ from .weight_net import *
 # %% ../nbs/16_all.ipynb #cell0004
 _modules = (data, files, layers, sam, weight_net, cnns, model, checkpoint, second_pass, two_pass, show, show_learner, metrics, records, road, sanity, stability,
             explainers_page)
-_by_name = {*sam.soft_attentions, *weight_net.weight_nets, *two_pass.masks, *two_pass.int_losses, 'plain', 'resize', 'masked'}
+_by_name = {*sam.soft_attentions, *weight_net.weight_nets, *second_pass.masks, *second_pass.int_losses, 'plain', 'resize', 'masked'}
 __all__ = sorted({n for m in _modules for n in m.__all__} - _by_name)
