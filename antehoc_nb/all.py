@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../nbs/16_all.ipynb #cell0003
-from . import (checkpoint, cnns, data, files, layers, metrics, model, records, road, sam, sanity, second_pass, show, show_learner, stability,
+from . import (checkpoint, cnns, data, files, judge, layers, metrics, model, records, road, sam, sanity, second_pass, show, show_learner, stability,
                         two_pass, weight_net)
 from . import explainers as explainers_page  # its registry has the module's name
 from .checkpoint import *
@@ -14,6 +14,7 @@ from .cnns import *
 from .data import *
 from .explainers import *
 from .files import *
+from .judge import *
 from .layers import *
 from .metrics import *
 from .model import *
@@ -30,6 +31,6 @@ from .weight_net import *
 
 # %% ../nbs/16_all.ipynb #cell0004
 _modules = (data, files, layers, sam, weight_net, cnns, model, checkpoint, second_pass, two_pass, show, show_learner, metrics, records, road, sanity, stability,
-            explainers_page)
+            explainers_page, judge)
 _by_name = {*sam.soft_attentions, *weight_net.weight_nets, *second_pass.masks, *second_pass.int_losses, 'plain', 'resize', 'masked'}
 __all__ = sorted({n for m in _modules for n in m.__all__} - _by_name)
