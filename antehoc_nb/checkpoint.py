@@ -62,19 +62,19 @@ class Checkpoint(Callback):
     def __init__(self,
                  path: str | Path, # The file; its folder is made
                 ):
-        self.path, self._fit, self._state, self._start, self._training = Path(path), -1, None, 0, False
+        self.path, self._fit, self._state, self._start, self._training, self._begun = Path(path), -1, None, 0, False, False
         self.epochs, self.seconds = 0, 0. # trained since this was made; spent on the whole run
 
-    def before_fit(self): self._start, self._training = 0, False # also called for validating and predicting, which is none of our business
+    def before_fit(self): self._start, self._training, self._begun = 0, False, False # also called for validating and predicting, which is none of our business
 
     def before_train(self):
         if hasattr(self.learn, 'lr_finder'): return
-        if self.epoch == 0: self._resume()
+        if not self._begun: self._resume()
         if self.epoch < self._start: raise CancelEpochException()
         self._training, self._since = True, time.time()
 
     def _resume(self):
-        self._fit, self._state = self._fit + 1, None
+        self._fit, self._state, self._begun = self._fit + 1, None, True
         if not self.path.exists(): return
         try: s = torch.load(self.path, map_location='cpu', weights_only=True)
         except Exception as e: raise ValueError(f'{self.path} is not a checkpoint of antehoc_nb, or is damaged; delete it to start over ({e})') from e
@@ -83,15 +83,19 @@ class Checkpoint(Callback):
         if s['fit'] == self._fit: self._load(s)
         elif s['fit'] > self._fit: self._start = self.n_epoch
         if not self._start: return
-        self._others = [cb for cb in self.learn.cbs if cb is not self and cb.run]  # the skipped epochs are nothing to them
-        for cb in self._others: cb.run = False
+        self._others = [cb for cb in self.learn.cbs.sorted('order') if cb is not self and cb.run]
+        for cb in self._others:
+            cb('after_train')  # what they began must end; the skipped epochs are nothing to them
+            cb.run = False
 
     def _load(self, s):
         if s['n_epoch'] != self.n_epoch:
             raise ValueError(f'{self.path} is of a run of {s["n_epoch"]} epochs, this one has {self.n_epoch}; delete it to start over')
         try: getattr(self.learn.model, 'module', self.learn.model).load_state_dict(s['model'])
         except RuntimeError as e: raise ValueError(f'{self.path} does not fit this model: {str(e).splitlines()[0]}; delete it to start over') from e
-        self.learn.opt.load_state_dict(to_device(s['opt'], next(self.learn.model.parameters()).device))
+        try: self.learn.opt.load_state_dict(to_device(s['opt'], next(self.learn.model.parameters()).device))
+        except (KeyError, ValueError, IndexError, AssertionError) as e:
+            raise ValueError(f'{self.path} was written with another optimiser ({e!r}); delete it to start over') from e
         self._start, self._state, self.seconds = s['epoch'] + 1, s, s['seconds']
 
     def _go_on(self):
@@ -105,7 +109,7 @@ class Checkpoint(Callback):
         r.values = [L(v) for v in s['values']]
         r.smooth_loss.count, r.smooth_loss.val = s['smooth']
         if hasattr(self.learn, 'two_pass'): self.learn.two_pass.int_losses, self.learn.two_pass.film = s['int_losses'], s['film']
-        for cb in self._trackers(): vars(cb).update(s['trackers'].get(cb.name, {}))
+        for cb, kept in zip(self._trackers(), s['trackers']): vars(cb).update(kept)
 
     def _trackers(self): return [cb for cb in self.learn.cbs if isinstance(cb, TrackerCallback)]
 
@@ -126,7 +130,7 @@ class Checkpoint(Callback):
                      losses=torch.stack([torch.as_tensor(o) for o in r.losses]), lrs=[float(o) for o in r.lrs], iters=[int(o) for o in r.iters],
                      values=[[float('nan') if o is None else float(o) for o in v] for v in r.values],
                      smooth=(int(r.smooth_loss.count), r.smooth_loss.val), seconds=self.seconds,
-                     trackers={cb.name: {k: float(getattr(cb, k)) for k in ('best', 'wait') if hasattr(cb, k)} for cb in self._trackers()},
+                     trackers=[{k: float(getattr(cb, k)) for k in ('best', 'wait') if hasattr(cb, k)} for cb in self._trackers()],
                      int_losses=two.int_losses if two else [], film=two.film if two else [])
         self.path.parent.mkdir(parents=True, exist_ok=True)
         part = self.path.with_name(self.path.name + '.part')

@@ -59,6 +59,12 @@ def _one_of(module, registry):
     return check
 
 
+def _short(arg):
+    "An argument without the folders that only this machine has"
+    key, eq, value = arg.partition('=') if arg.startswith('--') else ('', '', arg)
+    return key + eq + (Path(value).name if Path(value).is_absolute() else value)
+
+
 def _opt(text, **kw): return typer.Option(help=text, **kw)
 
 
@@ -74,7 +80,7 @@ def train(data: Annotated[str, typer.Argument(help='Class folders (`train/<class
           valid: Annotated[str, _opt('Split to validate on (`valid`, `test`), or a fraction of the training images. Default: what is there.')] = '',
           pretrained: Annotated[bool, _opt('Start from ImageNet weights (downloads them once).')] = False,
           aug: Annotated[bool, _opt('Mirror and shift the training images.')] = True,
-          eta: Annotated[int, _opt('How many layers to tap.', min=1)] = 8,
+          eta: Annotated[int | None, _opt('How many layers to tap. Default: 8, or all if there are fewer.', min=1)] = None,
           layers: Annotated[str, _opt('Layers by name, comma-separated, instead of --eta.')] = '',
           soft_attention: Annotated[str, _opt('How an activation becomes a map.', callback=_one_of('sam', 'soft_attentions'))] = 'softmax_l2',
           temperature: Annotated[float, _opt('Of the soft attention; above 1 softens.')] = 3.,
@@ -98,10 +104,10 @@ def train(data: Annotated[str, typer.Argument(help='Class folders (`train/<class
             where = cifar10() if data == 'cifar10' else Path(data)
             frac = valid.replace('.', '', 1).isdigit()
             dls = image_dls(where, size, bs, valid=float(valid) if frac else valid or None, aug=aug, seed=seed, num_workers=workers)
-        config |= dict(data=Path(data).name, layers=layers.split(',') if layers else None)
+        config |= dict(data=Path(data).resolve().name, layers=layers.split(',') if layers else None)
         from antehoc_nb.runs import train_run
         typer.echo(f'{len(dls.train_ds):,} training and {len(dls.valid_ds):,} validation images of {len(dls.vocab)} classes, on {dls.device}')
-        command = ' '.join(['antehoc', *(Path(o).name if o == data else o for o in sys.argv[1:])])
+        command = ' '.join(['antehoc', *map(_short, sys.argv[1:])])
         learn = train_run(dls, config, out, command)
         typer.echo(f'accuracy {learn.recorder.values[-1][2]:.4f}; wrote ' + ', '.join(sorted(f.name for f in out.iterdir())) + f' to {out}/')
 

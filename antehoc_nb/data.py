@@ -6,6 +6,7 @@
 __all__ = ['TEST_DIGITS', 'LUMA', 'PhotoDigits', 'open_rgb', 'OpenImage', 'Fit', 'photo_digits_dls']
 
 # %% ../nbs/00_data.ipynb #cell0003
+import io
 from functools import lru_cache
 from pathlib import Path
 
@@ -129,7 +130,7 @@ class PhotoDigits:
         return f'PhotoDigits({self.n}, size={self.size}, seed={self.seed}, split={self.split!r}, n_distractors={self.n_distractors})'
 
 # %% ../nbs/00_data.ipynb #cell0024
-def open_rgb(f, # Path of an image file
+def open_rgb(f, # Path of an image file, or a binary file object
             )->Image.Image: # RGB, upright: turned as its EXIF orientation says
     "An image file as every model here gets it. 16-bit grey is brought to 8 bits; transparency is dropped."
     with Image.open(f) as im: im = ImageOps.exif_transpose(im)
@@ -140,7 +141,8 @@ class OpenImage(Transform):
     "An RGB `PILImage` from a path, bytes, an array (H,W,3) or a tensor (3,H,W) of uint8, or another PIL image; grey and palette images too"
     input_types = (Path, str, bytes, np.ndarray, torch.Tensor, Image.Image)
     def encodes(self, o):
-        o = PILImage.create(open_rgb(o) if isinstance(o, (str, Path)) else o)
+        if isinstance(o, bytes): o = io.BytesIO(o)
+        o = PILImage.create(open_rgb(o) if isinstance(o, (str, Path, io.BytesIO)) else o)
         return o if o.mode == 'RGB' else PILImage.create(o.convert('RGB'))
 
 class Fit(Transform):

@@ -25,7 +25,7 @@ def random_masks(
     "Hard and soft masks of any coarseness and area, drawn without an image."
     cells = 3 * 2**torch.randint(0, 4, (n,), generator=gen)
     noise = torch.cat([F.interpolate(torch.rand(1, 1, int(c), int(c), generator=gen), size, mode='bilinear') for c in cells])
-    rank = noise.flatten(1).argsort(1).argsort(1).view_as(noise) / (noise[0].numel() - 1)  # 0 to 1, evenly
+    rank = noise.flatten(1).argsort(1).argsort(1).view_as(noise) / max(noise[0].numel() - 1, 1)  # 0 to 1, evenly
     u = torch.rand(n, 1, 1, 1, generator=gen)
     hard = torch.rand(n, 1, 1, 1, generator=gen) < .5
     return torch.where(hard, (rank >= .98*u).float(), rank**(10*u**2))
@@ -43,15 +43,14 @@ class RandomMasks(Callback):
     def before_fit(self):
         mean,std = normalisation(self.learn.dls)
         self.stats = [torch.tensor(v).view(1, -1, 1, 1) for v in (mean or [0.], std or [1.])]
-        self.gen = torch.Generator().manual_seed(self.seed)
-
-    def before_validate(self): self.fixed = torch.Generator().manual_seed(self.seed)
 
     def before_batch(self):
+        if hasattr(self.learn, 'gather_preds'): return  # predicting
         x,*others = self.xb
-        x = plain(x)
-        m = random_masks(len(x), x.shape[2:], self.gen if self.training else self.fixed)
-        if self.training: m[torch.rand(len(x), generator=self.gen) >= 2*self.pct_train] = 1.
+        x,step = plain(x), self.epoch*self.n_iter + self.iter if self.training else self.iter
+        gen = torch.Generator().manual_seed(4*step + 2*self.training + (self.seed << 40))  # nothing to save and restore
+        m = random_masks(len(x), x.shape[2:], gen)
+        if self.training: m[torch.rand(len(x), generator=gen) >= 2*self.pct_train] = 1.
         m = m.to(x.device)
         self.learn.xb = (masked(x, m, self.fill, *(s.to(x) for s in self.stats)), *others)
 
@@ -64,10 +63,12 @@ def train_judge(
     fill='black', # what masked pixels become, as in `masked`
     seed:int=0, # of the masks
     cbs=None, # more callbacks, such as `Checkpoint` or `Bf16`
+    pretrained:bool=False, # start from ImageNet weights, where `arch` is a name?
     **kwargs, # of `plain_learner`
 )->Learner: # trained; its `model` is the judge
     "Train an independent judge on randomly masked images (EVAL-X, Jethani et al. 2021). Errors as of `plain_learner` and `masked`."
-    learn = plain_learner(dls, arch, cbs=[*L(cbs), RandomMasks(fill, seed)], metrics=accuracy, **kwargs)
+    learn = plain_learner(dls, arch, cbs=[*L(cbs), RandomMasks(fill, seed)], pretrained=pretrained, **dict(metrics=accuracy) | kwargs)
+    if pretrained: learn.unfreeze()
     learn.fit_one_cycle(epochs, lr)
     learn.model.eval()
     return learn

@@ -177,7 +177,7 @@ def _pick(layers: list[Layer], eta: int) -> list[Layer]:
 
 def choose_layers(cnn: nn.Module, # Any CNN
                   sample, # Input like the ones to come, (B,C,H,W); a tuple if the CNN takes several. False: only see whether it has the `layers`
-                  eta: int = 8, # How many layers, if `layers` is not given (the paper's 8)
+                  eta: int | None = 8, # How many layers, if `layers` is not given; None: the paper's 8, or all if there are fewer
                   layers: Sequence[str] | None = None, # Names to use instead of the automatic choice
                  ) -> tuple[str, ...]: # Their names, in order of computation
     """`eta` layers of `cnn`, evenly spaced from the first convolutional stage to the last (paper, section 3.1), or the given `layers`, checked.
@@ -186,8 +186,10 @@ def choose_layers(cnn: nn.Module, # Any CNN
     (with near matches), a repeated name, a module called several times without saying which, or an output that is not (B,C,H,W)."""
     if isinstance(layers, str): layers = [layers]
     if layers is None:
-        if isinstance(eta, bool) or not isinstance(eta, Integral) or eta < 1: raise ValueError(f'eta={eta!r}: give a whole number of layers, 1 or more')
-        return tuple(o.name for o in _pick(candidate_layers(cnn, sample), eta))
+        if eta is not None and (isinstance(eta, bool) or not isinstance(eta, Integral) or eta < 1):
+            raise ValueError(f'eta={eta!r}: give a whole number of layers, 1 or more')
+        found = candidate_layers(cnn, sample)
+        return tuple(o.name for o in _pick(found, max(2, min(8, len(found))) if eta is None else eta))  # one layer makes no blend
     modules, counts = dict(cnn.named_modules()), {}
     if len(set(layers)) < len(layers) or not layers: raise ValueError(f'layers={list(layers)}: name at least one layer, each only once')
     for name, *_ in map(parse_layer, layers):

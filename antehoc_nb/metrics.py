@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from scipy.ndimage import distance_transform_edt
 
-from .model import evaluating, masked
+from .model import AntehocModel, evaluating, masked
 
 # %% ../nbs/06_metrics.ipynb #cell0005
 def _plain(t, name):
@@ -144,8 +144,8 @@ def faithfulness(
     threshold:float=.8, # Where the map is binarised, in (0,1]
     areas=(.05, .1, .2, .5), # Shares of the pixels for the masks of equal area, each in (0,1]
     fill='black', # What a masked pixel shows: 'black', 'mean', 'blur' or a colour in [0,1], as in `masked`
-    mean=0., # The normalisation's mean: number, (C,) or (1,C,1,1)
-    std=1., # Its standard deviation, likewise
+    mean=None, # The normalisation's mean: number, (C,) or (1,C,1,1); None: the `AntehocModel`'s own, 0 for another model
+    std=None, # Its standard deviation, likewise; None: its own, or 1
     bs:int=64, # Images per call of the model
 )->dict: # (N,) each: `p_x`, the score on the image; per kind its score on the masked image, `energy`, and the area kept, `energy area`
     "Score of each image and of its masked images, in eval mode without autograd. `ValueError` for bad shapes, ranges or scores"
@@ -154,7 +154,8 @@ def faithfulness(
     if m.min() < 0 or m.max() > 1: raise ValueError(f"map must lie in [0,1], got {m.min():.3g}..{m.max():.3g}")
     if not 0 < threshold <= 1: raise ValueError(f"threshold must lie in (0,1], got {threshold}")
     if bs < 1: raise ValueError(f"bs must be at least 1, got {bs}")
-    mean, std = (torch.as_tensor(v, dtype=x.dtype, device=x.device).reshape(1, -1, 1, 1) for v in (mean, std))
+    own = (model.mean, model.std) if isinstance(model, AntehocModel) else (0., 1.)
+    mean, std = (torch.as_tensor(o if v is None else v, dtype=x.dtype, device=x.device).reshape(1, -1, 1, 1) for v, o in zip((mean, std), own))
     res = {}
     def add(name, v): res.setdefault(name, []).append(v.float().cpu())
     with torch.no_grad(), evaluating(model) if isinstance(model, torch.nn.Module) else nullcontext():

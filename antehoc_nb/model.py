@@ -168,7 +168,7 @@ class AntehocModel(nn.Module):
                  cnn: nn.Module, # Any CNN; its first argument is the image batch (B,C,H,W)
                  sample=None, # Input like the ones to come, to choose layers with; a tuple if the CNN takes several. None: 128 x 128 noise;
                  # False: don't run the CNN, only see whether it has the `layers`
-                 eta: int = 8, # How many layers to tap, if `layers` is not given
+                 eta: int | None = None, # How many layers to tap, if `layers` is not given; None: 8, or all if there are fewer
                  layers: Sequence[str] | None = None, # Layers by name (see `layer_table`)
                  soft_attention: str = 'softmax_l2', # A name in `soft_attentions`
                  temperature: float = 3., # Of the soft attention: above 1 softens
@@ -246,7 +246,7 @@ def check_fill(fill: str | float | Sequence[float], # As for `masked`
               ) -> torch.Tensor | None: # A colour in [0,1], (1,) or (C,); None for 'mean' and 'blur'
     "The fill's colour. `ValueError` for another word, a value outside [0,1], or a colour of another number of channels."
     if isinstance(fill, str) and fill not in ('black', 'mean', 'blur'):
-        raise ValueError(unknown_name('fill', fill, ['black', 'mean', 'blur']) + ', or a colour in [0,1]')
+        raise ValueError(unknown_name('fill', fill, ['black', 'mean', 'blur']) + ' (a colour in [0,1] will do too)')
     if fill in ('mean', 'blur'): return None
     colour = torch.as_tensor(0. if fill == 'black' else fill, dtype=torch.float32).flatten()
     if not ((colour >= 0) & (colour <= 1)).all(): raise ValueError(f'fill={fill}: a colour must lie in [0,1]')

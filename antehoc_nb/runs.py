@@ -9,6 +9,7 @@ __all__ = ['METHOD', 'COLUMNS', 'cnn_digest', 'fingerprint', 'claim', 'train_run
 # %% ../nbs/06_runs.ipynb #cell0002
 import csv
 import hashlib
+import io
 import json
 import random
 import sys
@@ -49,9 +50,10 @@ def fingerprint(dls, # fastai DataLoaders
     "Tells one set of training and validation images from another: by names, sizes and classes of files, or by the pixels of arrays."
     h = hashlib.sha256()
     for ds in (dls.train_ds, dls.valid_ds):
-        for im, y in getattr(ds, 'items', ()):
-            h.update(f'{"/".join(im.parts[-3:])} {im.stat().st_size}'.encode() if isinstance(im, Path) else np.asarray(im).tobytes())
-            h.update(str(y).encode())
+        for o in getattr(ds, 'items', ()):
+            for part in o if isinstance(o, (tuple, list)) else [o]:
+                if isinstance(part, Path) and part.is_file(): part = f'{"/".join(part.parts[-3:])} {part.stat().st_size}'
+                h.update(part.tobytes() if isinstance(part, np.ndarray) else str(part).encode())
     return h.hexdigest()[:16]
 
 
@@ -126,25 +128,27 @@ COLUMNS = ['image', 'prediction', 'probability', 'concept', 'x0', 'y0', 'x1', 'y
 
 
 def _open(f, size, channels):
-    "An image file at its own size, and as an array (C,H,W) of uint8 at the model's."
-    own = open_rgb(f)
+    "An image file at its own size, as an array (C,H,W) of uint8 at the model's, and the SHA-256 of its bytes."
+    data = Path(f).read_bytes()
+    own, digest = open_rgb(io.BytesIO(data)), hashlib.sha256(data).hexdigest()
     small = np.asarray(own.resize(size[::-1], Image.Resampling.BILINEAR, reducing_gap=2.).convert('L' if channels == 1 else 'RGB'))
-    return own, small.reshape(*size, channels).transpose(2, 0, 1)
+    return own, small.reshape(*size, channels).transpose(2, 0, 1), digest
 
 
 def _done(table, images, out):
-    "Rows of the images that an earlier run has finished: not the last one, if it was cut in the middle of a line, nor files that changed since."
-    text = table.read_text() if table.exists() else ''
-    rows = list(csv.DictReader(text.splitlines()))
+    "Rows of the images that an earlier run has finished: not the last one, if it was cut in the middle of a line, nor files that are others now."
+    text = table.open(newline='').read() if table.exists() else ''
+    rows = list(csv.DictReader(io.StringIO(text, newline='')))
     cut = set() if text.endswith('\n') else {r['image'] for r in rows[-2:]}  # the last name may be cut itself
     files, same = {name: path for path, name in images}, {}
     for name in {r['image'] for r in rows} - cut:
         npz = out/f'{name}.npz'
-        same[name] = npz.exists() and (name not in files or files[name].stat().st_mtime <= npz.stat().st_mtime)
+        if not npz.exists(): continue
+        same[name] = name not in files or str(np.load(npz)['sha256']) == hashlib.sha256(files[name].read_bytes()).hexdigest()
     return [r for r in rows if same.get(r['image'])]
 
 
-def _save(e: Explanation, own, stem, threshold):
+def _save(e: Explanation, own, digest, stem, threshold):
     "Write the files of one image; its concept regions with boxes in pixels of `own`."
     def half(t): return t[0].cpu().numpy().astype('float16')
     m = e.map[0, 0].cpu().numpy()
@@ -153,7 +157,8 @@ def _save(e: Explanation, own, stem, threshold):
     stem.parent.mkdir(parents=True, exist_ok=True)
     grey.save(f'{stem}.map.png')
     Image.blend(own, heat, .5).save(f'{stem}.overlay.png')
-    np.savez_compressed(f'{stem}.npz', map=m, sams=half(e.sams), weights=half(e.weights), pred=e.pred[0].float().cpu().numpy(), layers=np.array(e.layers))
+    np.savez_compressed(f'{stem}.npz', map=m, sams=half(e.sams), weights=half(e.weights), pred=e.pred[0].float().cpu().numpy(), layers=np.array(e.layers),
+                        sha256=np.array(digest))
     sx, sy = own.width / m.shape[1], own.height / m.shape[0]
     return [(r, [round(b * s, 1) for b, s in zip(r.box, (sx, sy, sx, sy))]) for r in concept_regions(e.map, threshold)]
 
@@ -190,9 +195,9 @@ def explain_files(model: AntehocModel, # A classifier; `meta` tells size and voc
             x = torch.from_numpy(np.stack([b[2] for b in batch])).to(model.mean.device).float() / 255
             e = model.explain((x - model.mean) / model.std, threshold=threshold)
             p, c = e.pred.float().softmax(1).max(1)
-            for k, (name, own, _) in enumerate(batch):
+            for k, (name, own, _, digest) in enumerate(batch):
                 label = [name, vocab[c[k]] if vocab else int(c[k]), round(p[k].item(), 4)]
-                rows = [[*label, r.label, *box, round(r.area, 4), round(r.energy, 4)] for r, box in _save(e[k], own, out/name, threshold)]
+                rows = [[*label, r.label, *box, round(r.area, 4), round(r.energy, 4)] for r, box in _save(e[k], own, digest, out/name, threshold)]
                 w.writerows(rows or [label + [''] * (len(COLUMNS) - 3)])
                 f.flush()
                 n += 1

@@ -38,7 +38,8 @@ def _batch(learn, items=None, n=9):
         bad = [i for i in ids if not 0 <= i < len(dl.dataset)]
         if bad: raise IndexError(f"items: {bad[0]} is out of range, the validation images are 0 to {len(dl.dataset)-1}")
     else: dl,ids = learn.dls.test_dl(items),range(len(items))
-    if len(ids) == 0: raise ValueError(f"n: {n} of {len(dl.dataset)} images leaves nothing to explain")
+    if len(ids) == 0: raise ValueError(f"n: {n} of {len(dl.dataset)} images leaves nothing to explain; a learner loaded from a file has no images: "
+                                    "give some as items=[...], or use learn.model.explain(x)")
     dl.before_iter()
     b = dl.after_batch(to_device(dl.do_batch([dl.do_item(int(i)) for i in ids]), dl.device))
     b = to_device(tuple(b) if isinstance(b, (tuple, list)) else (b,), next(_antehoc(learn).parameters()).device)

@@ -6,11 +6,15 @@
 __all__ = ['salt_and_pepper', 'noise_stability', 'max_sensitivity']
 
 # %% ../nbs/06_stability.ipynb #cell0003
+import math
+from numbers import Integral
+
 import numpy as np
 import pandas as pd
 import torch
 
 from .metrics import _check_map, _plain, faithfulness, faithfulness_table
+from .model import AntehocModel
 from .sanity import _skimage, ssim
 
 # %% ../nbs/06_stability.ipynb #cell0006
@@ -27,7 +31,7 @@ def salt_and_pepper(
     x = _plain(x, 'x')
     if x.ndim != 4: raise ValueError(f"x must have shape (B,C,H,W), not {tuple(x.shape)}")
     if not 0 <= amount <= 1: raise ValueError(f"amount must lie in [0,1], got {amount}")
-    seeds = [(seed, i) for i in range(len(x))] if isinstance(seed, int) else list(seed)
+    seeds = [(seed, i) for i in range(len(x))] if isinstance(seed, Integral) else list(seed)
     if len(seeds) != len(x): raise ValueError(f"seed must be one integer or one seed per image, {len(x)}, got {len(seeds)}")
     grey = np.full((x.shape[1] if per_channel else 1, *x.shape[2:]), .5) # 1 where salt falls on it, 0 where pepper does
     hit = [random_noise(grey, mode='s&p', clip=True, rng=np.random.default_rng(s), amount=amount) for s in seeds]
@@ -53,13 +57,15 @@ def noise_stability(
     amounts=(.1, .2, .3, .4, .5), # Shares of the pixels to disturb, each in [0,1]
     *,
     seed:int=0, # Of the noise
-    mean=0., # The normalisation's mean: number, (C,) or (1,C,1,1)
-    std=1., # Its standard deviation, likewise
+    mean=None, # The normalisation's mean: number, (C,) or (1,C,1,1); None: the `AntehocModel`'s own, 0 for another model
+    std=None, # Its standard deviation, likewise; None: its own, or 1
     bs:int=64, # Images per call of `explain` and of the model
     **kw, # For `faithfulness`: score, threshold, areas, fill
 )->pd.DataFrame: # Index `noise` (0 is clean) and `kind`; columns drop inc win average_drop area n as in `faithfulness_table`, CD CI (points), ssim
     "Drop and Inc of noisy images and their distance to the clean ones, CD and CI, with the SSIM of the maps. Errors as of `faithfulness`"
     x = _plain(x, 'x')
+    own = (model.mean, model.std) if isinstance(model, AntehocModel) else (0., 1.)
+    mean, std = (o if v is None else v for v, o in zip((mean, std), own))
     def row(xk):
         m = _explained(explain, xk, bs)
         return m, faithfulness_table(faithfulness(model, xk, m, target, mean=mean, std=std, bs=bs, **kw))
@@ -87,4 +93,5 @@ def max_sensitivity(
     for _ in range(n):
         step = (2*torch.rand(x.shape, generator=g) - 1).to(x)*radius
         worst = (_explained(explain, x + step, bs).flatten(1) - first).norm(dim=1).clamp(min=worst)
-    return worst/first.norm(dim=1)
+    norm = first.norm(dim=1)
+    return torch.where(norm > 0, worst/norm, math.nan)

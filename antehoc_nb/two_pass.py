@@ -31,6 +31,7 @@ from torch import nn
 
 from .checkpoint import untouched
 from .cnns import build_cnn, find_arch, own_cnns
+from .layers import unknown_name
 from .model import AntehocModel, check_fill, plain
 from .second_pass import held, int_loss, int_losses, masks
 
@@ -91,10 +92,13 @@ class TwoPass(Callback):
                  **model_kwargs, # For `AntehocModel`: eta, layers, soft_attention, temperature, weight_net, scale
                 ):
         masks[mask], int_losses[loss]
+        known = list(inspect.signature(AntehocModel).parameters)[2:]
+        for k in model_kwargs:
+            if k not in known: raise TypeError(f'TwoPass: {unknown_name("argument", k, known)}')
         check_fill(fill)
         self.mask, self.fill, self.int_loss, self.train_cnn, self.keep_maps, self.model_kwargs = mask, fill, loss, train_cnn, keep_maps, model_kwargs
         self.int_losses, self.film, self.film_images, self._aside, self._seen = [], [], None, None, None
-        self._mean, self._attached, self._trained = dict(train=[], valid=[]), None, False # (loss, batch size) of each batch
+        self._mean, self._attached, self._begun = dict(train=[], valid=[]), None, False # (loss, batch size) of each batch
 
     def after_create(self): self.attach()
 
@@ -116,6 +120,7 @@ class TwoPass(Callback):
 
     def _adopt(self, model):
         "A model that was made without the DataLoaders learns from them how images are normalised, and what its file should say."
+        if 'size' not in model.meta: model.meta = self._meta(sample_inputs(self.learn.dls)) | model.meta
         stats = normalisation(self.learn.dls)
         if stats[0] is None: return
         mean, std = (torch.tensor(o, dtype=torch.float32, device=model.mean.device).view(1, -1, 1, 1) for o in stats)
@@ -124,7 +129,6 @@ class TwoPass(Callback):
             raise ValueError(f'the DataLoaders normalise with mean {mean.flatten().tolist()}, std {std.flatten().tolist()}, the AntehocModel was made for '
                              f'{model.mean.flatten().tolist()}, {model.std.flatten().tolist()}; give both the same')
         model.mean, model.std = mean, std
-        model.meta = self._meta(sample_inputs(self.learn.dls)) | model.meta
 
     def _meta(self, sample):
         "What the saved model should say of the images"
@@ -144,7 +148,10 @@ class TwoPass(Callback):
             learn.create_opt()
             learn.opt.set_hypers(**{k: [h[k] for h in hypers] for k in hypers[0]})
         elif isinstance(learn.opt, OptimWrapper): learn.opt.opt.param_groups[-1]['params'].extend(w)
-        else: learn.opt.param_lists[-1] = learn.opt.param_lists[-1] + L(w)
+        else:
+            learn.opt.param_lists[-1] = learn.opt.param_lists[-1] + L(w)
+            for k, p in learn.model.weight_net.named_parameters():
+                if k.endswith('bias') and not learn.wd_bn_bias: learn.opt.state[p]['do_wd'] = False
 
     def mean_int_loss(self, which: str) -> float: # 'train' or 'valid'
         "Mean interpretation loss of the current or last epoch, over its images; nan before the first."
@@ -162,11 +169,11 @@ class TwoPass(Callback):
     def before_fit(self): # also called for validating and predicting
         if sum(isinstance(cb, TwoPass) for cb in self.learn.cbs) > 1: raise ValueError('two TwoPass callbacks on one learner: learn.remove_cb(TwoPass) first')
         if self._attached is not self.antehoc: self.attach()
-        self._trained = False
+        self._begun = False
 
     def before_train(self):
-        if self.epoch == 0: self._begin()
-        self._trained, self._mean['train'] = True, []
+        if not self._begun: self._begin()
+        self._begun, self._mean['train'] = True, []
         if not self.train_cnn: self.antehoc.cnn.eval()
 
     def _begin(self):
@@ -243,7 +250,7 @@ class TwoPass(Callback):
     def after_cancel_step(self): self._aside = None
     def after_batch(self): self._seen = None
     def after_epoch(self):
-        if self.keep_maps and self._trained and not hasattr(self.learn, 'lr_finder'): self._shoot()
+        if self.keep_maps and self._begun and not hasattr(self.learn, 'lr_finder'): self._shoot()
 
     def _shoot(self):
         with held(self.antehoc.cnn): e = self.antehoc.explain(*to_device(self.film_images, self.antehoc.mean.device))
@@ -292,7 +299,7 @@ def plain_learner(dls, # fastai DataLoaders
 @delegates(vision_learner)
 def antehoc_learner(dls, # fastai DataLoaders with images (B,C,H,W) as first input
                     arch, # "resnet18", "timm/convnext_atto", "small_cnn", a torchvision function, or a CNN (nn.Module)
-                    eta: int = 8, # How many layers to tap
+                    eta: int | None = None, # How many layers to tap; None: 8, or all if there are fewer
                     layers: Sequence[str] | None = None, # Layers by name, instead of `eta`
                     soft_attention: str = 'softmax_l2', # A name in `soft_attentions`
                     temperature: float = 3., # Of the soft attention

@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from workers import OPTS, bare_cnn, halves, run, scenes, small_cnn
 
+from antehoc_nb.checkpoint import Checkpoint
 from antehoc_nb.data import photo_digits_dls
 from antehoc_nb.model import AntehocModel
 from antehoc_nb.two_pass import TwoPass, antehoc_learner
@@ -153,3 +154,26 @@ def test_the_mean_loss_counts_images():
     for p in learn.model.weight_net.parameters(): p.requires_grad_(False)
     run(learn, lambda o: o.validate())
     assert learn.two_pass.mean_int_loss('valid') == (32*32 + 8*8)/40
+
+
+def test_starting_at_a_later_epoch(tmp_path):
+    learn = Learner(digits(), small_cnn(), cbs=[TwoPass(keep_maps=2), Checkpoint(tmp_path/'c')])
+    run(learn, lambda o: o.fit(3, 1e-2, start_epoch=1))
+    assert len(learn.two_pass.film) == 3 and len(learn.two_pass.int_losses) == 4
+    assert torch.load(tmp_path/'c', weights_only=True)['fit'] == 0
+
+
+def test_joining_late_is_the_same_weight_network():
+    def trained(late):
+        set_seed(0)
+        learn = Learner(digits(), small_cnn(), cbs=[] if late else TwoPass())
+        learn.create_opt()
+        if late: learn.add_cb(TwoPass())
+        return run(learn, lambda o: o.fit(2, 1e-2)).model.state_dict()
+    assert same(trained(False), trained(True))
+
+
+def test_a_model_that_knows_its_normalisation_still_learns_its_size():
+    mean, std = [.485, .456, .406], [.229, .224, .225]
+    learn = Learner(digits(), AntehocModel(small_cnn(), torch.rand(2, 3, 32, 32), mean=mean, std=std), cbs=TwoPass())
+    assert learn.model.meta['size'] == [32, 32] and learn.model.eta == 3

@@ -1,5 +1,7 @@
 """The command on other data, other models and its own output."""
 import csv
+import json
+import os
 
 import pytest
 from PIL import Image
@@ -38,5 +40,18 @@ def test_runs_do_not_mix(folders):
     assert '24 images explained' in antehoc('explain', 'antehoc-run', 'a/photos')
     assert 'holds a run with other settings (model: ' in antehoc('explain', 'run-b', 'a/photos', code=1)
     assert 'holds a run with other settings (threshold: ' in antehoc('explain', 'antehoc-run', 'a/photos', '--threshold', .3, code=1)
+    first, second = sorted((folders/'a'/'photos'/'odd').iterdir())[:2]
+    old = first.stat().st_mtime
+    first.write_bytes(second.read_bytes())  # another image of the same name, no newer than the first
+    os.utime(first, (old, old))
+    assert '1 images explained, 23 were done already' in antehoc('explain', 'antehoc-run', 'a/photos')
     for again in (24, 0): assert f'{again} images explained' in antehoc('explain', 'antehoc-run', 'b', '--out', 'b/maps')  # not its own output
     with open('b/maps/explanations.csv', newline='') as f: assert all(r['image'].startswith('photos/') for r in csv.DictReader(f))
+
+
+def test_records_name_no_folder_of_this_machine(folders, monkeypatch):
+    args = ['train', str(folders/'a'/'photos'), '--arch', 'small_cnn', '--size', '32', '--epochs', '1', '--bs', '8', f'--out={folders}/secret/r']
+    monkeypatch.setattr('sys.argv', ['antehoc', *args])
+    antehoc(*args)
+    text = (folders/'secret'/'r'/'record.json').read_text()
+    assert str(folders) not in text and json.loads(text)['command'].endswith('--bs 8 --out=r')
