@@ -1,4 +1,5 @@
 """The house rules: one Quarto configuration, every page in the sidebar, small modules and notebooks, numbers that flow forward."""
+import ast
 import json
 import re
 from configparser import ConfigParser
@@ -53,6 +54,15 @@ def test_notebook_is_executed_small_and_without_errors(nb):
     outputs = [o for c in cells for o in c.get('outputs', [])]
     assert not [o['ename'] for o in outputs if o['output_type'] == 'error']
     assert outputs, 'run the notebook before saving it'
+
+
+@pytest.mark.parametrize('nb', [o for o in NOTEBOOKS if o.name != 'index.ipynb'], ids=lambda o: o.name)
+def test_imports_stand_alone(nb):
+    "To make the docs, nbdev runs the cells with imports and no others: below the first ones they must hold nothing else."
+    def kinds(c): return [isinstance(o, (ast.Import, ast.ImportFrom)) for o in ast.parse(''.join(c['source'])).body]
+    cells = [c for c in json.loads(nb.read_text(encoding='utf-8'))['cells'][6:] if c['cell_type'] == 'code']
+    mixed = [c['id'] for c in cells if '#| export' not in ''.join(c['source']) and 'nbdev_export(' not in ''.join(c['source']) and len(set(kinds(c))) > 1]
+    assert not mixed
 
 
 @pytest.mark.parametrize('module', MODULES, ids=lambda o: o.name)
