@@ -34,6 +34,7 @@ from .cnns import small_cnn
 from .layers import Listener
 from .model import AntehocModel, plain
 from .records import run_record, write_record
+from .runs import centred_blob
 from .second_pass import held, int_loss, masks
 from .two_pass import TwoPass, normalisation, sample_inputs
 
@@ -121,15 +122,13 @@ def control_maps(x: torch.Tensor, # Images, (B,C,H,W)
                 ) -> dict[str, torch.Tensor]: # name -> maps (B,1,H,W) in [0,1]
     "Maps that know nothing of the CNN."
     B, _, H, W = x.shape
-    y, z = torch.linspace(-1, 1, H)[:, None], torch.linspace(-1, 1, W)[None]
-    blob = torch.exp(-(y**2 + z**2) / 0.5).expand(B, 1, H, W)
     noise = torch.rand(B, 1, H, W, generator=torch.Generator().manual_seed(0))
     g = x.mean(1, keepdim=True)
     edge = torch.zeros_like(g)
     edge[..., 1:, :] += (g[..., 1:, :] - g[..., :-1, :]).abs()
     edge[..., :, 1:] += (g[..., :, 1:] - g[..., :, :-1]).abs()
     edge = edge / edge.amax((2, 3), keepdim=True).clamp_min(1e-8)
-    return {'control: centred blob': blob, 'control: noise': noise, 'control: edges': edge, 'control: ones': torch.ones(B, 1, H, W)}
+    return {'control: centred blob': centred_blob(B, (H, W)), 'control: noise': noise, 'control: edges': edge, 'control: ones': torch.ones(B, 1, H, W)}
 
 
 def score_maps(model: AntehocModel, # Gives the CNN and its black pixel
