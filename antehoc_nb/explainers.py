@@ -20,7 +20,7 @@ import torch
 from scipy import ndimage
 from torch import nn
 
-from .layers import Registry, candidate_layers, choose_layers, parse_layer
+from .layers import Registry, candidate_layers, choose_layers, layer_grids, parse_layer
 from .model import AntehocModel, evaluating, plain
 from .runs import centred_blob
 from .sam import minmax, resize
@@ -109,8 +109,8 @@ def _torchcam(name):
     return GradCAMpp
 
 
-def _cam(name, model, x, target, layer=None, **kwargs):
-    "CAMs of torchcam's extractor `name`, enlarged and scaled"
+def _cam(name, model, x, target, layer=None, aligned=True, **kwargs):
+    "CAMs of torchcam's extractor `name`, laid over the image and scaled"
     cam, cnn = _torchcam(name), _cnn(model)
     with _autograd(cnn):
         x = _images(x)
@@ -123,7 +123,8 @@ def _cam(name, model, x, target, layer=None, **kwargs):
             if max(target) >= scores.shape[1]: raise ValueError(f'target must lie in 0..{scores.shape[1]-1} for this model, got {max(target)}')
             m = extract(target, scores, normalized=False)[0]
         m[~scores.detach().isfinite().all(1)] = torch.nan  # torchcam sums around NaN; a diverged CNN should not pass for an empty map
-        return minmax(resize(_spread(m)[:, None], x.shape[2:]))
+        grid = layer_grids(cnn, x[:1], [layer])[0] if aligned else None
+        return minmax(resize(_spread(m)[:, None], x.shape[2:], grid))
 
 
 def _targets(target, n):
@@ -148,18 +149,20 @@ def grad_cam(model: nn.Module, # An `AntehocModel`, or any CNN
              x: torch.Tensor, # Images, (B,C,H,W), normalised as the CNN expects
              target, # Class numbers, (B,)
              layer: str | None = None, # Name of a layer, as in `layer_table`; None: the last tapped, or the deepest candidate
+             aligned: bool = True, # Lay each cell where the layer looks (`layer_grids`), not evenly spread
             ) -> torch.Tensor: # (B,1,H,W) in [0,1]
     "Grad-CAM. `ValueError` for classes that do not fit or an unknown layer, `TypeError` for a CNN of several inputs, `ImportError` without torchcam."
-    return _cam('GradCAM', model, x, target, layer)
+    return _cam('GradCAM', model, x, target, layer, aligned)
 
 
 def grad_cam_pp(model: nn.Module, # An `AntehocModel`, or any CNN
                 x: torch.Tensor, # Images, (B,C,H,W), normalised as the CNN expects
                 target, # Class numbers, (B,)
                 layer: str | None = None, # Name of a layer, as in `layer_table`; None: the last tapped, or the deepest candidate
+                aligned: bool = True, # Lay each cell where the layer looks (`layer_grids`), not evenly spread
                ) -> torch.Tensor: # (B,1,H,W) in [0,1]
     "Grad-CAM++, by the formula of its paper; made for rectified activations. Errors as `grad_cam`."
-    return _cam('GradCAMpp', model, x, target, layer)
+    return _cam('GradCAMpp', model, x, target, layer, aligned)
 
 
 def score_cam(model: nn.Module, # An `AntehocModel`, or any CNN
@@ -167,9 +170,10 @@ def score_cam(model: nn.Module, # An `AntehocModel`, or any CNN
               target, # Class numbers, (B,)
               layer: str | None = None, # Name of a layer, as in `layer_table`; None: the last tapped, or the deepest candidate
               bs: int = 32, # Masked images per forward pass
+              aligned: bool = True, # Lay each cell where the layer looks (`layer_grids`), not evenly spread; the masks that are tried stay as its authors have them
              ) -> torch.Tensor: # (B,1,H,W) in [0,1]
     "Score-CAM; masks multiply the images as they are normalised, as its authors do. Errors as `grad_cam`."
-    return _cam('ScoreCAM', model, x, target, layer, batch_size=bs)
+    return _cam('ScoreCAM', model, x, target, layer, aligned, batch_size=bs)
 
 
 explainers.update({'grad-cam': grad_cam, 'grad-cam++': grad_cam_pp, 'score-cam': score_cam})

@@ -6,6 +6,9 @@
 __all__ = ['random_masks', 'RandomMasks', 'train_judge']
 
 # %% ../nbs/08_judge.ipynb #cell0002
+import sys
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from fastai.callback.core import Callback
@@ -69,6 +72,6 @@ def train_judge(
     "Train an independent judge on randomly masked images (EVAL-X, Jethani et al. 2021). Errors as of `plain_learner` and `masked`."
     learn = plain_learner(dls, arch, cbs=[*L(cbs), RandomMasks(fill, seed)], pretrained=pretrained, **dict(metrics=accuracy) | kwargs)
     if pretrained: learn.unfreeze()
-    learn.fit_one_cycle(epochs, lr)
+    with learn.no_bar() if not sys.stdout.isatty() else nullcontext(): learn.fit_one_cycle(epochs, lr)  # lines, not bars, in a log file
     learn.model.eval()
     return learn

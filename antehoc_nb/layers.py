@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['unknown_name', 'Registry', 'as_inputs', 'Layer', 'parse_layer', 'candidate_layers', 'choose_layers', 'layer_table',
-           'Listener']
+           'layer_grids', 'Listener']
 
 # %% ../nbs/01_layers.ipynb #cell0002
 import difflib
@@ -57,6 +57,7 @@ class _Call:
     inputs: tuple[tuple[int, int], ...]
     rectified: bool # nothing below zero, something at it, something above
     leaf: bool
+    size_in: tuple[int, int] | None # (H,W) of the first argument, if it is a (B,C,H,W) tensor
 
     def has(self, kinds): return any(isinstance(m, kinds) for m in self.module.modules())
 
@@ -91,7 +92,8 @@ def _watch(cnn, sample) -> list[_Call]:
             keep.extend((args, out))
             if not (isinstance(out, torch.Tensor) and out.ndim == 4 and out.is_floating_point()): return
             calls.append(_Call(name, m, k, out, _key(out), tuple(_key(a) for a in args if isinstance(a, torch.Tensor)),
-                               bool(out.min() == 0 < out.max()), not any(True for _ in m.children())))
+                               bool(out.min() == 0 < out.max()), not any(True for _ in m.children()),
+                               tuple(args[0].shape[2:]) if args and isinstance(args[0], torch.Tensor) and args[0].ndim == 4 else None))
         return f
     try:
         handles = [m.register_forward_hook(hook(n)) for n, m in cnn.named_modules() if n]
@@ -217,6 +219,38 @@ def layer_table(cnn: nn.Module, # Any CNN
     chosen = {o.name for o in _pick(found, eta)}
     rows = [(o.name, o.kind, *o.shape, o.stage, '✓' if o.name in chosen else '') for o in found if ':' not in o.name or o.name in chosen]
     return pd.DataFrame(rows, columns=['layer', 'kind', 'channels', 'height', 'width', 'stage', 'chosen'])
+
+# %% ../nbs/01_layers.ipynb #cell0035
+def _local(m):
+    "Of a convolution or pooling: first centre and step of its cells in its input's coordinates, per axis; None for other modules"
+    if not all(hasattr(m, a) for a in ('kernel_size', 'stride', 'padding')): return None
+    pair = lambda v: (v, v) if isinstance(v, int) else tuple(v)
+    k, s, d = pair(m.kernel_size), pair(m.stride), pair(getattr(m, 'dilation', 1))
+    if len(k) != 2: return None
+    span = [b * (a - 1) for a, b in zip(k, d)]
+    p = [o // 2 for o in span] if m.padding == 'same' else [0, 0] if m.padding == 'valid' else pair(m.padding)
+    first = [a / 2 - b for a, b in zip(span, p)]
+    if isinstance(m, nn.ConvTranspose2d): return [(-a / b, 1 / b) for a, b in zip(first, s)]
+    return list(zip(first, s))
+
+
+def layer_grids(cnn: nn.Module, # Any CNN
+                sample, # Input like the ones to come, (B,C,H,W); a tuple if the CNN takes several
+                layers: Sequence[str], # Names as `choose_layers` gives them
+               ) -> list: # Per layer ((y, step), (x, step)): pixel of the first cell's centre and pixels from cell to cell; None where unknown
+    "Where in the image the cells of each layer are centred."
+    size, x = as_inputs(sample)[0].shape[2:], [None] * len(layers)
+    moves, got, wanted = {}, {}, {parse_layer(o)[:2] for o in layers}
+    for c in _watch(cnn, sample):
+        if (c.name, max(c.k, 0)) in wanted: got[c.name, max(c.k, 0)] = tuple(c.out.shape[2:])
+        if c.leaf and c.size_in and c.size_in != tuple(c.out.shape[2:]) and (local := _local(c.module)):
+            k = c.module.kernel_size  # of several ways between two resolutions, the widest: a shortcut follows the main path
+            area = k if isinstance(k, int) else max(k)
+            if area > moves.get((c.size_in, tuple(c.out.shape[2:])), (0,))[0]: moves[c.size_in, tuple(c.out.shape[2:])] = area, local
+    grids = {tuple(size): ((0., 1.), (0., 1.))}
+    for (a, b), (_, local) in moves.items():  # in order of computation
+        if a in grids and b not in grids: grids[b] = tuple((o + s * f, s * t) for (o, s), (f, t) in zip(grids[a], local))
+    return [grids.get(got.get(parse_layer(o)[:2])) for o in layers]
 
 # %% ../nbs/01_layers.ipynb #cell0023
 class Listener:

@@ -27,7 +27,7 @@ from torchvision.transforms.functional import gaussian_blur
 
 import antehoc_nb
 from .cnns import build_cnn
-from .layers import choose_layers, unknown_name
+from .layers import Listener, as_inputs, choose_layers, layer_grids, unknown_name
 from .sam import record_sams, resize_maps, soft_attentions
 from .weight_net import interpretation_map, weight_nets
 
@@ -177,6 +177,8 @@ class AntehocModel(nn.Module):
                  mean: Sequence[float] | None = None, # Per channel, if the images are normalised: (pixel - mean) / std
                  std: Sequence[float] | None = None, # Per channel
                  meta: dict | None = None, # JSON-able facts to save along, such as the classes' names
+                 grids: Sequence | None = None, # Where in the image the layers' cells are (see `layer_grids`); None: found by running the CNN
+                 channels: Sequence[int] | None = None, # Of the layers, for a weight network that reads activations; None: likewise
                 ):
         super().__init__()
         if not 0 < temperature < math.inf: raise ValueError(f'temperature={temperature} must be above 0 and finite')
@@ -185,10 +187,23 @@ class AntehocModel(nn.Module):
             raise ValueError(f'mean={list(mean)}, std={list(std)}: give as many of each as the images have channels, std above 0')
         soft_attentions[soft_attention]
         p = next(cnn.parameters(), torch.empty(0))
-        self.cnn, self.layers = cnn, choose_layers(cnn, _default_sample(cnn) if sample is None else sample, eta, layers)
+        if sample is None: sample = _default_sample(cnn)
+        self.cnn, self.layers = cnn, choose_layers(cnn, sample, eta, layers)
+        if grids is None and sample is not False: grids = layer_grids(cnn, sample, self.layers)
+        self.grids = list(grids or [None] * len(self.layers))
+        if len(self.grids) != len(self.layers): raise ValueError(f'grids: {len(self.grids)} given for {len(self.layers)} layers')
         self.eta, self.soft_attention, self.temperature, self.scale, self.meta = len(self.layers), soft_attention, temperature, scale, meta or {}
         self.weight_net_name = weight_net
-        self.weight_net = _own_seed(lambda: weight_nets[weight_net](self.eta)).to(p.device)
+        make = weight_nets[weight_net]
+        self.reads, self.channels = getattr(make, 'reads_activations', False), None
+        if self.reads:
+            if channels is None and sample is not False:
+                with torch.no_grad(), evaluating(cnn), torch.random.fork_rng([]), Listener(cnn, self.layers, lambda t: t.shape[1]) as rec: cnn(*as_inputs(sample))
+                channels = rec.values
+            if channels is None: raise ValueError(f'weight_net={weight_net!r} reads activations: give channels, how many each of the layers has')
+            self.channels = list(channels)
+            make = partial(make, channels=self.channels)
+        self.weight_net = _own_seed(lambda: make(self.eta)).to(p.device)
         channel = lambda v, default: torch.tensor(default if v is None else v, dtype=torch.float32, device=p.device).view(1, -1, 1, 1)
         self.register_buffer('mean', channel(mean, [0.]), persistent=False)
         self.register_buffer('std', channel(std, [1.]), persistent=False)
@@ -206,21 +221,28 @@ class AntehocModel(nn.Module):
         listening, self.listening = self.listening, False
         if not listening: return self.cnn(*args, **kwargs)
         with torch.set_grad_enabled(self.cnn_learns and torch.is_grad_enabled()):
-            out, self._sams = record_sams(self.cnn, self.layers, args, kwargs, self.attention)
+            out, self._sams = record_sams(self.cnn, self.layers, args, kwargs, self._summary)
         return out
 
-    def take_sams(self) -> list[torch.Tensor]: # One per layer, (B,1,h_i,w_i) in [0,1]
+    def _summary(self, t): # what is kept of an activation; a copy, since the CNN may go on to write to it
+        return (self.attention(t), t.clone()) if self.reads else self.attention(t)
+
+    def take_sams(self) -> list: # One per layer, (B,1,h_i,w_i) in [0,1]; with its activation if the weight network reads them
         "The soft attention maps of the `forward` that was listened to, or None; they are handed over, not kept."
         sams, self._sams = self._sams, None
         return sams
 
     def interpret(self,
-                  sams: list[torch.Tensor], # One per layer, (B,1,h_i,w_i)
+                  sams: list, # As `take_sams` gives them
                   size: tuple[int, int], # (H,W) of the image
                  ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: # Map (B,1,H,W), weights (B,eta,H,W), SAMs (B,eta,H,W)
         "Resize the soft attention maps, weigh them and blend them (Eq. 1); differentiable in the weight network."
-        sams, p = resize_maps(sams, size), next(self.weight_net.parameters(), None)
-        m, w = interpretation_map(sams, self.weight_net(sams if p is None else sams.to(p.dtype)), self.scale)
+        more = ()
+        if self.reads:
+            sams, activations = zip(*sams)
+            more = activations, self.grids
+        sams, p = resize_maps(sams, size, self.grids), next(self.weight_net.parameters(), None)
+        m, w = interpretation_map(sams, self.weight_net(sams if p is None else sams.to(p.dtype), *more), self.scale)
         return m, w, sams
 
     def explain(self,
@@ -235,8 +257,8 @@ class AntehocModel(nn.Module):
                              + ('; add a batch dimension with x[None]' if x.ndim == 3 else ''))
         if not 0 < threshold <= 1: raise ValueError(f'threshold={threshold} must lie in (0,1]')
         with torch.no_grad(), evaluating(self):
-            out, sams = record_sams(self.cnn, self.layers, (x.clone(), *args[1:]), kwargs, self.attention) # some CNNs write to their input
-            sizes = tuple(tuple(s.shape[2:]) for s in sams)
+            out, sams = record_sams(self.cnn, self.layers, (x.clone(), *args[1:]), kwargs, self._summary) # some CNNs write to their input
+            sizes = tuple(tuple((s[0] if self.reads else s).shape[2:]) for s in sams)
             m, w, sams = self.interpret(sams, x.shape[2:])
         return Explanation(map_tensors(plain, out), m, sams, w, x, self.mean, self.std, self.layers, sizes, threshold)
 
@@ -283,10 +305,11 @@ def mask(self: AntehocModel,
 @patch(as_prop=True)
 def config(self: AntehocModel) -> dict:
     "Everything but the weights, as JSON can hold it."
-    keys = dict(eta=self.eta, layers=list(self.layers), soft_attention=self.soft_attention, temperature=self.temperature,
+    keys = dict(eta=self.eta, layers=list(self.layers), grids=self.grids, soft_attention=self.soft_attention, temperature=self.temperature,
                 weight_net=self.weight_net_name, scale=self.scale)
     stats = dict(mean=self.mean.flatten().tolist(), std=self.std.flatten().tolist())
     channels_last = any(p.ndim == 4 and not p.is_contiguous() and p.is_contiguous(memory_format=torch.channels_last) for p in self.parameters())
+    if self.channels: keys['channels'] = self.channels
     return dict(format='antehoc_nb', version=antehoc_nb.__version__, **keys, **stats, channels_last=channels_last, meta=self.meta)
 
 

@@ -89,18 +89,24 @@ def bare_softmax(f: torch.Tensor, # An activation, (B,C,h,w)
 # %% ../nbs/01_sam.ipynb #cell0010
 def resize(t: torch.Tensor, # (B,C,h,w)
            size: tuple[int, int], # (H,W)
+           grid: tuple | None = None, # Where the cells are, as `layer_grids` has it: ((y, step), (x, step)) in pixels; None: spread evenly
           ) -> torch.Tensor: # (B,C,H,W), float32
-    "Bilinear resizing, as two matrix products on a CPU, where they are several times faster than `F.interpolate`."
-    if t.device.type != 'cpu': return F.interpolate(t.float(), size=size, mode='bilinear', align_corners=False)
-    def weights(n, N): return F.interpolate(torch.eye(n)[None], size=N, mode='linear', align_corners=False)[0]  # (n,N)
-    with torch.autocast('cpu', enabled=False): return weights(t.shape[2], size[0]).T @ (t.float() @ weights(t.shape[3], size[1]))
+    "Bilinear resizing, as two matrix products where the cells have a `grid`, and on a CPU, where they are several times faster than `F.interpolate`."
+    if grid is None and t.device.type != 'cpu': return F.interpolate(t.float(), size=size, mode='bilinear', align_corners=False)
+
+    def weights(n, N, axis):  # (n,N): how much each of n cells counts at each of N pixels
+        start, step = grid[axis] if grid else ((N / n - 1) / 2, N / n)
+        at = ((torch.arange(N) - start) / step).clamp(0, n - 1)
+        return (1 - (at - torch.arange(n)[:, None]).abs()).clamp_min(0).to(t.device)
+    with torch.autocast(t.device.type, enabled=False): return weights(t.shape[2], size[0], 0).T @ (t.float() @ weights(t.shape[3], size[1], 1))
 
 
 def resize_maps(maps: Sequence[torch.Tensor], # eta maps, (B,1,h_i,w_i)
                 size: tuple[int, int], # (H,W) of the image
+                grids: Sequence | None = None, # Where the cells of each are, as `layer_grids` has it; None: spread evenly
                ) -> torch.Tensor: # (B,eta,H,W)
-    "Bring maps of several resolutions to one size, bilinearly, and stack them along the channels."
-    return torch.cat([resize(m, size) for m in maps], 1)
+    "Bring maps of several resolutions to one size, bilinearly, each cell where its layer looks, and stack them along the channels."
+    return torch.cat([resize(m, size, g) for m, g in zip(maps, grids or [None] * len(maps))], 1)
 
 
 def record_sams(cnn: nn.Module, # The network

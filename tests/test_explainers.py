@@ -77,7 +77,7 @@ def state(cnn):
 def test_grad_cam_is_the_other_librarys(layer, inplace):
     x, y = batch()
     cnn = tiny(inplace)
-    ours = grad_cam(cnn, x, y, layer=layer)
+    ours = grad_cam(cnn, x, y, layer=layer, aligned=False)
     torch.testing.assert_close(ours, other('GradCAM', cnn, cnn[int(layer)], x, y), atol=1e-4, rtol=0)
     assert ours.flatten(1).std(1).median() > .1
 
@@ -89,7 +89,7 @@ def test_grad_cam_pp_is_the_other_librarys_where_its_epsilon_is_small(layer):
     With those of an untrained ResNet-18 at 64 pixels the maps differ by 0.03 at most, and correlate at 0.9998."""
     x, y = batch()
     cnn = tiny(scale=1e3)
-    torch.testing.assert_close(grad_cam_pp(cnn, x, y, layer=layer), other('GradCAMPlusPlus', cnn, cnn[int(layer)], x, y), atol=1e-3, rtol=0)
+    torch.testing.assert_close(grad_cam_pp(cnn, x, y, layer=layer, aligned=False), other('GradCAMPlusPlus', cnn, cnn[int(layer)], x, y), atol=1e-3, rtol=0)
 
 
 def by_definition(cnn, k, x, y):
@@ -105,7 +105,7 @@ def by_definition(cnn, k, x, y):
 @pytest.mark.parametrize('scale', [1e-3, 1., 1e3])
 def test_grad_cam_pp_is_the_papers_at_any_scale_of_the_gradient(scale):
     x, y = batch()
-    torch.testing.assert_close(grad_cam_pp(tiny(scale=scale), x, y), by_definition(tiny(scale=scale), 6, x, y), atol=1e-4, rtol=0)
+    torch.testing.assert_close(grad_cam_pp(tiny(scale=scale), x, y, aligned=False), by_definition(tiny(scale=scale), 6, x, y), atol=1e-4, rtol=0)
 
 
 def test_torchcams_own_grad_cam_pp_lacks_the_division():
@@ -132,7 +132,7 @@ def test_score_cam_is_the_other_librarys_at_full_resolution():
 def test_score_cam_correlates_where_masks_are_enlarged_differently():
     x, y = batch()
     cnn = tiny()
-    assert min(corr(score_cam(cnn, x, y), other('ScoreCAM', cnn, cnn[6], x, y))) > .9999
+    assert min(corr(score_cam(cnn, x, y, aligned=False), other('ScoreCAM', cnn, cnn[6], x, y))) > .9999
 
 
 def test_score_cam_is_its_definition():
@@ -144,8 +144,8 @@ def test_score_cam_is_its_definition():
             gain = [cnn(x[i:i + 1] * resize(minmax(a[i:i + 1, k:k + 1]), (16, 16)))[0, y[i]] - cnn(x[i:i + 1])[0, y[i]] for k in range(8)]
             m = (torch.stack(gain).softmax(0)[:, None, None] * a[i]).sum(0).relu()
             maps.append(minmax(resize(minmax(m[None, None]), (16, 16))))
-    torch.testing.assert_close(score_cam(cnn, x, y), torch.cat(maps), atol=1e-4, rtol=0)
-    torch.testing.assert_close(score_cam(cnn, x, y, bs=5), torch.cat(maps), atol=1e-4, rtol=0)
+    torch.testing.assert_close(score_cam(cnn, x, y, aligned=False), torch.cat(maps), atol=1e-4, rtol=0)
+    torch.testing.assert_close(score_cam(cnn, x, y, bs=5, aligned=False), torch.cat(maps), atol=1e-4, rtol=0)
 
 
 def test_resnet18_at_64_pixels():
@@ -153,8 +153,8 @@ def test_resnet18_at_64_pixels():
     net = torchvision.models.resnet18(num_classes=7).eval()
     x, y = batch(3, 64, 7)
     assert candidate_layers(net, x)[-1].name.startswith('layer4.1')
-    torch.testing.assert_close(grad_cam(net, x, y), other('GradCAM', net, net.layer4, x, y), atol=1e-3, rtol=0)
-    assert min(corr(grad_cam_pp(net, x, y), other('GradCAMPlusPlus', net, net.layer4, x, y))) > .99
+    torch.testing.assert_close(grad_cam(net, x, y, aligned=False), other('GradCAM', net, net.layer4, x, y), atol=1e-3, rtol=0)
+    assert min(corr(grad_cam_pp(net, x, y, aligned=False), other('GradCAMPlusPlus', net, net.layer4, x, y))) > .99
     torch.testing.assert_close(explain_with('score-cam', net, x[:1], y[:1]), score_cam(net, x[:1], y[:1], layer='layer4'), atol=1e-4, rtol=0)
 
 
