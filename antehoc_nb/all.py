@@ -6,9 +6,11 @@
 __all__ = []
 
 # %% ../nbs/16_all.ipynb #cell0003
-from . import (checkpoint, cnns, data, files, judge, layers, metrics, model, records, road, sam, sanity, second_pass, show, show_learner, stability,
-                        two_pass, weight_net)
-from . import explainers as explainers_page  # its registry has the module's name
+from . import (checkpoint, cnns, data, files, judge, layers, masking, metrics, model, records, road, sam, sanity, scoreboard, second_pass, show,
+                        show_learner, stability, two_pass, weight_net)
+from . import benchmark as benchmark_page  # these two hold something of the module's name
+from . import explainers as explainers_page
+from .benchmark import *
 from .checkpoint import *
 from .cnns import *
 from .data import *
@@ -16,12 +18,14 @@ from .explainers import *
 from .files import *
 from .judge import *
 from .layers import *
+from .masking import *
 from .metrics import *
 from .model import *
 from .records import *
 from .road import *
 from .sam import *
 from .sanity import *
+from .scoreboard import *
 from .second_pass import *
 from .show import *
 from .show_learner import *
@@ -30,7 +34,7 @@ from .two_pass import *
 from .weight_net import *
 
 # %% ../nbs/16_all.ipynb #cell0004
-_modules = (data, files, layers, sam, weight_net, cnns, model, checkpoint, second_pass, two_pass, show, show_learner, metrics, records, road, sanity, stability,
-            explainers_page, judge)
+_modules = (data, files, layers, sam, masking, weight_net, cnns, model, checkpoint, second_pass, two_pass, show, show_learner, metrics, records, road, sanity,
+            stability, explainers_page, scoreboard, benchmark_page, judge)
 _by_name = {*sam.soft_attentions, *weight_net.weight_nets, *second_pass.masks, *second_pass.int_losses, 'plain', 'resize', 'masked'}
 __all__ = sorted({n for m in _modules for n in m.__all__} - _by_name)

@@ -7,29 +7,29 @@ __all__ = ['benchmark_metrics', 'RIVALS', 'test_images', 'Task', 'benchmark']
 
 # %% ../nbs/08_benchmark.ipynb #cell0002
 import hashlib
-import json
 import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 from fastai.data.core import DataLoaders
 from torch import nn
 from tqdm import tqdm
 
-from .explainers import explain_with
+from .explainers import CONTROLS, explain_with
 from .explainers import explainers as registry
 from .layers import Registry
-from .metrics import class_probability, energy_in_region, insertion_deletion, iou, map_area, map_masks, pointing_game
-from .model import AntehocModel, evaluating, masked, plain
+from .metrics import class_probability, energy_in_region, insertion_deletion, iou, map_masks, pointing_game
+from .masking import masked
+from .model import AntehocModel, evaluating, plain
 from .records import run_record, write_record
 from .road import road_scores
 from .runs import claim, cnn_digest
-from .scoreboard import CONTROLS, Benchmark, as_results, summarise
+from .scoreboard import Benchmark, as_results, summarise
 from .two_pass import normalisation
 
 # %% ../nbs/08_benchmark.ipynb #cell0005
@@ -163,18 +163,19 @@ def benchmark(
     chosen = {m: benchmark_metrics[m] for m in metrics}
     if not ask or not chosen: raise ValueError("benchmark needs at least one explainer and one metric")
     if target not in ('true', 'predicted'): raise ValueError(f"target={target!r} must be 'true' or 'predicted'")
-    if 'localisation' in chosen and regions is None: raise ValueError("metric 'localisation' needs regions: boxes (M,4) or masks (M,H,W), one per image of dl.dataset")
+    if 'localisation' in chosen and regions is None:
+        raise ValueError("metric 'localisation' needs regions: boxes (M,4) or masks (M,H,W), one per image of dl.dataset")
     x, y, where = test_images(dl, n, absent_ok)
     if regions is not None: regions = torch.as_tensor(regions)[where].to(x.device)
     cnn = model.cnn if isinstance(model, AntehocModel) else model
     mean, std = (torch.tensor(v, device=x.device).view(1, -1, 1, 1) if v else d for v, d in zip(normalisation(DataLoaders(dl)), (0., 1.)))
     scorers = {'cnn': cnn} | ({} if judge is None else {'judge': judge})
-    scorers = {k: (lambda a, b, m=m: score(m, a, b)) for k, m in scorers.items()}
+    scorers = {k: partial(score, m) for k, m in scorers.items()}
+    map_masks(torch.zeros(1, 1, *x.shape[2:]), threshold, areas), [f(x[:1], y[:1]) for f in scorers.values()]  # whatever is wrong, before work is lost
     with torch.no_grad(), evaluating(cnn): right = torch.cat([plain(cnn(b)).argmax(1) for b in x.split(bs)]) if score is class_probability else y
     accuracy, y = (right == y).float().mean().item(), y if target == 'true' else right
     common = dict(mean=mean, std=std, fill=fill, threshold=threshold, areas=tuple(areas), steps=steps)
     tasks = [Task(x[i:i + bs], y[i:i + bs], scorers, regions=None if regions is None else regions[i:i + bs], **common) for i in range(0, len(x), bs)]
-    map_masks(torch.zeros(1, 1, *x.shape[2:]), threshold, areas), [f(x[:1], y[:1]) for f in scorers.values()]  # whatever is wrong, before work is lost
     settings = dict(model=cnn_digest(model), images=_digest(x, y), judge=judge and cnn_digest(judge), metrics=list(chosen), target=target,
                     fill=fill, threshold=threshold, areas=list(areas), steps=steps, bs=bs)
     parts = Path(out).with_suffix('') if out else None

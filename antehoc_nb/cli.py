@@ -179,18 +179,42 @@ def demo(out: Annotated[Path, _opt('Where the model, the record and the figures 
 # %% ../nbs/15_cli.ipynb #cell0013
 class Experiment(str, Enum):
     "Experiments that `antehoc reproduce` can run."
+    table1, table2, table5 = 'table1', 'table2', 'table5'
+    figure1, figure3 = 'figure1', 'figure3'
     weight_choice = 'weight-choice'
 
 
 @app.command()
-def reproduce(experiment: Annotated[Experiment, typer.Argument(help='Which experiment.')],
-              dataset: Annotated[str, _opt('`photo-digits` or `cifar10`.')] = 'photo-digits',
+def reproduce(experiment: Annotated[Experiment, typer.Argument(help='Which table or figure of the paper, or which experiment.')],
+              dataset: Annotated[str, _opt('`photo-digits`, `cifar10`, `tinyimagenet20`, `food101-10` or `tinyimagenet200`.')] = 'photo-digits',
               profile: Annotated[str, _opt('`smoke` (seconds), `cpu` (under an hour) or `paper` (a GPU).')] = 'cpu',
               data: Annotated[Path | None, _opt('The data set, if it is not under $ANTEHOC_DATA.')] = None,
-              results: Annotated[Path, _opt('Folder of the records.')] = Path('results')):
+              results: Annotated[Path, _opt('Folder of the records and figures.')] = Path('results'),
+              work: Annotated[Path, _opt('Folder of checkpoints and models; an interrupted run goes on from there.')] = Path('runs')):
     "Run an experiment and write its record, from which the notebooks make their tables."
+    command = f'antehoc reproduce {experiment.value} --dataset {dataset} --profile {profile}'
     with _in_one_line():
-        from antehoc_nb.weight_choice import run_trials
-        to = results/experiment.value/f'{dataset}-{profile}.json'
-        run_trials(dataset, profile, out=to, data=data)
+        if experiment is Experiment.weight_choice:
+            from antehoc_nb.weight_choice import run_trials
+            to = results/experiment.value/f'{dataset}-{profile}.json'
+            run_trials(dataset, profile, out=to, data=data)
+        elif experiment is Experiment.table5:
+            from antehoc_nb.noise_table import run_stability, stability_table
+            record = run_stability(dataset, profile, results, work, data, command=command)
+            typer.echo(stability_table(record).round(2).to_string())
+            to = results/'stability'/f'{dataset}-{profile}.json'
+        elif experiment in (Experiment.table1, Experiment.table2):
+            from antehoc_nb.classification import PACKS, TABLES, run_classification
+            from antehoc_nb.scoreboard import Benchmark
+            b = Benchmark.of(run_classification(dataset, profile, results, work, data, command.replace('table2', 'table1')))  # one run for both
+            typer.echo(f'{PACKS[dataset].title}, {TABLES[experiment.value]} maps:\n' + b.pivot(masks=(TABLES[experiment.value],)).round(2).to_string())
+            to = results/'classification'/f'{dataset}-{profile}.json'
+        else:
+            from antehoc_nb import classification as c
+            c.profile_config(dataset, profile)
+            folder = results if c.PACKS[dataset].shown else work  # pictures that may not be shown stay out of the results
+            to = folder/experiment.value/f'{dataset}-{profile}.png'
+            fig = getattr(c, experiment.value)(dataset, profile, work, data)
+            to.parent.mkdir(parents=True, exist_ok=True)
+            fig.savefig(to, dpi=100, bbox_inches='tight')
         typer.echo(f'wrote {to}')

@@ -16,7 +16,8 @@ from fastai.learner import Learner
 from fastai.metrics import accuracy
 from fastcore.foundation import L
 
-from .model import check_fill, masked, plain
+from .masking import check_fill, masked
+from .model import plain
 from .two_pass import normalisation, plain_learner
 
 # %% ../nbs/08_judge.ipynb #cell0005

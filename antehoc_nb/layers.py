@@ -83,11 +83,12 @@ def _watch(cnn, sample) -> list[_Call]:
     "Run `cnn` once in evaluation mode, and list every module call that returned a (B,C,H,W) tensor."
     calls, counts, handles, keep, inputs = [], {}, [], [], as_inputs(sample)
     modes, ps = [(m, m.training) for m in cnn.modules()], [p for p in cnn.parameters() if p.requires_grad]
-    several = len(inputs) > 1  # then only what depends on the image counts: what autograd can follow to it
+    owner, several = threading.get_ident(), len(inputs) > 1  # with several, only what depends on the image counts: what autograd can follow to it
     if several: inputs = (inputs[0].detach().clone().requires_grad_() * 1, *inputs[1:])
 
     def hook(name):
         def f(m, args, out):
+            if threading.get_ident() != owner: return
             k = counts[name] = counts.get(name, -1) + 1
             keep.extend((args, out))
             if not (isinstance(out, torch.Tensor) and out.ndim == 4 and out.is_floating_point()): return
@@ -239,7 +240,7 @@ def layer_grids(cnn: nn.Module, # Any CNN
                 layers: Sequence[str], # Names as `choose_layers` gives them
                ) -> list: # Per layer ((y, step), (x, step)): pixel of the first cell's centre and pixels from cell to cell; None where unknown
     "Where in the image the cells of each layer are centred."
-    size, x = as_inputs(sample)[0].shape[2:], [None] * len(layers)
+    size = tuple(as_inputs(sample)[0].shape[2:])
     moves, got, wanted = {}, {}, {parse_layer(o)[:2] for o in layers}
     for c in _watch(cnn, sample):
         if (c.name, max(c.k, 0)) in wanted: got[c.name, max(c.k, 0)] = tuple(c.out.shape[2:])
@@ -247,7 +248,7 @@ def layer_grids(cnn: nn.Module, # Any CNN
             k = c.module.kernel_size  # of several ways between two resolutions, the widest: a shortcut follows the main path
             area = k if isinstance(k, int) else max(k)
             if area > moves.get((c.size_in, tuple(c.out.shape[2:])), (0,))[0]: moves[c.size_in, tuple(c.out.shape[2:])] = area, local
-    grids = {tuple(size): ((0., 1.), (0., 1.))}
+    grids = {size: ((0., 1.), (0., 1.))}
     for (a, b), (_, local) in moves.items():  # in order of computation
         if a in grids and b not in grids: grids[b] = tuple((o + s * f, s * t) for (o, s), (f, t) in zip(grids[a], local))
     return [grids.get(got.get(parse_layer(o)[:2])) for o in layers]

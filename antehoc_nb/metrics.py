@@ -15,7 +15,8 @@ import pandas as pd
 import torch
 from scipy.ndimage import distance_transform_edt
 
-from .model import AntehocModel, evaluating, masked
+from .masking import masked
+from .model import AntehocModel, evaluating
 
 # %% ../nbs/06_metrics.ipynb #cell0005
 def _plain(t, name):

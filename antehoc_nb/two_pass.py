@@ -32,7 +32,8 @@ from torch import nn
 from .checkpoint import untouched
 from .cnns import build_cnn, find_arch, own_cnns
 from .layers import unknown_name
-from .model import AntehocModel, check_fill, plain
+from .masking import check_fill
+from .model import AntehocModel, plain
 from .second_pass import held, int_loss, int_losses, masks
 
 # %% ../nbs/04_two_pass.ipynb #cell0011

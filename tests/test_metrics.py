@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from antehoc_nb.masking import masked
 from antehoc_nb.metrics import (
     boxes_to_masks,
     class_probability,
@@ -21,7 +22,6 @@ from antehoc_nb.metrics import (
     map_area,
     pointing_game,
 )
-from antehoc_nb.model import masked
 
 probabilities = st.lists(st.tuples(*[st.floats(0, 1, allow_subnormal=False)]*2), min_size=1, max_size=30)
 seeds = st.integers(0, 2**31 - 1)

@@ -55,6 +55,8 @@ CASES = dict(
     both=dict(two=dict(mask='both', fill='mean')),
     single=dict(two=dict(weight_net='single', fill='blur')),
     uniform=dict(two=dict(weight_net='uniform', scale=False)),
+    informed=dict(two=dict(weight_net='informed')),
+    informed_bf16=dict(two=dict(weight_net='informed'), cbs=[Bf16()]),
     film=dict(two=dict(keep_maps=4, soft_attention='softmax_max')),
 )
 
