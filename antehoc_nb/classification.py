@@ -43,7 +43,7 @@ class Pack:
     title: str # What to call it beside a number
     stands_for: str # The paper's data set it is, or stands in for
     archive: str | None = None # Where it lies under ANTEHOC_DATA; None: made on the spot
-    test: str = 'test' # Its split for the final numbers
+    test: str | float = 'test' # Its split for the final numbers, or a share of all images where it has none
     boxes: str | None = None # CSV with path, xmin, ymin, xmax, ymax in pixels of the image file
     side: int | None = None # Pixels of the image files, where boxes are given
     shown: bool = True # May its pictures be committed?
@@ -53,7 +53,9 @@ PACKS = {'photo-digits': Pack('photo-digits', 'none of them'),
          'cifar10': Pack('CIFAR-10 (JPEG)', 'CIFAR-10', 'cifar10/cifar10_jpeg_full.tar.gz'),
          'tinyimagenet20': Pack('Tiny-ImageNet-20', 'Animals-10', 'tinyimagenet/tinyimagenet20_500tr_50val.tar.gz', 'val', 'boxes.csv', 64),
          'food101-10': Pack('Food-101-10', 'Food-11', 'food101_10/food101_10.tar', shown=False),
-         'tinyimagenet200': Pack('Tiny-ImageNet-200 (subset)', 'Tiny-ImageNet', 'tinyimagenet/tinyimagenet200_120tr_25val.tar.gz', 'val', 'boxes.csv', 64)}
+         'tinyimagenet200': Pack('Tiny-ImageNet-200 (subset)', 'Tiny-ImageNet', 'tinyimagenet/tinyimagenet200_120tr_25val.tar.gz', 'val', 'boxes.csv', 64),
+         'cifar10-original': Pack('CIFAR-10', 'CIFAR-10', 'cifar-10-python.tar.gz'), 'animals10': Pack('Animals-10', 'Animals-10', 'animals10.zip', .2),
+         'food11': Pack('Food-11', 'Food-11', 'food11.zip'), 'tinyimagenet': Pack('Tiny-ImageNet', 'Tiny-ImageNet', 'tiny-imagenet-200.zip', 'val')}
 
 
 def pack_dls(dataset:str, # A name in `PACKS`
@@ -97,8 +99,10 @@ PROFILES = dict(
     smoke=dict(arch='small_cnn', size=32, eta=6, bs=32, lr=6e-3, epochs=1, judge_epochs=1, n_train=128, n_test=40, steps=4, seeds=(0,)),
     cpu=dict(arch='resnet18_half', size=64, eta=8, bs=64, lr=3e-3, n_train=None, n_test=400, steps=12, seeds=(0,)),
     paper=dict(arch='resnet50', size=128, eta=8, bs=64, lr=1e-3, n_train=None, n_test=2000, steps=32, seeds=(0, 1, 2)))
-EPOCHS = dict(cpu={'photo-digits': 10, 'cifar10': 2, 'tinyimagenet20': 6, 'food101-10': 12, 'tinyimagenet200': 3},
-              paper={'photo-digits': 10, 'cifar10': 30, 'tinyimagenet20': 60, 'food101-10': 60, 'tinyimagenet200': 60})
+EPOCHS = {'cpu': {'photo-digits': 10, 'cifar10': 2, 'tinyimagenet20': 6, 'food101-10': 12, 'tinyimagenet200': 3,
+                  'cifar10-original': 2, 'animals10': 3, 'food11': 6, 'tinyimagenet': 1},
+          'paper': {'photo-digits': 10, 'cifar10': 30, 'tinyimagenet20': 60, 'food101-10': 60, 'tinyimagenet200': 60,
+                    'cifar10-original': 30, 'animals10': 30, 'food11': 60, 'tinyimagenet': 30}}
 
 
 def profile_config(dataset:str, profile:str)->dict: # What `run_classification` runs
