@@ -57,7 +57,7 @@ def learner(arch, size, bs, a, two_pass, n=4):
     class End(Callback):
         order = 200
         def after_batch(self): self.learn.step_times.append([e - s for s, e in zip(self.learn.started, clock(a.device))])
-    cbs = [Start(), End()] + [Bf16()]*a.bf16 + [ChannelsLast()]*a.channels_last + [TwoPass()]*two_pass
+    cbs = [Start(), End()] + [Bf16()]*a.bf16 + [ChannelsLast()]*a.channels_last + [TwoPass(weight_net=a.weight_net)]*two_pass
     learn = Learner(dls, cnn, loss_func=torch.nn.CrossEntropyLoss(), cbs=cbs)
     learn.step_times = []
     return learn
@@ -87,7 +87,7 @@ def forwards(arch, size, a):
 
     from antehoc_nb.model import AntehocModel
     torch.manual_seed(0)
-    model = AntehocModel(getattr(torchvision.models, arch)(num_classes=10).to(a.device)).eval()
+    model = AntehocModel(getattr(torchvision.models, arch)(num_classes=10).to(a.device), weight_net=a.weight_net).eval()
     x = torch.randn(a.bs, 3, size, size, device=a.device)
     if a.channels_last: model, x = model.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
     rows = []
@@ -162,7 +162,7 @@ def peak(arch, size, a, two_pass):
 
 def memory(arch, size, a):
     "The peaks of both sides, each from a process of its own, and their ratios."
-    flags = ['--device', a.device, '--bs', str(a.bs), '--threads', str(a.threads)] + ['--bf16']*a.bf16 + ['--channels-last']*a.channels_last
+    flags = ['--device', a.device, '--bs', str(a.bs), '--threads', str(a.threads), '--weight-net', a.weight_net] + ['--bf16']*a.bf16 + ['--channels-last']*a.channels_last
     got = []
     for side in ('plain', 'two-pass'):
         cmd = [sys.executable, __file__, '--arch', arch, '--size', str(size), '--peak', side, *flags]
@@ -194,6 +194,7 @@ def text_table(rows):
 def main():
     p = argparse.ArgumentParser(description=__doc__.split('\n')[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument('--arch', nargs='+', default=['resnet18', 'resnet50'], help='torchvision architectures')
+    p.add_argument('--weight-net', default='autoencoder', help='how the layers are blended: autoencoder, informed, ...')
     p.add_argument('--size', nargs='+', type=int, default=[128], help='image sides in pixels')
     p.add_argument('--bs', type=int, default=32, help='images per batch')
     p.add_argument('--device', default='cpu', choices=['cpu', 'cuda'])
@@ -217,7 +218,7 @@ def main():
     start, cases, rows = time.time(), {}, [['case', 'ratio of', 'wall', 'quartiles', 'CPU time', 'ours / plain', 'budget']]
     for arch in a.arch:
         for size in a.size:
-            name, r = f'{arch} {size}px bs{a.bs}', {}
+            name, r = f'{arch} {size}px bs{a.bs}' + f', {a.weight_net}' * (a.weight_net != 'autoencoder'), {}
             print(f'{name} ...', file=sys.stderr, flush=True)
             if 'step' in a.only:
                 r['step'] = ratios(steps(arch, size, a))
