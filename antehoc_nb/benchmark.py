@@ -39,15 +39,16 @@ def test_images(
     absent_ok:bool=False, # Go on where a class of `dl.vocab` has no image?
 )->tuple: # Images (N,C,H,W), normalised; classes (N,); their positions in `dl.dataset`, a list
     "Test images without shuffling or augmentation. `ValueError` for an empty test set or, unless `absent_ok`, a class without images"
-    ds, k = dl.dataset, len(getattr(dl, 'vocab', ()))
+    ds = dl.dataset
+    vocab = getattr(dl, 'vocab', getattr(getattr(ds, 'dataset', None), 'vocab', ()))  # a Subset has it one level down
     if n is not None and n < 1: raise ValueError(f"n={n}: at least one test image is needed")
     if not len(ds): raise ValueError("dl holds no image: the test set is empty")
     if hasattr(ds, 'tls') and len(ds.tls) == 2: classes = np.array([int(ds.tls[1][i]) for i in range(len(ds))])
     else: classes = np.concatenate([b[1].cpu().numpy() for b in dl.new(shuffle=False, drop_last=False)])
-    missing = sorted(set(range(k)) - set(classes.tolist()))
+    missing = sorted(set(range(len(vocab))) - set(classes.tolist()))
     if missing and not absent_ok:
-        names = ', '.join(str(dl.vocab[i]) for i in missing[:5]) + (', ...' if len(missing) > 5 else '')
-        raise ValueError(f"{len(missing)} of {k} classes have no test image: {names}; add some, or pass absent_ok=True")
+        names = ', '.join(str(vocab[i]) for i in missing[:5]) + (', ...' if len(missing) > 5 else '')
+        raise ValueError(f"{len(missing)} of {len(vocab)} classes have no test image: {names}; add some, or pass absent_ok=True")
     turn = np.zeros(len(classes), int)  # how many of its class came before, in an order spread over the class
     for c in np.unique(classes):
         i = np.flatnonzero(classes == c)

@@ -96,8 +96,8 @@ def resize(t: torch.Tensor, # (B,C,h,w)
 
     def weights(n, N, axis):  # (n,N): how much each of n cells counts at each of N pixels
         start, step = grid[axis] if grid else ((N / n - 1) / 2, N / n)
-        at = ((torch.arange(N) - start) / step).clamp(0, n - 1)
-        return (1 - (at - torch.arange(n)[:, None]).abs()).clamp_min(0).to(t.device)
+        at = ((torch.arange(N, dtype=torch.float64) - start) / step).clamp(0, n - 1)
+        return (1 - (at - torch.arange(n)[:, None]).abs()).clamp_min(0).float().to(t.device)
     with torch.autocast(t.device.type, enabled=False): return weights(t.shape[2], size[0], 0).T @ (t.float() @ weights(t.shape[3], size[1], 1))
 
 
