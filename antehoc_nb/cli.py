@@ -181,7 +181,7 @@ class Experiment(str, Enum):
     "Experiments that `antehoc reproduce` can run."
     table1, table2, table5 = 'table1', 'table2', 'table5'
     figure1, figure3 = 'figure1', 'figure3'
-    weight_choice = 'weight-choice'
+    weight_choice, weight_net = 'weight-choice', 'weight-net'
 
 
 @app.command()
@@ -194,10 +194,11 @@ def reproduce(experiment: Annotated[Experiment, typer.Argument(help='Which table
     "Run an experiment and write its record, from which the notebooks make their tables."
     command = f'antehoc reproduce {experiment.value} --dataset {dataset} --profile {profile}'
     with _in_one_line():
-        if experiment is Experiment.weight_choice:
-            from antehoc_nb.weight_choice import run_trials
+        if experiment in (Experiment.weight_choice, Experiment.weight_net):
+            from antehoc_nb.weight_choice import LATER, TRIALS, run_trials
             to = results/experiment.value/f'{dataset}-{profile}.json'
-            run_trials(dataset, profile, out=to, data=data)
+            later = dict(trials=LATER, seeds=(0, 1) if profile == 'cpu' else None) if experiment is Experiment.weight_net else dict(trials=TRIALS)
+            run_trials(dataset, profile, out=to, data=data, experiment=experiment.value, **later)
         elif experiment is Experiment.table5:
             from antehoc_nb.noise_table import run_stability, stability_table
             record = run_stability(dataset, profile, results, work, data, command=command)
