@@ -22,7 +22,7 @@ from fastai.callback.channelslast import ChannelsLast
 from fastai.data.core import DataLoaders
 from fastai.torch_core import set_seed
 
-from .benchmark import RIVALS, benchmark, test_images
+from .benchmark import RIVALS, benchmark, subset, test_images
 from .checkpoint import Checkpoint
 from .data import photo_digits_dls
 from .explainers import CONTROLS, explain_with, grad_cam
@@ -64,7 +64,7 @@ def pack_dls(dataset:str, # A name in `PACKS`
              n_train:int|None=None, # At most so many training images
              data=None, # Folder or archive instead of the one under ANTEHOC_DATA
              valid=None, # Split or share of the training images to score on; None: the pack's test split
-            )->DataLoaders: # Training images mirrored and shifted; `valid` as they are
+            )->DataLoaders: # Training images mirrored and shifted, but for photo-digits; `valid` as they are
     "The images of one data set. Errors as of `image_dls`, and `ValueError` for an unknown name"
     if dataset not in PACKS: raise ValueError(unknown_name('dataset', dataset, list(PACKS)))
     p = PACKS[dataset]
@@ -74,7 +74,7 @@ def pack_dls(dataset:str, # A name in `PACKS`
         dls = image_dls(path, size, bs, valid=p.test if valid is None else valid, aug=True, verify=False)
         if n_train and n_train < len(dls.train_ds):
             keep = torch.randperm(len(dls.train_ds), generator=torch.Generator().manual_seed(seed))[:n_train].tolist()
-            dls = DataLoaders(dls.train.new(torch.utils.data.Subset(dls.train_ds, keep)), dls.valid, path=dls.path, device=dls.device)
+            dls = DataLoaders(dls.train.new(subset(dls.train_ds, keep)), dls.valid, path=dls.path, device=dls.device)
     for i, dl in enumerate(dls.loaders): dl.rng = random.Random(seed + i)
     return dls
 
@@ -88,7 +88,8 @@ def pack_boxes(dataset:str, # A name in `PACKS`
     if p.archive is None: return torch.as_tensor(dls.valid_ds.boxes)
     if p.boxes is None: return None
     files = [Path(f) for f, _ in dls.valid_ds.items]
-    root = next(o for o in files[0].parents if (o/p.boxes).exists())
+    root = next((o for o in files[0].parents if (o/p.boxes).exists()), None)
+    if root is None: raise FileNotFoundError(f'{p.boxes}: not found above {files[0].parent}; it lists where the objects of {p.title} are')
     t = pd.read_csv(root/p.boxes).set_index('path')
     b = torch.tensor(t.loc[[f.relative_to(root).as_posix() for f in files], ['xmin', 'ymin', 'xmax', 'ymax']].values).float()
     b[:, 2:] += 1  # the last pixel is in the box
@@ -134,7 +135,8 @@ def run_classification(dataset:str, # A name in `PACKS`
     for seed in c['seeds']:
         out = work/f'seed{seed}'
         dls = pack_dls(dataset, c['size'], c['bs'], seed, c['n_train'], data)
-        config = {k: c[k] for k in ('arch', 'eta', 'weight_net', 'epochs', 'lr')} | dict(seed=seed, channels_last=True, aug=True, size=c['size'], data=dataset)
+        config = {k: c[k] for k in ('arch', 'eta', 'weight_net', 'epochs', 'lr', 'size')}
+        config |= dict(seed=seed, channels_last=True, aug=PACKS[dataset].archive is not None, data=dataset)
         learn = train_run(dls, config, out/'cnn')
         set_seed(seed + 1)  # weights of its own
         judge = train_judge(dls, c['arch'], c['judge_epochs'], c['lr'], seed=seed, cbs=[Checkpoint(out/'judge.pt'), ChannelsLast()], path=out)
@@ -142,13 +144,14 @@ def run_classification(dataset:str, # A name in `PACKS`
         metrics = ['faithfulness', 'insertion_deletion'] + ['localisation'] * (boxes is not None)
         ask = {e: e for e in RIVALS} | VARIANTS | {e: e for e in CONTROLS}
         b = benchmark(learn.model, dls.valid, ask, metrics=metrics, judge=judge.model, n=c['n_test'], regions=boxes, steps=c['steps'],
-                      absent_ok=profile == 'smoke', out=out/'benchmark.json')
+                      absent_ok=profile == 'smoke', aside=(*CONTROLS, *VARIANTS), out=out/'benchmark.json')
         runs.append(b)
         facts.append(dict(seed=seed, accuracy=float(learn.recorder.values[-1][2]), judge_accuracy=float(judge.recorder.values[-1][-1]),
                           benchmark_accuracy=b.record['results']['accuracy'], n_train=len(dls.train_ds), n_test=len(dls.valid_ds),
                           train_seconds=round(learn.checkpoint.seconds), layers=list(learn.model.layers)))
-    rec = run_record(c | dict(images=fingerprint(dls), title=PACKS[dataset].title, stands_for=PACKS[dataset].stands_for), list(c['seeds']),
-                     dict(runs=facts, n=runs[0].record['results']['n'], **as_results(pool(runs))), experiment='classification', command=command)
+    config = c | dict(images=fingerprint(dls), title=PACKS[dataset].title, stands_for=PACKS[dataset].stands_for)
+    found = dict(runs=facts, n=runs[0].record['results']['n'], **as_results(pool(runs, aside=(*CONTROLS, *VARIANTS))))
+    rec = run_record(config, list(c['seeds']), found, experiment='classification', command=command)
     write_record(rec, Path(results)/'classification'/f'{dataset}-{profile}.json')
     return rec
 
@@ -208,7 +211,7 @@ def _pictures(dataset, profile, work, data, n):
     c = profile_config(dataset, profile)
     dls = pack_dls(dataset, c['size'], c['bs'], c['seeds'][0], c['n_train'], data)
     x, y, _ = test_images(dls.valid, n, absent_ok=True)
-    return trained_model(dataset, profile, c['seeds'][0], work), x, y, dls.vocab
+    return trained_model(dataset, profile, c['seeds'][0], work).to(x.device), x, y, dls.vocab
 
 
 def figure1(dataset:str, profile:str='cpu', work='runs', data=None, # As for `run_classification`
@@ -216,12 +219,12 @@ def figure1(dataset:str, profile:str='cpu', work='runs', data=None, # As for `ru
            ): # A matplotlib figure
     "What one forward pass gives: prediction, map, energy map and binarised energy map (our reading of the paper's Figure 1)."
     model, x, y, vocab = _pictures(dataset, profile, work, data, n)
-    e = model.explain(x)
+    e = model.explain(x).cpu()
     fig, axs = plt.subplots(4, n, figsize=(1.5 * n, 6.4), layout='constrained', squeeze=False)
     for i, col in enumerate(axs.T):
         p = plain(e.pred)[i].softmax(0)
         col[0].imshow(e.pixels[i].permute(1, 2, 0))
-        col[0].set_title(f'{vocab[int(p.argmax())]} {p.max():.2f}', fontsize=8, color='k' if p.argmax() == y[i] else 'C3')
+        col[0].set_title(f'{vocab[int(p.argmax())]} {p.max():.2f}', fontsize=8, color='k' if int(p.argmax()) == int(y[i]) else 'C3')
         show_map(e.pixels[i], e.map[i], col[1])
         for ax, t in ((col[2], e.energy[i]), (col[3], e.binarised[i])): ax.imshow((t * e.std[0] + e.mean[0]).clamp(0, 1).permute(1, 2, 0))
     for ax, t in zip(axs[:, 0], ('image', 'map', 'energy', 'binarised')): ax.set_ylabel(t, fontsize=9)
@@ -235,12 +238,12 @@ def figure3(dataset:str, profile:str='cpu', work='runs', data=None, # As for `ru
            ): # A matplotlib figure
     "The maps of all methods side by side (our reading of the paper's Figure 3)."
     model, x, y, vocab = _pictures(dataset, profile, work, data, n)
-    pixels = model.explain(x).pixels
+    pixels = model.explain(x).cpu().pixels
     fig, axs = plt.subplots(n, 1 + len(explainers), figsize=(1.5 * (1 + len(explainers)), 1.55 * n), layout='constrained', squeeze=False)
     for row, px, c in zip(axs, pixels, y):
         row[0].imshow(px.permute(1, 2, 0))
         row[0].set_ylabel(vocab[int(c)][:14], fontsize=8)
     for j, name in enumerate(explainers, 1):
-        for i, m in enumerate(explain_with(name, model, x, y)): show_map(pixels[i], m, axs[i, j], title=name if i == 0 else None)
+        for i, m in enumerate(explain_with(name, model, x, y)): show_map(pixels[i], m.cpu(), axs[i, j], title=name if i == 0 else None)
     for ax in axs.flat: ax.set(xticks=[], yticks=[]), ax.axis('on')
     return fig

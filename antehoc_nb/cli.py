@@ -186,7 +186,8 @@ class Experiment(str, Enum):
 
 @app.command()
 def reproduce(experiment: Annotated[Experiment, typer.Argument(help='Which table or figure of the paper, or which experiment.')],
-              dataset: Annotated[str, _opt('`photo-digits`, `cifar10`, `tinyimagenet20`, `food101-10` or `tinyimagenet200`.')] = 'photo-digits',
+              dataset: Annotated[str, _opt('`photo-digits`, `cifar10`, `tinyimagenet20`, `food101-10`, `tinyimagenet200`; or the originals '
+                                           '`cifar10-original`, `animals10`, `food11`, `tinyimagenet`.')] = 'photo-digits',
               profile: Annotated[str, _opt('`smoke` (seconds), `cpu` (under an hour) or `paper` (a GPU).')] = 'cpu',
               data: Annotated[Path | None, _opt('The data set, if it is not under $ANTEHOC_DATA.')] = None,
               results: Annotated[Path, _opt('Folder of the records and figures.')] = Path('results'),

@@ -222,14 +222,15 @@ def layer_table(cnn: nn.Module, # Any CNN
     return pd.DataFrame(rows, columns=['layer', 'kind', 'channels', 'height', 'width', 'stage', 'chosen'])
 
 # %% ../nbs/01_layers.ipynb #cell0035
-def _local(m):
+def _local(m, size_in, size_out):
     "Of a convolution or pooling: first centre and step of its cells in its input's coordinates, per axis; None for other modules"
-    if not all(hasattr(m, a) for a in ('kernel_size', 'stride', 'padding')): return None
+    if not all(hasattr(m, a) for a in ('kernel_size', 'stride', 'padding')) or 'Unpool' in type(m).__name__: return None
     pair = lambda v: (v, v) if isinstance(v, int) else tuple(v)
     k, s, d = pair(m.kernel_size), pair(m.stride), pair(getattr(m, 'dilation', 1))
     if len(k) != 2: return None
     span = [b * (a - 1) for a, b in zip(k, d)]
     p = [o // 2 for o in span] if m.padding == 'same' else [0, 0] if m.padding == 'valid' else pair(m.padding)
+    if 'Same' in type(m).__name__: p = [max((o - 1) * b + a + 1 - i, 0) // 2 for o, b, a, i in zip(size_out, s, span, size_in)]  # timm's, padded on the way
     first = [a / 2 - b for a, b in zip(span, p)]
     if isinstance(m, nn.ConvTranspose2d): return [(-a / b, 1 / b) for a, b in zip(first, s)]
     return list(zip(first, s))
@@ -244,13 +245,14 @@ def layer_grids(cnn: nn.Module, # Any CNN
     moves, got, wanted = {}, {}, {parse_layer(o)[:2] for o in layers}
     for c in _watch(cnn, sample):
         if (c.name, max(c.k, 0)) in wanted: got[c.name, max(c.k, 0)] = tuple(c.out.shape[2:])
-        if c.leaf and c.size_in and c.size_in != tuple(c.out.shape[2:]) and (local := _local(c.module)):
+        size_out = tuple(c.out.shape[2:])
+        if (c.leaf or isinstance(c.module, _CONVS)) and c.size_in and c.size_in != size_out and (local := _local(c.module, c.size_in, size_out)):
             k = c.module.kernel_size  # of several ways between two resolutions, the widest: a shortcut follows the main path
             area = k if isinstance(k, int) else max(k)
-            if area > moves.get((c.size_in, tuple(c.out.shape[2:])), (0,))[0]: moves[c.size_in, tuple(c.out.shape[2:])] = area, local
+            if area > moves.get((c.size_in, size_out), (0,))[0]: moves[c.size_in, size_out] = area, local
     grids = {size: ((0., 1.), (0., 1.))}
     for (a, b), (_, local) in moves.items():  # in order of computation
-        if a in grids and b not in grids: grids[b] = tuple((o + s * f, s * t) for (o, s), (f, t) in zip(grids[a], local))
+        if a in grids and b not in grids and max(b) > 1: grids[b] = tuple((o + s * f, s * t) for (o, s), (f, t) in zip(grids[a], local))
     return [grids.get(got.get(parse_layer(o)[:2])) for o in layers]
 
 # %% ../nbs/01_layers.ipynb #cell0023

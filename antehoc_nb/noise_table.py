@@ -40,6 +40,7 @@ def run_stability(dataset:str, # A name in `PACKS`
     model, s = trained_model(dataset, profile, c['seeds'][0], work), STABILITY[profile]
     dls = pack_dls(dataset, c['size'], c['bs'], c['seeds'][0], c['n_train'], data)
     x, y, _ = test_images(dls.valid, s['n'], absent_ok=True)
+    model.to(x.device)
     out, rows = Path(work)/'stability'/f'{dataset}-{profile}', {}
     config = dict(dataset=dataset, profile=profile, model=cnn_digest(model), amounts=list(AMOUNTS), **s)
     claim(out, config)
@@ -50,7 +51,7 @@ def run_stability(dataset:str, # A name in `PACKS`
             t = noise_stability(maps, model, x, y, AMOUNTS, areas=(), bs=len(x))
             sensitivity = max_sensitivity(maps, x, n=s['draws'], bs=len(x)).nanmean().item()
             table = {f'{a:g}': {k: json.loads(t.loc[(a, k), _COLUMNS].to_json()) for k in ('energy', 'binarised')} for a in (0., *AMOUNTS)}
-            part.write_text(json.dumps(dict(noise=table, max_sensitivity=sensitivity)))
+            write_record(dict(noise=table, max_sensitivity=sensitivity), part)
         rows[name] = json.loads(part.read_text())
     rec = run_record(config | dict(title=PACKS[dataset].title, arch=c['arch']), c['seeds'][0], rows, experiment='stability', command=command)
     write_record(rec, Path(results)/'stability'/f'{dataset}-{profile}.json')

@@ -65,7 +65,7 @@ def claim(out: Path, # Folder of the run
     f, new = out/file, json.loads(json.dumps(config))
     if f.exists() and (old := json.loads(f.read_text())) != new:
         diff = ', '.join(f'{k}: {old.get(k)} there, {new.get(k)} now' for k in sorted({*old, *new}) if old.get(k) != new.get(k))
-        raise ValueError(f'{out} holds a run with other settings ({diff}); choose another --out, or delete the folder')
+        raise ValueError(f'{out} holds a run with other settings ({diff}); choose another folder, or delete this one')
     out.mkdir(parents=True, exist_ok=True)
     f.write_text(json.dumps(new, indent=1) + '\n')
 

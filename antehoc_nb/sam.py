@@ -8,6 +8,7 @@ __all__ = ['soft_attentions', 'minmax', 'standardise', 'softmax', 'softmax_l2', 
 
 # %% ../nbs/01_sam.ipynb #cell0002
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -87,18 +88,22 @@ def bare_softmax(f: torch.Tensor, # An activation, (B,C,h,w)
     return t.flatten(2).softmax(-1).view_as(t)
 
 # %% ../nbs/01_sam.ipynb #cell0010
+@lru_cache(maxsize=256)
+def _taps(n, N, start, step, device):
+    "How much each of n cells counts at each of N pixels, (n,N)"
+    with torch.inference_mode(False):
+        at = ((torch.arange(N, dtype=torch.float64) - start) / step).clamp(0, n - 1)
+        return (1 - (at - torch.arange(n)[:, None]).abs()).clamp_min(0).float().to(device)
+
+
 def resize(t: torch.Tensor, # (B,C,h,w)
            size: tuple[int, int], # (H,W)
            grid: tuple | None = None, # Where the cells are, as `layer_grids` has it: ((y, step), (x, step)) in pixels; None: spread evenly
           ) -> torch.Tensor: # (B,C,H,W), float32
     "Bilinear resizing, as two matrix products where the cells have a `grid`, and on a CPU, where they are several times faster than `F.interpolate`."
     if grid is None and t.device.type != 'cpu': return F.interpolate(t.float(), size=size, mode='bilinear', align_corners=False)
-
-    def weights(n, N, axis):  # (n,N): how much each of n cells counts at each of N pixels
-        start, step = grid[axis] if grid else ((N / n - 1) / 2, N / n)
-        at = ((torch.arange(N, dtype=torch.float64) - start) / step).clamp(0, n - 1)
-        return (1 - (at - torch.arange(n)[:, None]).abs()).clamp_min(0).float().to(t.device)
-    with torch.autocast(t.device.type, enabled=False): return weights(t.shape[2], size[0], 0).T @ (t.float() @ weights(t.shape[3], size[1], 1))
+    y, x = (_taps(n, N, *(g or ((N / n - 1) / 2, N / n)), t.device) for n, N, g in zip(t.shape[2:], size, grid or (None, None)))
+    with torch.autocast(t.device.type, enabled=False): return y.T @ (t.float() @ x)
 
 
 def resize_maps(maps: Sequence[torch.Tensor], # eta maps, (B,1,h_i,w_i)

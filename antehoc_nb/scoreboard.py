@@ -46,14 +46,20 @@ def summarise(
     times:dict|None=None, # Explainer -> milliseconds per map, one number per batch
     resamples:int=1000, # Draws of the bootstrap, >= 1
     seed:int=0, # Of the draws
+    aside:Sequence=CONTROLS, # Explainers that compete with nobody
 )->pd.DataFrame: # One row per explainer, scorer, masks and metric: value, low and high (95 %), n, best, significant
     "Means over the images with their bootstrap intervals; for times the median over the batches and its quartiles. A mean over no image is nan"
     sizes = {len(v) for vs in values.values() for v in vs.values()}
     if len(sizes) != 1: raise ValueError(f"every explainer needs one value per image of the same images, got {sorted(sizes)} values")
-    n, rows, draws = sizes.pop(), [], {}
+    return _bootstrap({e: _ratios(vs) for e, vs in values.items()}, times, resamples, seed, aside)
+
+
+def _bootstrap(ratios, times, resamples, seed, aside):
+    "`summarise`, of numerators and denominators"
+    n, rows, draws = len(next(iter(next(iter(ratios.values())).values()))[0]), [], {}
     weights = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples).astype(np.float64)
-    for e, vs in values.items():
-        for key, (num, den) in _ratios(vs).items():
+    for e, columns in ratios.items():
+        for key, (num, den) in columns.items():
             with np.errstate(invalid='ignore', divide='ignore'): value, draw = num.sum() / den.sum(), (weights @ num) / (weights @ den)
             low, high = np.nanpercentile(draw, [2.5, 97.5]) if np.isfinite(draw).any() else (np.nan, np.nan)
             draws[e, key] = draw
@@ -62,13 +68,14 @@ def summarise(
         value, low, high = np.percentile(v, [50, 25, 75])
         rows.append(dict(zip(KEY, (e, '', '', 'ms_per_map'))) | dict(value=value, low=low, high=high, n=len(v), best=False, significant=False))
     df = pd.DataFrame(rows)
-    rivals = df[~df.explainer.isin(CONTROLS) & df.metric.isin(BETTER) & (df.metric != 'ms_per_map') & df.value.notna()]
+    rivals = df[~df.explainer.isin(list(aside)) & df.metric.isin(BETTER) & (df.metric != 'ms_per_map') & df.value.notna()]
     for key, g in rivals.groupby(['scorer', 'masks', 'metric'], sort=False):
         sign = 1 if BETTER[key[2]] == 'high' else -1
-        top = (sign * g.value).idxmax()
-        ahead = [sign * (draws[g.explainer[top], key] - draws[e, key]) for e in g.explainer if e != g.explainer[top]]
-        df.loc[top, 'best'] = True
-        df.loc[top, 'significant'] = bool(ahead) and all(np.nanmean(d > 0) >= .975 for d in ahead)
+        best = g.index[g.value == (g.value.max() if sign > 0 else g.value.min())]
+        df.loc[best, 'best'] = True
+        if len(best) > 1 or len(g) < 2: continue  # level, or alone
+        ahead = [sign * (draws[g.explainer[best[0]], key] - draws[e, key]) for e in g.explainer if e != g.explainer[best[0]]]
+        df.loc[best, 'significant'] = all((d[np.isfinite(d)] > 0).mean() >= .975 for d in ahead)
     return df
 
 # %% ../nbs/07_scoreboard.ipynb #cell0008
@@ -106,16 +113,18 @@ def as_results(df:pd.DataFrame, # From `summarise`
 
 
 def pool(benchmarks:Sequence, # `Benchmark`s of the same explainers and metrics, with their values: the seeds of one experiment
-         resamples:int=1000, seed:int=0, # As for `summarise`
+         resamples:int=1000, seed:int=0, aside:Sequence=CONTROLS, # As for `summarise`
         )->pd.DataFrame: # As `summarise` gives it, and `spread`: the standard deviation over the benchmarks (nan for one)
-    "Several benchmarks as one: means over all their images, and the spread between them."
+    "Several benchmarks as one: means over all, and the spread between them. Where they share their images, an image is drawn for all of them at once"
     if not benchmarks or not all(b.values for b in benchmarks):
         raise ValueError('pool needs benchmarks with the values of their images, as `benchmark` returns them')
-    first = benchmarks[0]
-    joined = {e: {k: np.concatenate([b.values[e][k] for b in benchmarks]) for k in first.values[e]} for e in first.values}
-    df = summarise(joined, {e: np.concatenate([b.times[e] for b in benchmarks]) for e in first.times}, resamples, seed)
-    spread = pd.concat([b.df for b in benchmarks]).groupby(KEY, sort=False).value.std().rename('spread')
-    return df.join(spread, on=KEY)
+    shared = len({b.record.get('config', {}).get('images', i) for i, b in enumerate(benchmarks)}) == 1
+    join = (lambda parts: sum(parts)) if shared else np.concatenate
+    each = [{e: _ratios(v) for e, v in b.values.items()} for b in benchmarks]
+    ratios = {e: {k: tuple(join([o[e][k][i] for o in each]) for i in (0, 1)) for k in each[0][e]} for e in each[0]}
+    times = {e: np.concatenate([b.times[e] for b in benchmarks]) for e in benchmarks[0].times}
+    df = _bootstrap(ratios, times, resamples, seed, aside)
+    return df.join(pd.concat([b.df for b in benchmarks]).groupby(KEY, sort=False).value.std().rename('spread'), on=KEY)
 
 
 def _columns(df, metrics, masks, scorers):
@@ -173,6 +182,7 @@ def plot(self:Benchmark,
         equal = [k for k in dict.fromkeys(self.df.masks) if k.startswith('top')]
         columns = [c for c in [*(('cnn', k, 'average_drop') for k in equal), ('cnn', '', 'insertion'), ('cnn', '', 'deletion')] if c in have]
     if missing := [c for c in columns if tuple(c) not in have]: raise ValueError(f"this benchmark has no {missing[0]}")
+    if not columns: raise ValueError("this benchmark has no faithfulness, insertion or deletion: say which columns to plot, (scorer, masks, metric) each")
     if axs is None: _, axs = plt.subplots(1, len(columns), figsize=(1.2 + 1.9 * len(columns), 2.8), sharey=True, layout='constrained', squeeze=False)
     axs = np.ravel(axs)
     for ax, (s, k, m) in zip(axs, columns):
@@ -181,5 +191,5 @@ def plot(self:Benchmark,
         ax.barh(d.explainer, d.value, color=colour, height=.65)
         ax.hlines(range(len(d)), d.low, d.high, color='k', lw=1)
         ax.set_title(f'{m.replace("_", " ")} {k}'.strip() + (', judge' if s == 'judge' else ''), fontsize=9)
-        ax.set_xlabel(f'{BETTER[m]}er is better' if BETTER.get(m) == 'low' else 'higher is better' if m in BETTER else '', fontsize=8)
+        ax.set_xlabel({'low': 'lower is better', 'high': 'higher is better'}.get(BETTER.get(m), ''), fontsize=8)
     return axs
