@@ -198,7 +198,7 @@ def reproduce(experiment: Annotated[Experiment, typer.Argument(help='Which table
         if experiment in (Experiment.weight_choice, Experiment.weight_net):
             from antehoc_nb.weight_choice import LATER, TRIALS, run_trials
             to = results/experiment.value/f'{dataset}-{profile}.json'
-            later = dict(trials=LATER, seeds=(0, 1) if profile == 'cpu' else None) if experiment is Experiment.weight_net else dict(trials=TRIALS)
+            later = dict(trials=LATER, seeds=(0,) if profile == 'cpu' else None) if experiment is Experiment.weight_net else dict(trials=TRIALS)
             run_trials(dataset, profile, out=to, data=data, experiment=experiment.value, **later)
         elif experiment is Experiment.table5:
             from antehoc_nb.noise_table import run_stability, stability_table
