@@ -23,7 +23,7 @@ from .stability import max_sensitivity, noise_stability
 
 # %% ../nbs/13_stability.ipynb #cell0005
 AMOUNTS = .1, .2, .3, .4, .5  # of the pixels, as in the paper
-STABILITY = dict(smoke=dict(n=10, draws=1), cpu=dict(n=60, draws=3), paper=dict(n=500, draws=10))  # profile -> images; steps of max-sensitivity per image
+STABILITY = dict(smoke=dict(n=10, draws=1), cpu=dict(n=40, draws=2), paper=dict(n=500, draws=10))  # profile -> images; steps of max-sensitivity per image
 _COLUMNS = ['drop', 'inc', 'win', 'average_drop', 'area', 'CD', 'CI', 'ssim']
 
 
