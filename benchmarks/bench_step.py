@@ -162,7 +162,8 @@ def peak(arch, size, a, two_pass):
 
 def memory(arch, size, a):
     "The peaks of both sides, each from a process of its own, and their ratios."
-    flags = ['--device', a.device, '--bs', str(a.bs), '--threads', str(a.threads), '--weight-net', a.weight_net] + ['--bf16']*a.bf16 + ['--channels-last']*a.channels_last
+    flags = ['--device', a.device, '--bs', str(a.bs), '--threads', str(a.threads), '--weight-net', a.weight_net]
+    flags += ['--bf16']*a.bf16 + ['--channels-last']*a.channels_last
     got = []
     for side in ('plain', 'two-pass'):
         cmd = [sys.executable, __file__, '--arch', arch, '--size', str(size), '--peak', side, *flags]
