@@ -218,5 +218,5 @@ def reproduce(experiment: Annotated[Experiment, typer.Argument(help='Which table
             to = folder/experiment.value/f'{dataset}-{profile}.png'
             fig = getattr(c, experiment.value)(dataset, profile, work, data)
             to.parent.mkdir(parents=True, exist_ok=True)
-            fig.savefig(to, dpi=100, bbox_inches='tight')
+            fig.savefig(to, dpi=60, bbox_inches='tight')
         typer.echo(f'wrote {to}')
