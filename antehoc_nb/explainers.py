@@ -171,7 +171,7 @@ def score_cam(model: nn.Module, # An `AntehocModel`, or any CNN
               target, # Class numbers, (B,)
               layer: str | None = None, # Name of a layer, as in `layer_table`; None: the last tapped, or the deepest candidate
               bs: int = 32, # Masked images per forward pass
-              aligned: bool = True, # Lay each cell where the layer looks (`layer_grids`), not evenly spread; its masks stay as they are
+              aligned: bool = False, # Lay each cell where the layer looks (`layer_grids`)? The masks that earn the weights are spread evenly
              ) -> torch.Tensor: # (B,1,H,W) in [0,1]
     "Score-CAM; masks multiply the images as they are normalised, as its authors do. Errors as `grad_cam`."
     return _cam('ScoreCAM', model, x, target, layer, aligned, batch_size=bs)

@@ -145,7 +145,7 @@ def test_score_cam_is_the_other_librarys_at_full_resolution():
 def test_score_cam_correlates_where_masks_are_enlarged_differently():
     x, y = batch()
     cnn = tiny()
-    assert min(corr(score_cam(cnn, x, y, aligned=False), other('ScoreCAM', cnn, cnn[6], x, y))) > .9999
+    assert min(corr(score_cam(cnn, x, y), other('ScoreCAM', cnn, cnn[6], x, y))) > .9999
 
 
 def test_score_cam_is_its_definition():
@@ -157,8 +157,8 @@ def test_score_cam_is_its_definition():
             gain = [cnn(x[i:i + 1] * resize(minmax(a[i:i + 1, k:k + 1]), (16, 16)))[0, y[i]] - cnn(x[i:i + 1])[0, y[i]] for k in range(8)]
             m = (torch.stack(gain).softmax(0)[:, None, None] * a[i]).sum(0).relu()
             maps.append(minmax(resize(minmax(m[None, None]), (16, 16))))
-    torch.testing.assert_close(score_cam(cnn, x, y, aligned=False), torch.cat(maps), atol=1e-4, rtol=0)
-    torch.testing.assert_close(score_cam(cnn, x, y, bs=5, aligned=False), torch.cat(maps), atol=1e-4, rtol=0)
+    torch.testing.assert_close(score_cam(cnn, x, y), torch.cat(maps), atol=1e-4, rtol=0)
+    torch.testing.assert_close(score_cam(cnn, x, y, bs=5), torch.cat(maps), atol=1e-4, rtol=0)
 
 
 def test_resnet18_at_64_pixels():
