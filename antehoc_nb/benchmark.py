@@ -37,6 +37,8 @@ def subset(ds, where): # A dataset, positions
     "Some items of a dataset, which stay training or validation items to fastai's transforms."
     part = torch.utils.data.Subset(ds, where)
     part.split_idx = getattr(ds, 'split_idx', None)
+    for a in ('loss_func', 'vocab', 'c'):
+        if hasattr(ds, a): setattr(part, a, getattr(ds, a))  # what a learner asks its training images
     return part
 
 

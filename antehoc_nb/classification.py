@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PACKS', 'PROFILES', 'EPOCHS', 'VARIANTS', 'TABLES', 'CRITERIA', 'Pack', 'pack_dls', 'pack_boxes', 'profile_config',
-           'plain_average', 'run_classification', 'read_classification', 'verdict', 'paper_table', 'trained_model',
-           'figure1', 'figure3']
+           'cnn_config', 'plain_average', 'run_classification', 'read_classification', 'verdict', 'paper_table',
+           'trained_model', 'figure1', 'figure3']
 
 # %% ../nbs/10_classification.ipynb #cell0002
 import json
@@ -113,6 +113,14 @@ def profile_config(dataset:str, profile:str)->dict: # What `run_classification` 
     e = EPOCHS.get(profile, {}).get(dataset, 1)
     return dict(dataset=dataset, profile=profile, weight_net='informed', epochs=e, judge_epochs=e) | PROFILES[profile]
 
+
+def cnn_config(c:dict, # From `profile_config`
+               seed:int, # Of the run
+              )->dict: # For `train_run`
+    "How the CNN of a profile is trained."
+    config = {k: c[k] for k in ('arch', 'eta', 'weight_net', 'epochs', 'lr', 'size')}
+    return config | dict(seed=seed, channels_last=True, aug=PACKS[c['dataset']].archive is not None, data=c['dataset'])
+
 # %% ../nbs/10_classification.ipynb #cell0011
 def plain_average(model:AntehocModel, x, target=None):
     "The SAMs of the tapped layers, averaged: what the weight network starts from."
@@ -135,9 +143,7 @@ def run_classification(dataset:str, # A name in `PACKS`
     for seed in c['seeds']:
         out = work/f'seed{seed}'
         dls = pack_dls(dataset, c['size'], c['bs'], seed, c['n_train'], data)
-        config = {k: c[k] for k in ('arch', 'eta', 'weight_net', 'epochs', 'lr', 'size')}
-        config |= dict(seed=seed, channels_last=True, aug=PACKS[dataset].archive is not None, data=dataset)
-        learn = train_run(dls, config, out/'cnn')
+        learn = train_run(dls, cnn_config(c, seed), out/'cnn')
         set_seed(seed + 1)  # weights of its own
         judge = train_judge(dls, c['arch'], c['judge_epochs'], c['lr'], seed=seed, cbs=[Checkpoint(out/'judge.pt'), ChannelsLast()], path=out)
         boxes = pack_boxes(dataset, dls, c['size'])

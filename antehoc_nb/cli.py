@@ -179,7 +179,7 @@ def demo(out: Annotated[Path, _opt('Where the model, the record and the figures 
 # %% ../nbs/15_cli.ipynb #cell0013
 class Experiment(str, Enum):
     "Experiments that `antehoc reproduce` can run."
-    table1, table2, table5 = 'table1', 'table2', 'table5'
+    table1, table2, table3, table5 = 'table1', 'table2', 'table3', 'table5'
     figure1, figure3 = 'figure1', 'figure3'
     weight_choice, weight_net = 'weight-choice', 'weight-net'
 
@@ -205,6 +205,10 @@ def reproduce(experiment: Annotated[Experiment, typer.Argument(help='Which table
             record = run_stability(dataset, profile, results, work, data, command=command)
             typer.echo(stability_table(record).round(2).to_string())
             to = results/'stability'/f'{dataset}-{profile}.json'
+        elif experiment is Experiment.table3:
+            from antehoc_nb.rivals import accuracies, run_rivals
+            typer.echo(accuracies(run_rivals(dataset, profile, results, work, data, command)).round(3).to_string())
+            to = results/'rivals'/f'{dataset}-{profile}.json'
         elif experiment in (Experiment.table1, Experiment.table2):
             from antehoc_nb.classification import PACKS, TABLES, run_classification
             from antehoc_nb.scoreboard import Benchmark
