@@ -206,8 +206,9 @@ def reproduce(experiment: Annotated[Experiment, typer.Argument(help='Which table
             typer.echo(stability_table(record).round(2).to_string())
             to = results/'stability'/f'{dataset}-{profile}.json'
         elif experiment is Experiment.table3:
-            from antehoc_nb.rivals import accuracies, run_rivals
-            typer.echo(accuracies(run_rivals(dataset, profile, results, work, data, command)).round(3).to_string())
+            from antehoc_nb.rivals import accuracies, run_rivals, table3
+            record = run_rivals(dataset, profile, results, work, data, command)
+            typer.echo(f"{table3({dataset: record}, results/'paper.json').to_string()}\n\n{accuracies(record).round(3).to_string()}")
             to = results/'rivals'/f'{dataset}-{profile}.json'
         elif experiment in (Experiment.table1, Experiment.table2):
             from antehoc_nb.classification import PACKS, TABLES, run_classification

@@ -80,6 +80,7 @@ class ConceptModel(nn.Module):
                 ):
         super().__init__()
         if concepts < 1: raise ValueError(f'concepts={concepts}: at least one concept is needed')
+        if (mean is None) != (std is None): raise ValueError('mean and std go together: give both or neither')
         x = plain(as_inputs(sample)[0])
         name, self.cnn = _last_linear(cnn, x), deepcopy(cnn)
         self.end = name
@@ -129,9 +130,10 @@ class Senn(ConceptModel):
     "A self-explaining neural network (Alvarez-Melis and Jaakkola 2018): the prediction is the sum of the concepts, weighted by their relevances."
     def __init__(self, cnn: nn.Module, sample, # As for `ConceptModel`
                  concepts: int = 20, # How many, >= 1
-                 dropout: float = .5, # On the relevances, in training
+                 dropout: float = .5, # On the relevances, in training; in [0,1)
                  positive: bool = False, # Relevances in (0,1) instead of (-1,1)
                  mean=None, std=None): # As for `ConceptModel`
+        if not 0 <= dropout < 1: raise ValueError(f'dropout={dropout} must lie in [0,1)')
         super().__init__(cnn, sample, concepts, mean, std)
         old = self._end()
         self._end(nn.Linear(old.in_features, concepts * self.n_out).to(old.weight.device))
@@ -152,14 +154,14 @@ class Senn(ConceptModel):
 
 # %% ../nbs/09_concept_models.ipynb #cell0014
 def robustness_term(c: Concepts, # Of a `Senn` in training, not yet differentiated
-                    directions: int | None = None, # Random directions per image, >= 1; None: every class, as published
+                    directions: int | None = None, # Random directions, >= 1; None: every class, as published
                    ) -> torch.Tensor: # A number, >= 0, differentiable in the weights
     "Norm, over batch, classes and pixels, of the gradient of the prediction less that of the concepts weighted by their relevances (SENN's Eq. 3)."
     h = c.concepts[..., None]
     def row(v): # (B,C) -> v times the matrix, (B,C,H,W)
         return torch.autograd.grad(c.relevance, c.x, h * v[:, None], create_graph=True)[0]
     if directions is None: squares = [row(v.expand_as(c.pred)).square().sum() for v in torch.eye(c.pred.shape[1], device=h.device).to(h.dtype)]
-    else: squares = [row(torch.randint_like(c.pred, 2) * 2 - 1).square().sum() / directions for _ in range(directions)]
+    else: squares = [row((torch.randint_like(c.pred[:1], 2) * 2 - 1).expand_as(c.pred)).square().sum() / directions for _ in range(directions)]
     return (torch.stack(squares).sum() + 1e-12).sqrt()
 
 # %% ../nbs/09_concept_models.ipynb #cell0018

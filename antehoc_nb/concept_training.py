@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from fastai.callback.core import Callback
-from fastai.callback.fp16 import MixedPrecision
+from fastai.callback.training import GradientAccumulation
 from fastai.learner import Learner, Metric
 from fastai.optimizer import Adam
 from fastai.torch_core import find_bs, trainable_params
@@ -32,12 +32,16 @@ from .show import show_map
 from .two_pass import normalisation, plain_learner, sample_inputs
 
 # %% ../nbs/09_concept_training.ipynb #cell0005
+def _check(**weights):
+    for k, v in weights.items():
+        if not 0 <= v < math.inf: raise ValueError(f'{k}={v} must be 0 or more, and finite')
+
+
 class ConceptLoss(Callback):
     "Adds a concept model's own terms to the task loss. `ValueError` for a weight that is negative or not finite, `FloatingPointError` for a lost loss."
-    name, order = 'concept_loss', MixedPrecision.order - 1
+    name, order = 'concept_loss', GradientAccumulation.order - 1  # before the loss is scaled, for that or for half precision
     def __init__(self, **weights: float): # Name of a term -> its weight; terms of weight 0 are not computed
-        for k, v in weights.items():
-            if not 0 <= v < math.inf: raise ValueError(f'{k}={v} must be 0 or more, and finite')
+        _check(**weights)
         self.weights, self.seen, self.means = weights, None, {}
 
     @property
@@ -48,6 +52,8 @@ class ConceptLoss(Callback):
 
     def after_pred(self):
         self.seen = self.concept_model.take_concepts()
+        if self.seen is None:
+            raise TypeError(f'{type(self.learn.model).__name__} runs copies of the model, and their concepts are lost: use DistributedDataParallel')
         if self.training: self.learn.pred = self.seen.task
 
     def after_loss(self):
@@ -58,6 +64,10 @@ class ConceptLoss(Callback):
             if not torch.isfinite(term): raise FloatingPointError(f'{k} is {term.item()} at epoch {self.epoch}, batch {self.iter}: lower the learning rate')
             self.means[k].append((term.item(), find_bs(self.yb)))
             self.learn.loss_grad = self.loss_grad + w * term
+
+    def term(self, name, model, c):
+        if name == 'reconstruction': return F.mse_loss(model.decoder(c.concepts), model.target(c.x))
+        raise NotImplementedError(name)
 
     def after_train(self): self.seen = None
     def after_validate(self): self.seen = None
@@ -70,15 +80,15 @@ class SennLoss(ConceptLoss):
                  robustness: float = 1e-2, # Weight of `robustness_term`
                  sparsity: float = 1e-4, # Weight of the L1 norm of the concepts
                  reconstruction: float = 1., # Weight of the mean squared error of the drawn images
-                 directions: int | None = None, # As for `robustness_term`
+                 directions: int | None = None, # As for `robustness_term`; None: every class
                 ):
         super().__init__(reconstruction=reconstruction, sparsity=sparsity, robustness=robustness)
         if directions is not None and directions < 1: raise ValueError(f'directions={directions}: at least one, or None for every class')
         self.directions = directions
 
-    def term(self, name, m, c):
+    def term(self, name, model, c):
         if name == 'sparsity': return c.concepts.abs().sum()
-        return robustness_term(c, self.directions) if name == 'robustness' else F.mse_loss(m.decoder(c.concepts), m.target(c.x))
+        return robustness_term(c, self.directions) if name == 'robustness' else super().term(name, model, c)
 
 
 class CbahLoss(ConceptLoss):
@@ -89,18 +99,17 @@ class CbahLoss(ConceptLoss):
                  gamma: float = 0., # Weight of the rotations
                  fidelity: str = 'mse', # 'mse' of log-probabilities, or 'kl'
                 ):
-        for k, v in dict(alpha=alpha, beta=beta, gamma=gamma).items():
-            if not 0 <= v < math.inf: raise ValueError(f'{k}={v} must be 0 or more, and finite')
+        _check(alpha=alpha, beta=beta, gamma=gamma)
         super().__init__(reconstruction=alpha, fidelity=beta, rotation=gamma)
         if fidelity not in ('mse', 'kl'): raise ValueError(f"fidelity={fidelity!r} must be 'mse' or 'kl'")
         self.fidelity = fidelity
 
-    def term(self, name, m, c):
-        if name == 'reconstruction': return F.mse_loss(m.decoder(c.concepts), m.target(c.x))
+    def term(self, name, model, c):
         if name == 'rotation':
             turns = torch.randint(4, (len(c.x),), device=c.x.device)
             turned = torch.stack([o.rot90(int(t), (1, 2)) for o, t in zip(c.x, turns)])
-            return F.cross_entropy(m.rotation(m.concepts(m.cnn(turned))), turns)
+            return F.cross_entropy(model.rotation(model.concepts(model.cnn(turned))), turns)
+        if name != 'fidelity': return super().term(name, model, c)
         a, b = c.pred.log_softmax(1), c.task.detach().log_softmax(1)
         return F.mse_loss(a, b) if self.fidelity == 'mse' else F.kl_div(a, b, log_target=True, reduction='batchmean')
 
@@ -132,6 +141,7 @@ class ClassifierAccuracy(Metric):
 # %% ../nbs/09_concept_training.ipynb #cell0007
 def _groups(model, of=trainable_params):
     "The CNN's parameter groups, with all that the method adds in the last"
+    model = getattr(model, 'module', model)  # out of a distributed wrapper
     groups = list(of(model.cnn))
     if groups and isinstance(groups[0], nn.Parameter): groups = [groups]
     theirs = {id(p) for p in model.cnn.parameters()}
@@ -141,7 +151,8 @@ def _groups(model, of=trainable_params):
 def _concept_learner(make, dls, arch, loss, cbs, metrics, kwargs):
     learn = plain_learner(dls, arch, cbs=[*L(cbs), loss], **dict(opt_func=partial(Adam, eps=1e-8)) | kwargs)
     mean, std = normalisation(dls)
-    learn.model = make(learn.model, sample_inputs(dls), mean=mean, std=std).to(dls.device or 'cpu')
+    device = getattr(dls, 'device', None) or 'cpu'
+    learn.model = make(learn.model.to(device), sample_inputs(dls), mean=mean, std=std).to(device)
     learn.splitter = partial(_groups, of=learn.splitter)
     if learn.opt is not None:  # vision_learner has frozen a pretrained body
         learn.create_opt()
@@ -156,7 +167,7 @@ def senn_learner(dls, # fastai DataLoaders with images (B,C,H,W) and classes
                  robustness: float = 1e-2, # Weight of the robustness term
                  sparsity: float = 1e-4, # Weight of the concepts' L1 norm
                  reconstruction: float = 1., # Weight of the drawn images' error
-                 directions: int | None = None, # Of the robustness term, random ones per image; None: every class, as published
+                 directions: int | None = None, # Of the robustness term, random ones; None: every class, as published
                  dropout: float = .5, # On the relevances
                  positive: bool = False, # Relevances in (0,1) instead of (-1,1)
                  cbs=None, # More callbacks
@@ -177,38 +188,41 @@ def cbah_learner(dls, # fastai DataLoaders with images (B,C,H,W) and classes
                  cbs=None, # More callbacks
                  **kwargs, # As for `vision_learner`; for a CNN of your own as for `Learner`
                 ) -> Learner: # `learn.model` is a `Cbah`
-    "A fastai learner of a classifier with concepts beside it. Published: Adam at 1e-3, batches of 128. Errors as of `Cbah` and `CbahLoss`."
+    """A fastai learner of a classifier with concepts beside it. Published: Adam at 1e-3, batches of 128.
+
+    Its training loss is the classifier's, its validation loss and `accuracy` are the concepts' head's. Errors as of `Cbah` and `CbahLoss`."""
     make = partial(Cbah, concepts=concepts, rotation=gamma > 0)
     return _concept_learner(make, dls, arch, CbahLoss(alpha, beta, gamma, fidelity), cbs, [ClassifierAccuracy()], kwargs)
 
-# %% ../nbs/09_concept_training.ipynb #cell0015
+# %% ../nbs/09_concept_training.ipynb #cell0017
 def show_concept_images(model: ConceptModel, # Trained
                         dl, # A fastai data loader of (image, class) pairs; `dl.vocab` names the classes
                         concepts: int | Sequence[int] = 6, # Which, or how many: those that vary most over the images
                         n: int = 6, # Images per concept
                         images: int = 500, # Look for them among so many, evenly over the classes
                        ): # A matplotlib figure
-    "For each concept the images that excite it most, with the activation, and the class that it speaks for most strongly."
+    "For each concept the images that excite it most, with the activation, and the class that it adds most to, on average over these images."
     x, _, _ = test_images(dl, images, absent_ok=True)
     found = [model.explain(b) for b in x.split(64)]
-    h, r = torch.cat([o.concepts for o in found]).cpu(), torch.cat([o.relevance for o in found]).mean(0).cpu()
+    h, adds = (torch.cat([getattr(o, k) for o in found]).cpu() for k in ('concepts', 'contributions'))
     which = h.std(0).argsort(descending=True)[:concepts].tolist() if isinstance(concepts, int) else list(concepts)
     n, vocab = min(n, len(x)), getattr(dl, 'vocab', None)
     fig, axs = plt.subplots(len(which), n, figsize=(1.25 * n, 1.5 * len(which)), layout='constrained', squeeze=False)
     for row, k in zip(axs, which):
-        for ax, i in zip(row, h[:, k].argsort(descending=True)):
+        best = h[:, k].argsort(descending=True)[:n]
+        for ax, i in zip(row, best):
             ax.imshow((x[i] * model.std[0] + model.mean[0]).clamp(0, 1).permute(1, 2, 0).cpu(), cmap='gray')
             ax.set_title(f'{h[i, k]:.2f}', fontsize=8)
             ax.set(xticks=[], yticks=[])
-        c = int(r[k].argmax())
+        c = int(adds[best, k].mean(0).argmax())
         row[0].set_ylabel(f'concept {k}\nfor {vocab[c] if vocab is not None else c}', fontsize=8)
     return fig
 
-# %% ../nbs/09_concept_training.ipynb #cell0019
+# %% ../nbs/09_concept_training.ipynb #cell0021
 def show_contributions(model: ConceptModel, # Trained
                        x: torch.Tensor, # Images, (B,C,H,W), normalised: a few
                        vocab: Sequence[str] | None = None, # Names of the classes
-                       top: int = 8, # Concepts to show of each image
+                       top: int = 8, # Concepts to show of each image; the others are one bar, with the bias
                       ): # A matplotlib figure
     "Images, their maps, and what the concepts add to the class that is predicted."
     c = model.explain(x)
@@ -223,14 +237,15 @@ def show_contributions(model: ConceptModel, # Trained
         show_map(px, maps[i], b)
         v = c.contributions[i, :, k].cpu()
         o = v.abs().argsort(descending=True)[:top].flip(0)
-        bars.barh(range(len(o)), v[o], color=['C0' if t > 0 else 'C3' for t in v[o]])
-        bars.set_yticks(range(len(o)), [f'{t}' for t in o.tolist()], fontsize=7)
+        rest = c.pred[i, k].item() - v[o].sum().item()
+        bars.barh(range(len(o) + 1), [rest, *v[o].tolist()], color=['0.6', *('C0' if t > 0 else 'C3' for t in v[o])])
+        bars.set_yticks(range(len(o) + 1), ['rest', *map(str, o.tolist())], fontsize=7)
         bars.tick_params(axis='x', labelsize=7)
     for ax in axs[:2].flat: ax.set(xticks=[], yticks=[])
     axs[2, 0].set_ylabel('concept', fontsize=8)
     return fig
 
-# %% ../nbs/09_concept_training.ipynb #cell0021
+# %% ../nbs/09_concept_training.ipynb #cell0023
 def _want(model, kind, name):
     if not isinstance(model, kind): raise TypeError(f"{name!r} needs a {kind.__name__}, not a {type(model).__name__}: other models have no such concepts")
 

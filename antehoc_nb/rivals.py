@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'CONCEPTS', 'RATES', 'rival_config', 'epoch_seconds', 'run_rivals', 'read_rivals', 'accuracies', 'table3',
-           'map_table']
+           'concept_table', 'map_table']
 
 # %% ../nbs/10_rivals.ipynb #cell0002
 import json
@@ -17,15 +17,17 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.core import Callback, CancelValidException
 from fastai.data.core import DataLoaders
 from fastai.metrics import accuracy
 from fastai.torch_core import set_seed
 
-from .benchmark import benchmark, subset
+from .benchmark import benchmark, subset, test_images
 from .checkpoint import Checkpoint
 from .classification import PACKS, cnn_config, pack_boxes, pack_dls, profile_config
+from .concept_models import Cbah
 from .concept_training import cbah_learner, senn_learner
 from .explainers import CONTROLS
 from .model import AntehocModel
@@ -104,6 +106,8 @@ def run_rivals(dataset:str, # A name in `PACKS`
     "Train the four methods on one data set, and write `results/rivals/<dataset>-<profile>.json`."
     c = rival_config(dataset, profile)
     work, runs, maps = Path(work)/'rivals'/f'{dataset}-{profile}', [], {}
+    n = len(pack_dls(dataset, c['size'], c['bs'], 0, c['n_train'], data).train_ds)
+    if n < 2 * c['bs']: raise ValueError(f'{dataset} has {n} training images; its batches of {c["bs"]} need twice as many')
     for seed in c['seeds']:
         for method in METHODS:
             dls = pack_dls(dataset, c['size'], c['bs'], seed, c['n_train'], data)
@@ -115,12 +119,24 @@ def run_rivals(dataset:str, # A name in `PACKS`
             runs.append(dict(method=method, seed=seed, accuracy=epochs[-1]['accuracy'], epochs=epochs,
                              parameters=sum(p.numel() for p in learn.model.parameters()), trained_seconds=round(learn.checkpoint.seconds),
                              cnn_sha256=cnn_digest(cnn) if method in ('plain', 'ante-hoc') else None))
+            if method in CONCEPTS: runs[-1]['concepts'] = _concepts(learn.model, dls, c['n_test'])
             if method != 'plain' and seed == c['seeds'][0]: maps[method] = _score(method, learn.model, dls, c, dataset, data, out, profile)
     config = c | dict(images=fingerprint(dls), title=PACKS[dataset].title, stands_for=PACKS[dataset].stands_for)
     found = dict(runs=runs, n_train=len(dls.train_ds), n_test=len(dls.valid_ds), epoch_seconds=epoch_seconds(dls, c), maps=maps)
     rec = run_record(config, list(c['seeds']), found, experiment='rivals', command=command)
     write_record(rec, Path(results)/'rivals'/f'{dataset}-{profile}.json')
     return rec
+
+
+def _concepts(model, dls, n):
+    "Size of the concepts, how much and how many vary over test images, and how often CBAH's head agrees with the classifier beside it"
+    x, _, _ = test_images(dls.valid, n, absent_ok=True)
+    found = [model.explain(b) for b in x.split(64)]
+    h = torch.cat([o.concepts for o in found])
+    size = h.abs().mean().item()
+    agree = torch.cat([o.pred.argmax(1) == o.task.argmax(1) for o in found]).float().mean().item()
+    varies = (h.std(0) > .01 * h.abs().mean(0).clamp_min(1e-12)).float().mean().item()
+    return dict(size=size, variation=h.std(0).mean().item() / max(size, 1e-12), varying=varies) | ({'agreement': agree} if isinstance(model, Cbah) else {})
 
 
 def _score(method, model, dls, c, dataset, data, out, profile):
@@ -158,15 +174,26 @@ def _spread(values, n):
 
 def table3(records:dict, # Data set -> record
            paper='results/paper.json', # The paper's own cells
-          )->pd.DataFrame: # Rows: methods; columns: data sets; text, "accuracy ± spread (paper's)", in percent
+          )->pd.DataFrame: # Rows: methods; columns: data sets; text, "accuracy ± spread (paper's, and of what)", in percent
     "The paper's Table 3: our numbers, and the paper's behind them where `paper` has them."
     cells = json.loads(Path(paper).read_text()).get('table3', {}) if Path(paper).exists() else {}
     cols = {}
     for r in records.values():
         theirs = cells.get(r['config']['stands_for'], {})
-        cols[r['config']['title']] = {k: f'{100 * v.accuracy:.1f} ± {100 * v.spread:.1f}' + (f' ({theirs[k]})' if k in theirs else '')
+        of = '' if r['config']['title'] == r['config']['stands_for'] else f", {r['config']['stands_for']}"
+        cols[r['config']['title']] = {k: f'{100 * v.accuracy:.1f} ± {100 * v.spread:.1f}' + (f' ({theirs[k]}{of})' if k in theirs else '')
                                       for k, v in accuracies(r).iterrows()}
     return pd.DataFrame(cols)
+
+
+def concept_table(records:dict, # Data set -> record
+                 )->pd.DataFrame: # Index: (data set, method); columns: size, variation, varying, agreement of CBAH's two heads
+    "Whether the concepts of the trained models are more than constants; first seed."
+    rows = {}
+    for r in records.values():
+        for o in r['results']['runs']:
+            if 'concepts' in o: rows.setdefault((r['config']['title'], METHODS[o['method']]), o['concepts'])
+    return pd.DataFrame(rows).T
 
 
 def map_table(record:dict, # As `run_rivals` makes it

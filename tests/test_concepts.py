@@ -11,8 +11,9 @@ import torchvision
 from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
+from fastai.callback.training import GradientAccumulation
 from fastai.data.core import DataLoaders, TfmdDL
-from fastai.learner import Learner
+from fastai.learner import load_learner
 from fastai.metrics import accuracy
 from fastai.optimizer import SGD
 from fastai.torch_core import set_seed
@@ -25,9 +26,10 @@ from antehoc_nb.checkpoint import Checkpoint
 from antehoc_nb.cnns import small_cnn
 from antehoc_nb.concept_models import Cbah, ConceptDecoder, Senn, robustness_term
 from antehoc_nb.concept_training import CbahLoss, SennLoss, cbah_learner, cell_shares, senn_learner, show_concept_images, show_contributions
+from antehoc_nb.data import photo_digits_dls
 from antehoc_nb.explainers import explain_with
 from antehoc_nb.records import read_record
-from antehoc_nb.rivals import METHODS, accuracies, map_table, read_rivals, rival_config, run_rivals, table3
+from antehoc_nb.rivals import METHODS, accuracies, concept_table, map_table, read_rivals, rival_config, run_rivals, table3
 from antehoc_nb.two_pass import Bf16
 
 
@@ -91,6 +93,17 @@ def test_robustness_trains_both_parts():
         m.zero_grad()
         robustness_term(m.find(x), directions).backward()
         assert m.cnn[0].weight.grad.abs().max() > 0 and m.conceptizer[0].weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize('cnn', [tiny, small_cnn], ids=['tiny', 'small'])
+def test_random_directions_are_unbiased_with_batch_norm(cnn):
+    "Batch norm couples the images, so the signs must be the same for all of them"
+    torch.manual_seed(0)
+    x = torch.rand(12, 3, 32, 32)
+    found = Senn(cnn(5), x, concepts=3, dropout=0.).train().find(x)
+    squares = torch.stack([robustness_term(found, 1).detach()**2 for _ in range(150)])
+    want = robustness_term(found).item()**2
+    assert abs(squares.mean() / want - 1) < 4 * squares.std() / squares.mean() / 150**.5
 
 
 def test_random_directions_cost_less_than_classes(monkeypatch):
@@ -161,7 +174,59 @@ def test_terms_join_the_task_loss(make):
     assert abs(float(learn.recorder.losses[0]) - task.item()) < 1e-5 # the recorded loss is the task's
 
 
-def test_fidelity_does_not_move_the_classifier():
+def test_accumulated_gradients_share_the_terms():
+    "Two halves of a batch give the weights of the whole one, but for batch norm, which is left out here"
+    dls = toy_dls(n=32, bs=24)
+    x, y = dls.train.dataset[:]
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
+    ends = []
+    for bs, cbs in ((24, []), (12, [GradientAccumulation(24)])):
+        set_seed(0)
+        halves = DataLoaders(*[TfmdDL(TensorDataset(x, y), bs=bs, num_workers=0, device='cpu')] * 2, device='cpu')
+        learn = cbah_learner(halves, net, concepts=4, alpha=.5, beta=.25, opt_func=SGD, wd=0., cbs=cbs, **KW)
+        with learn.no_bar(), learn.no_logging(): learn.fit(1, .1)
+        ends.append(learn.model)
+    for (k, p), q in zip(ends[0].named_parameters(), ends[1].parameters()): torch.testing.assert_close(p, q, msg=k)
+
+
+def test_model_is_made_on_the_loaders_device():
+    "The meta device stands in for a GPU: whatever is still on the CPU cannot be mixed with it"
+    dls = toy_dls()
+    for dl in dls.loaders: dl.device = torch.device('meta')
+    dls.device = torch.device('meta')
+    seen = []
+    class Watch(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = tiny()
+        def forward(self, x):
+            seen.append((x.device.type, self.net[0].weight.device.type))
+            return self.net(x)
+    cbah_learner(dls, Watch(), concepts=4, **KW)
+    assert seen == [('meta', 'meta')]
+
+
+def test_copies_of_the_model_are_refused():
+    learn = cbah_learner(toy_dls(), tiny(), concepts=4, **KW)
+    class Copies(nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+        def forward(self, x): return deepcopy(self.module)(x)
+    learn.model = Copies(learn.model)
+    with pytest.raises(TypeError, match='Copies runs copies of the model'): quiet(learn)
+
+
+def test_target_undoes_the_normalisation():
+    dls = photo_digits_dls(n_train=32, n_valid=16, size=24, bs=16)
+    learn = cbah_learner(dls, small_cnn(10), concepts=4, metrics=accuracy)
+    px = torch.tensor(dls.valid_ds.images).permute(0, 3, 1, 2) / 255
+    x = torch.cat([b[0] for b in dls.valid]).as_subclass(torch.Tensor)
+    torch.testing.assert_close(learn.model.target(x), 2 * px - 1, atol=1e-5, rtol=0)
+    quiet(learn)
+
+
+def test_fidelity_moves_the_encoder_but_not_the_classifiers_layer():
     dls = toy_dls()
     learn = cbah_learner(dls, tiny(), concepts=4, alpha=0., beta=1., **KW)
     learn.model.train()
@@ -169,7 +234,8 @@ def test_fidelity_does_not_move_the_classifier():
     for kind in ('mse', 'kl'):
         learn.model.zero_grad()
         CbahLoss(fidelity=kind).term('fidelity', learn.model, c).backward(retain_graph=True)
-        assert learn.model.classifier.weight.grad is None and learn.model.head.weight.grad.abs().max() > 0
+        assert learn.model.classifier.weight.grad is None
+        assert learn.model.head.weight.grad.abs().max() > 0 and learn.model.cnn[0].weight.grad.abs().max() > 0
 
 
 def test_rotation_head_learns():
@@ -189,7 +255,7 @@ def test_killed_and_resumed(make, tmp_path):
     class Kill(Callback):
         order = 10**7
         def after_epoch(self):
-            if self.epoch == 1: raise Stop
+            if self.epoch == 1: raise Stop('killed')
     alone = quiet(learner([Checkpoint(tmp_path/'a.pt')]), 3)
     with pytest.raises(Stop): quiet(learner([Checkpoint(tmp_path/'b.pt'), Kill()]), 3)
     again = quiet(learner([Checkpoint(tmp_path/'b.pt')]), 3)
@@ -199,26 +265,25 @@ def test_killed_and_resumed(make, tmp_path):
 
 @pytest.mark.parametrize('make', [senn_learner, cbah_learner])
 def test_export_half_precision_and_channels_last(make, tmp_path):
-    set_seed(0)
-    learn = quiet(make(toy_dls(), tiny(), concepts=4, cbs=[Bf16(), ChannelsLast()], path=tmp_path, **KW))
+    dls = photo_digits_dls(n_train=48, n_valid=16, size=24, bs=16)
+    learn = quiet(make(dls, tiny(10), concepts=4, cbs=[Bf16(), ChannelsLast()], path=tmp_path, metrics=accuracy))
     assert all(p.isfinite().all() for p in learn.model.parameters())
     learn.remove_cbs([cb for cb in learn.cbs if isinstance(cb, MixedPrecision)])
-    x = torch.rand(2, 3, 16, 16)
+    x = torch.rand(2, 3, 24, 24)
     want = learn.model.eval()(x)
-    torch.save(learn.model, tmp_path/'m.pt')
-    assert torch.equal(torch.load(tmp_path/'m.pt', weights_only=False)(x), want)
-    p, y = learn.get_preds(dl=learn.dls.valid)
-    assert p.shape == (16, 3) and len(y) == 16
+    learn.export(tmp_path/'m.pkl')
+    torch.testing.assert_close(load_learner(tmp_path/'m.pkl').model.eval()(x), want) # the memory format may differ
+    p, y = learn.get_preds(dl=dls.valid)
+    assert p.shape == (16, 10) and len(y) == 16
 
 
 def test_nothing_is_kept_between_batches():
     learn = quiet(senn_learner(toy_dls(), tiny(), concepts=4, directions=1, **KW))
     assert learn.concept_loss.seen is None and learn.model.take_concepts() is None
     x = torch.rand(2, 3, 16, 16)
-    learn.model.train()
-    c = learn.model.find(x)
-    ref = weakref.ref(c.relevance)
-    del c
+    learn.model.train().listening = True
+    learn.model(x)
+    ref = weakref.ref(learn.model.take_concepts().relevance)
     gc.collect()
     assert ref() is None
 
@@ -251,6 +316,8 @@ def test_pretrained_body_is_frozen_at_first(monkeypatch):
     (lambda: CbahLoss(fidelity='l1'), "fidelity='l1' must be 'mse' or 'kl'"),
     (lambda: SennLoss(robustness=-1.), 'robustness=-1.0 must be'),
     (lambda: SennLoss(directions=0), 'directions=0: at least one'),
+    (lambda: Senn(tiny(), torch.rand(1, 3, 16, 16), dropout=1.5), r'dropout=1.5 must lie in \[0,1\)'),
+    (lambda: Cbah(tiny(), torch.rand(1, 3, 16, 16), mean=[.5] * 3), 'mean and std go together'),
     (lambda: Cbah(tiny(), torch.rand(1, 3, 16, 20), rotation=True), 'gamma: images of 16 x 20 pixels change their shape'),
     (lambda: Senn(tiny(), torch.rand(1, 3, 16, 16)).target(torch.full((1, 3, 16, 16), 1.2)), 'pixels lie between 1.20 and 1.20'),
 ])
@@ -274,19 +341,21 @@ def test_explainers_want_their_own_model():
     with pytest.raises(TypeError, match="'cbah' needs a Cbah, not a Sequential"): explain_with('cbah', tiny(), x, y)
 
 
-def test_figures(tmp_path):
+def test_figures():
     set_seed(0)
     for make in (senn_learner, cbah_learner):
         learn = make(toy_dls(), tiny(), concepts=4, **KW)
         fig = show_concept_images(learn.model, learn.dls.valid, [3, 1], n=5)
         assert len(fig.axes) == 10 and fig.axes[0].get_ylabel().startswith('concept 3')
         x = learn.dls.valid.one_batch()[0][:3]
-        fig = show_contributions(learn.model, x, 'abc')
+        learn.model.eval()
+        fig = show_contributions(learn.model, x, 'abc', top=3)
         c = learn.model.explain(x)
         k = int(c.pred[0].argmax())
         assert fig.axes[0].get_title() == f'{"abc"[k]}: {c.pred[0, k]:.2f}'
-        bars = sorted(p.get_width() for p in fig.axes[6].patches)
-        np.testing.assert_allclose(bars, sorted(c.contributions[0, :, k].tolist()), rtol=1e-5, atol=1e-7)
+        bars = [p.get_width() for p in fig.axes[6].patches]
+        assert len(bars) == 4 and abs(sum(bars) - c.pred[0, k].item()) < 1e-5 # they add up to the logit in the title
+        np.testing.assert_allclose(sorted(bars[1:], key=abs), sorted(c.contributions[0, :, k].tolist(), key=abs)[1:], rtol=1e-5, atol=1e-7)
 
 
 def test_table3(tmp_path):
@@ -302,12 +371,11 @@ def test_table3(tmp_path):
     paper = tmp_path/'paper.json'
     paper.write_text(json.dumps({'table3': {'none of them': {'SENN': 12.5}}}))
     shown = table3({'photo-digits': rec}, paper)
-    assert shown.loc['SENN', 'photo-digits'].endswith('(12.5)') and '±' in shown.loc['ours', 'photo-digits'] and '(' not in shown.loc['ours', 'photo-digits']
+    assert shown.loc['SENN', 'photo-digits'].endswith('(12.5, none of them)')
+    assert '±' in shown.loc['ours', 'photo-digits'] and '(' not in shown.loc['ours', 'photo-digits']
     with pytest.raises(FileNotFoundError, match='antehoc reproduce table3 --dataset cifar10 --profile cpu'): read_rivals('cifar10', results=tmp_path)
     with pytest.raises(ValueError, match='unknown dataset'): run_rivals('cifar', 'smoke', tmp_path, tmp_path)
+    assert 0 <= runs['cbah']['concepts']['agreement'] <= 1 and 'agreement' not in runs['senn']['concepts']
+    assert list(concept_table({'photo-digits': stored}).index) == [('photo-digits', 'SENN'), ('photo-digits', 'CBAH')]
     assert rival_config('cifar10', 'paper')['arch'] == 'resnet18' and set(METHODS) == set(runs)
     assert read_record(tmp_path/'results'/'rivals'/'photo-digits-smoke.json')['command'] == 'antehoc reproduce table3'
-
-
-def test_plain_learners_still_plain():
-    assert isinstance(quiet(Learner(toy_dls(), tiny(), **KW)).model, nn.Sequential)
