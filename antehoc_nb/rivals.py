@@ -202,8 +202,9 @@ def map_table(record:dict, # As `run_rivals` makes it
              )->pd.DataFrame: # Index: (model, explainer); columns: metrics
     "How each model's own map fares on that model, beside Grad-CAM's and the controls'."
     out = {}
-    for m, found in record['results']['maps'].items():
-        t = Benchmark.of(dict(results=found, config={}, schema=1)).df
+    for m in METHODS:
+        if m not in record['results']['maps']: continue
+        t = Benchmark.of(dict(results=record['results']['maps'][m])).df
         t = t[t.metric.isin(metrics) & t.masks.isin(['', masks])]
         out[METHODS[m]] = t.pivot(index='explainer', columns='metric', values='value').reindex(list(dict.fromkeys(t.explainer)))
     return pd.concat(out)[[k for k in metrics if any(k in t for t in out.values())]]
