@@ -32,6 +32,8 @@ from antehoc_nb.records import read_record
 from antehoc_nb.rivals import METHODS, accuracies, concept_table, map_table, read_rivals, rival_config, run_rivals, table3
 from antehoc_nb.two_pass import Bf16
 
+pytestmark = pytest.mark.usefixtures('one_thread')
+
 
 def toy_dls(n=64, size=16, bs=16, classes=3, seed=0):
     "A square, left, middle or right, on noise; pixels in [0,1], not normalised"
