@@ -180,14 +180,21 @@ def demo(out: Annotated[Path, _opt('Where the model, the record and the figures 
 class Experiment(str, Enum):
     "Experiments that `antehoc reproduce` can run."
     table1, table2, table3, table5 = 'table1', 'table2', 'table3', 'table5'
-    figure1, figure3 = 'figure1', 'figure3'
+    figure1, figure3, figure4 = 'figure1', 'figure3', 'figure4'
     weight_choice, weight_net = 'weight-choice', 'weight-net'
+
+
+def _save(fig, to):
+    "Write a figure, and its folder"
+    to.parent.mkdir(parents=True, exist_ok=True)
+    fig.savefig(to, dpi=60, bbox_inches='tight')
 
 
 @app.command()
 def reproduce(experiment: Annotated[Experiment, typer.Argument(help='Which table or figure of the paper, or which experiment.')],
               dataset: Annotated[str, _opt('`photo-digits`, `cifar10`, `tinyimagenet20`, `food101-10`, `tinyimagenet200`; or the originals '
-                                           '`cifar10-original`, `animals10`, `food11`, `tinyimagenet`.')] = 'photo-digits',
+                                           '`cifar10-original`, `animals10`, `food11`, `tinyimagenet`. For figure4: `photo-digits`, `drawn-faces`, '
+                                           '`faces68`, `aflw2000`.')] = 'photo-digits',
               profile: Annotated[str, _opt('`smoke` (seconds), `cpu` (under an hour) or `paper` (a GPU).')] = 'cpu',
               data: Annotated[Path | None, _opt('The data set, if it is not under $ANTEHOC_DATA.')] = None,
               results: Annotated[Path, _opt('Folder of the records and figures.')] = Path('results'),
@@ -210,6 +217,12 @@ def reproduce(experiment: Annotated[Experiment, typer.Argument(help='Which table
             record = run_rivals(dataset, profile, results, work, data, command)
             typer.echo(f"{table3({dataset: record}, results/'paper.json').to_string()}\n\n{accuracies(record).round(3).to_string()}")
             to = results/'rivals'/f'{dataset}-{profile}.json'
+        elif experiment is Experiment.figure4:
+            from antehoc_nb.landmarks import FACES, detector_table, figure4, run_landmarks
+            typer.echo(detector_table(run_landmarks(dataset, profile, results, work, data, command)).round(3).to_string())
+            typer.echo(f"wrote {results/'landmarks'/f'{dataset}-{profile}.json'}")
+            to = (results if FACES[dataset].shown else work)/'figure4'/f'{dataset}-{profile}.png'
+            _save(figure4(dataset, profile, work, data), to)
         elif experiment in (Experiment.table1, Experiment.table2):
             from antehoc_nb.classification import PACKS, TABLES, run_classification
             from antehoc_nb.scoreboard import Benchmark
@@ -221,7 +234,5 @@ def reproduce(experiment: Annotated[Experiment, typer.Argument(help='Which table
             c.profile_config(dataset, profile)
             folder = results if c.PACKS[dataset].shown else work  # pictures that may not be shown stay out of the results
             to = folder/experiment.value/f'{dataset}-{profile}.png'
-            fig = getattr(c, experiment.value)(dataset, profile, work, data)
-            to.parent.mkdir(parents=True, exist_ok=True)
-            fig.savefig(to, dpi=60, bbox_inches='tight')
+            _save(getattr(c, experiment.value)(dataset, profile, work, data), to)
         typer.echo(f'wrote {to}')

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CIFAR10_URL', 'CIFAR10_MD5', 'CIFAR10_SHA256', 'SPLITS', 'IMAGES', 'FOOD11', 'ANIMALS10', 'TINY_IMAGENET_URL',
-           'TINY_IMAGENET_MD5', 'fetch', 'cache_root', 'data_root', 'unpack', 'cifar10', 'FlipShift', 'image_dls',
-           'tiny_imagenet']
+           'TINY_IMAGENET_MD5', 'fetch', 'cache_root', 'data_root', 'unpack', 'unpacked', 'cifar10', 'FlipShift',
+           'image_dls', 'tiny_imagenet']
 
 # %% ../nbs/00_files.ipynb #cell0003
 import hashlib, os, pickle, re, shutil, stat, tarfile, tempfile, time, zipfile, zlib
@@ -119,7 +119,7 @@ def unpack(
     dest.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f'.{dest.name}-', dir=dest.parent))
     try:
-        if zipfile.is_zipfile(archive): _unzip(archive, part)
+        if zipfile.is_zipfile(archive) and not tarfile.is_tarfile(archive): _unzip(archive, part)  # a tar whose last file is a zip looks like one
         else:
             with tarfile.open(archive) as t: t.extractall(part, filter='data')
         try:
@@ -132,6 +132,16 @@ def unpack(
         raise ValueError(f'{archive}: not an archive, or damaged ({e})') from e
     finally: shutil.rmtree(part, ignore_errors=True)
     return dest
+
+def unpacked(
+    path:str|Path,        # a folder, or an archive as `unpack` takes it
+)->Path:                  # the folder itself, or where the archive is unpacked
+    "Unpack an archive once, under `cache_root()`; another archive of the same name gets a place of its own"
+    path = Path(path)
+    if not path.is_file(): return path
+    s, full = path.stat(), str(path.resolve())
+    key = hashlib.sha256(f'{full}|{s.st_size}|{s.st_mtime_ns}'.encode()).hexdigest()[:12]
+    return unpack(path, cache_root()/f"{path.name.split('.')[0]}-{key}")
 
 # %% ../nbs/00_files.ipynb #cell0015
 CIFAR10_URL = 'https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz'
@@ -262,11 +272,7 @@ def image_dls(
     training lacks, an unknown split, and unreadable images (all of them by name)."""
     path = Path(path).expanduser()
     if not path.exists(): raise FileNotFoundError(f'path={str(path)!r}: no such folder or archive')
-    root = path
-    if path.is_file():
-        s, full = path.stat(), str(path.resolve())
-        key = hashlib.sha256(f'{full}|{s.st_size}|{s.st_mtime_ns}'.encode()).hexdigest()[:12]
-        root = unpack(path, cache_root()/f"{path.name.split('.')[0]}-{key}")
+    root = unpacked(path)
     splits = _splits(root)
     if not splits.get('train', splits.get('all')):
         raise ValueError(f'path={str(path)!r}: no images found; expected <class>/<image>.jpg, train/<class>/<image>.jpg or data_batch_1')

@@ -77,14 +77,15 @@ def train_run(dls, # fastai DataLoaders
               config: dict, # arch, epochs, lr, seed; if wanted pretrained, plain, bf16, channels_last, and any of `METHOD`
               out: str | Path, # Folder to write to; a run with the same config and images is resumed
               command: str | None = None, # How to run it again, for the record
+              metric=accuracy, # What the validation images are scored by, as fastai takes it
              ) -> Learner: # Trained
-    "Train for accuracy, resumably; write `model/`, `record.json`, `losses.png` and `maps.png`. Errors as of `antehoc_learner` and `Checkpoint`."
+    "Train, resumably; write `model/`, `record.json`, `losses.png` and `maps.png`. Errors as of `antehoc_learner` and `Checkpoint`."
     c, out = config, Path(out)
     set_seed(c['seed'])
     for i, dl in enumerate(dls.loaders): dl.rng = random.Random(c['seed'] + i)  # a loader shuffles from a stream of its own, begun when it was made
     checkpoint = Checkpoint(out/'checkpoint.pt')
     cbs = [checkpoint] + [Bf16()] * c.get('bf16', False) + [ChannelsLast()] * c.get('channels_last', False)
-    kw = dict(pretrained=c.get('pretrained', False), metrics=accuracy, path=out, cbs=cbs)
+    kw = dict(pretrained=c.get('pretrained', False), metrics=metric, path=out, cbs=cbs)
     learn = plain_learner(dls, c['arch'], **kw) if c.get('plain') else \
         antehoc_learner(dls, c['arch'], **kw, **{k: c[k] for k in METHOD if k in c})
     claim(out, config | dict(images=fingerprint(dls)))
@@ -95,7 +96,7 @@ def train_run(dls, # fastai DataLoaders
     names = learn.recorder.metric_names[1:-1]
     epochs = [dict(zip(names, map(float, v))) for v in learn.recorder.values]
     explains = isinstance(learn.model, AntehocModel)
-    results = dict(accuracy=epochs[-1]['accuracy'], epochs=epochs, cnn_sha256=cnn_digest(learn.model.cnn if explains else learn.model),
+    results = {names[2]: epochs[-1][names[2]]} | dict(epochs=epochs, cnn_sha256=cnn_digest(learn.model.cnn if explains else learn.model),
                    n_train=len(dls.train_ds), n_valid=len(dls.valid_ds), seconds=round(checkpoint.seconds))
     if explains:
         results |= dict(layers=list(learn.model.layers), int_losses=[round(o, 5) for o in learn.two_pass.int_losses[::10]])

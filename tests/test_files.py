@@ -148,6 +148,17 @@ def test_fetch_status_codes(tmp_path):
         srv.server_close()
 
 
+def test_a_tar_that_ends_with_a_zip(tmp_path):
+    "An .npz at the end of a tar makes the whole look like a zip"
+    np.savez(tmp_path/'z.npz', a=np.arange(3))
+    (tmp_path/'a.txt').write_text('a')
+    with tarfile.open(tmp_path/'t.tar', 'w') as t:
+        for f in ('a.txt', 'z.npz'): t.add(tmp_path/f, f)
+    assert zipfile.is_zipfile(tmp_path/'t.tar')
+    out = F.unpacked(tmp_path/'t.tar')
+    assert sorted(f.name for f in out.iterdir()) == ['a.txt', 'z.npz'] and F.unpacked(tmp_path/'t.tar') == out and F.unpacked(out) == out
+
+
 def test_flip_shift_only_in_training():
     x = TensorImage(torch.rand(6, 3, 20, 26))
     t = F.FlipShift(.1)

@@ -1,0 +1,269 @@
+"""Landmarks: data in both layouts, points that follow their image, Grad-CAM of a regression, and the run behind Figure 4."""
+import hashlib
+import threading
+import zipfile
+from functools import partial
+from http.server import HTTPServer, SimpleHTTPRequestHandler
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from fastai.torch_core import set_seed
+from fastai.vision.core import TensorImage, TensorPoint
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from scipy.io import savemat
+from scipy.spatial import Delaunay
+from typer.testing import CliRunner
+
+from antehoc_nb import faces as F
+from antehoc_nb import landmarks as L
+from antehoc_nb.cli import app
+from antehoc_nb.cnns import build_cnn
+from antehoc_nb.model import AntehocModel
+from antehoc_nb.runs import cnn_digest
+from antehoc_nb.sam import minmax, resize
+from antehoc_nb.two_pass import TwoPass, antehoc_learner, plain_learner
+
+pytestmark = pytest.mark.usefixtures('one_thread')
+
+
+@pytest.fixture(scope='module')
+def lm(): return F.drawn_faces(24, 8, 32)
+
+
+def face_folder(d, n=8, size=40):
+    lm, rows = F.drawn_faces(n - 3, 3, size), []
+    for i, (im, p) in enumerate(zip(lm.images, lm.points)):
+        Image.fromarray(im).save(d/f'{i}.png')
+        xy = {f'{a}{k}': v for k, q in enumerate(p) for a, v in zip('xy', q)}
+        rows.append(dict(file=f'{i}.png', split='test' if lm.test[i] else 'train', identity=i) | xy)
+    pd.DataFrame(rows).to_csv(d/'landmarks.csv', index=False)
+    return lm
+
+
+def test_drawings_know_left_from_right(lm):
+    "The mirrored face is the face that the mirror permutation says: left of the nose stays left"
+    for p in lm.points:
+        q = p.copy()
+        q[:, 0] = 32 - q[:, 0]
+        q = q[list(F.FACE68.mirror)]
+        assert q[36, 0] < q[45, 0] and q[48, 0] < q[54, 0] and q[0, 0] < q[16, 0] and q[17, 0] < q[26, 0]
+        assert (q[36, 1] - p[45, 1]) == 0
+    assert not np.array_equal(lm.images[0], F.drawn_faces(1, 1, 32, seed=1).images[0])
+
+
+@given(st.integers(0, 99))
+def test_points_follow_their_image(seed):
+    "A bright dot on black is found where its point says, whatever the augmentation did"
+    torch.manual_seed(seed)
+    at = torch.randint(24, 40, (2,))
+    x, y = torch.zeros(4, 1, 64, 64), torch.rand(4, 4, 2)
+    x[:, :, at[1] - 1:at[1] + 2, at[0] - 1:at[0] + 2] = 1.
+    y[:, 2] = (at + .5) / 32 - 1
+    t = F.TurnFaces(F.DIGIT4.mirror)
+    a, b = (o.as_subclass(torch.Tensor) for o in t((TensorImage(x), TensorPoint(y)), split_idx=0))
+    c, w = torch.arange(64) + .5, a[:, 0]
+    found = torch.stack([(w.sum(1) * c).sum(1), (w.sum(2) * c).sum(1)], 1) / w.sum((1, 2))[:, None] / 32 - 1
+    mirrored = torch.linalg.det(t.mat.as_subclass(torch.Tensor)[:, :, :2]) < 0
+    torch.testing.assert_close(torch.where(mirrored[:, None], b[:, 3], b[:, 2]), found, atol=.008, rtol=0)
+
+
+def test_validation_images_are_left_alone(lm):
+    dls = F.landmark_dls(lm, 'nose', 32, 8)
+    a, b = (next(iter(dls.valid)) for _ in range(2))
+    assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
+    torch.testing.assert_close((b[1].as_subclass(torch.Tensor) + 1) * 16, torch.from_numpy(lm.points[lm.test]))
+
+
+@pytest.mark.parametrize('arch', ['landmark_cnn', 'resnet18', 'timm/resnet10t'])
+def test_any_backbone_is_left_as_it_is(lm, arch):
+    "Invariant 1 for a regression: the CNN is the one that plain training gives, to the bit"
+    digests = []
+    for make in (antehoc_learner, plain_learner):
+        set_seed(0)
+        learn = make(F.landmark_dls(lm, 'mouth', 32, 8, seed=0), arch, pretrained=False, metrics=F.nme_metric(F.FACE68, 'mouth'))
+        with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(1, 1e-3)
+        digests.append(cnn_digest(getattr(learn.model, 'cnn', learn.model)))
+        assert np.isfinite(learn.recorder.values[-1][2])
+    assert digests[0] == digests[1]
+
+
+def test_the_metric_is_the_mean_over_images(lm):
+    dls = F.landmark_dls(lm, 'eyes', 32, 5)
+    learn = plain_learner(dls, 'landmark_cnn', metrics=F.nme_metric(F.FACE68, 'eyes'))
+    with learn.no_bar(): got = learn.validate()[1]
+    learn.model.eval()
+    with torch.no_grad(): out = torch.cat([learn.model(x.as_subclass(torch.Tensor)) for x, _ in dls.valid]).view(-1, 12, 2).numpy()
+    p = (out + 1) * 16
+    t = lm.points[lm.test]
+    want = np.mean([np.mean([np.hypot(*(a - b)) for a, b in zip(o, q[36:48])]) / np.hypot(*(q[36] - q[45])) for o, q in zip(p, t)])
+    assert got == pytest.approx(want, rel=1e-4)
+    preds, _, decoded = learn.get_preds(with_decoded=True)
+    assert decoded.shape == (8, 12, 2) and preds.shape == (8, 24)
+
+
+def test_regression_cam_against_one_output_at_a_time(lm):
+    "The naive reference: a backward pass of the whole CNN per image and output"
+    model = AntehocModel(build_cnn('landmark_cnn', 6).eval(), torch.rand(1, 3, 32, 32))
+    x = torch.rand(3, 3, 32, 32)
+    for layer in (model.layers[-1], model.layers[4]):
+        got, kept = L.regression_cam(model, x, layer=layer), {}
+
+        def hook(m, i, o, kept=kept):
+            o.retain_grad()
+            kept['a'] = o
+        h = model.cnn.get_submodule(layer).register_forward_hook(hook)
+        for n in range(3):
+            total = 0
+            for k in range(6):
+                model.cnn(x[n:n + 1])[0, k].backward()
+                a, g = kept['a'][0].detach(), kept['a'].grad[0]
+                total = total + (a * g.mean((1, 2))[:, None, None]).sum(0).abs()
+            want = minmax(resize(minmax(total[None, None]), (32, 32), dict(zip(model.layers, model.grids))[layer]))
+            torch.testing.assert_close(got[n:n + 1], want, atol=2e-4, rtol=1e-3)
+        h.remove()
+    assert all(p.grad is not None for p in model.cnn.parameters() if p.requires_grad)
+    with torch.inference_mode(): assert torch.allclose(L.regression_cam(model, x), L.regression_cam(model, x))
+    with pytest.raises(ValueError, match=r'needs a CNN that returns \(B,K\)'): L.regression_cam(torch.nn.Conv2d(3, 2, 3), x, layer='')
+
+
+@given(st.integers(0, 999))
+def test_regions_against_a_triangulation(seed):
+    "A pixel well inside the convex hull is in the region, one far outside is not"
+    rng = np.random.default_rng(seed)
+    p = rng.uniform(8, 56, (1, 6, 2))
+    s = F.Scheme(dict(a=range(6)), tuple(range(6)), (0, 1))
+    got = L.group_regions(p, s, 64, widen=0)['a'][0].numpy()
+    y, x = np.mgrid[:64, :64] + .5
+    inside = Delaunay(p[0]).find_simplex(np.c_[x.ravel(), y.ravel()]).reshape(64, 64) >= 0
+    assert (got != inside).sum() <= 2.5 * np.abs(np.roll(inside, 1, 0) ^ inside).sum() + 2.5 * np.abs(np.roll(inside, 1, 1) ^ inside).sum()
+    wide = L.group_regions(p, s, 64, widen=.3)['a'][0].numpy()
+    assert (wide | ~got).all() and wide.sum() > got.sum()
+
+
+def test_groups_are_regions_of_their_own(lm):
+    r = L.group_regions(lm.points, F.FACE68, 32)
+    assert set(r) == set(F.FACE68.groups) and all(m.flatten(1).any(1).all() for m in r.values())
+    assert not (r['eyes'] & r['mouth']).any()
+    inner = r['jaw'][:, 12:16, 14:18].float().mean()  # a line, not the whole face
+    assert inner < .2
+
+
+def test_scores_by_hand(lm):
+    model = AntehocModel(build_cnn('landmark_cnn', 18).eval(), torch.rand(1, 3, 32, 32))
+    x, points = torch.rand(4, 3, 32, 32), lm.points[:4]
+    r = L.group_regions(points, F.FACE68, 32)
+    s = L.score_maps(model, x, r['nose'].float()[:, None], points, F.FACE68, 'nose', bs=3)
+    assert s['own'] == s['energy']['nose'] == s['pointing'] == 1 and s['energy']['jaw'] < .1
+    assert s['density']['nose'] == pytest.approx((1 / r['nose'].float().mean((1, 2))).mean().item(), rel=1e-5)
+    model_all = AntehocModel(build_cnn('landmark_cnn', 136).eval(), torch.rand(1, 3, 32, 32))
+    ones = L.score_maps(model_all, x, torch.ones(4, 1, 32, 32), points, F.FACE68, 'all')
+    assert all(v == pytest.approx(1, rel=1e-5) for v in ones['density'].values()) and ones['area'] == 1
+    with torch.no_grad(): want = F.nme(model(x), torch.from_numpy(points) / 16 - 1, F.FACE68.groups['nose'], (36, 45)).mean().item()
+    nose = L.score_maps(model, x, torch.ones(4, 1, 32, 32), points, F.FACE68, 'nose')
+    assert nose['nme'] == pytest.approx(want, rel=1e-4) == nose['nme_blur'] and nose['nme_top20'] != nose['nme']
+
+
+def test_aflw2000_is_downloaded_checked_and_read(tmp_path, monkeypatch):
+    "The real download code, on a server of this machine"
+    drawn = F.drawn_faces(3, 1, 40)
+    with zipfile.ZipFile(tmp_path/'AFLW2000-3D.zip', 'w') as z:
+        for i, (im, p) in enumerate(zip(drawn.images, drawn.points)):
+            Image.fromarray(im).save(tmp_path/'i.jpg', quality=95)
+            savemat(tmp_path/'i.mat', dict(pt3d_68=np.c_[p, np.ones(68)].T, pt2d=np.zeros((2, 21))))
+            for e in ('jpg', 'mat'): z.write(tmp_path/f'i.{e}', f'AFLW2000/image{i:05d}.{e}')
+        z.writestr('AFLW2000/Code/readme.txt', 'x')
+    body = (tmp_path/'AFLW2000-3D.zip').read_bytes()
+    srv = HTTPServer(('127.0.0.1', 0), partial(SimpleHTTPRequestHandler, directory=tmp_path))
+    threading.Thread(target=srv.serve_forever, daemon=True).start()
+    monkeypatch.setenv('ANTEHOC_CACHE', str(tmp_path/'cache'))
+    monkeypatch.setattr(F, 'AFLW2000_URL', f'http://127.0.0.1:{srv.server_port}/AFLW2000-3D.zip')
+    try:
+        with pytest.raises(ValueError, match='corrupt and was removed'): F.aflw2000()
+        monkeypatch.setattr(F, 'AFLW2000_SHA256', hashlib.sha256(body).hexdigest())
+        lm = F.aflw2000(outside='keep')
+    finally:
+        srv.shutdown()
+        srv.server_close()
+    assert len(lm) == 4 and lm.test.sum() == 1
+    np.testing.assert_allclose(lm.points, drawn.points, rtol=1e-5)
+    assert np.array_equal(F.aflw2000(outside='keep').test, lm.test)  # from the cache now, the same split
+
+
+def test_bad_faces_are_named(tmp_path):
+    lm = face_folder(tmp_path)
+    csv, good = tmp_path/'landmarks.csv', pd.read_csv(tmp_path/'landmarks.csv')
+    assert len(F.face_table(tmp_path, 'keep')) == 8
+
+    def says(text, t, outside='keep', error=ValueError):
+        t.to_csv(csv, index=False)
+        with pytest.raises(error, match=text): F.face_table(tmp_path, outside)
+    says('1 of 8 images have no points .NaN., the first is 5.png', good.assign(x0=[*good.x0[:5], None, *good.x0[6:]]))
+    says('7 people are in training and in testing|people are in training', good.assign(identity=0))
+    says('1 images are listed twice', good.assign(file=['1.png', *good.file[1:]]))
+    says("lacks the columns .'split'", good.drop(columns='split'))
+    says('test: 0 of 8 images', good.assign(split='train'))
+    moved = good.assign(x0=[1, 1, 41, *[1] * 5])
+    says('images have points outside, the first is .*; outside=.drop. leaves them out', moved, 'error')
+    moved.to_csv(csv, index=False)
+    inside = ((lm.points >= 0) & (lm.points <= 40)).all((1, 2))
+    assert len(F.face_table(tmp_path, 'drop')) == inside[[0, 1, 3, 4, 5, 6, 7]].sum()
+    (tmp_path/'3.png').write_bytes(b'no image')
+    says('3.png: cannot be read', good)
+    with pytest.raises(FileNotFoundError, match='no such folder or archive'): F.face_table(tmp_path/'nowhere')
+    (tmp_path/'empty').mkdir()
+    with pytest.raises(FileNotFoundError, match='neither landmarks.csv nor landmarks.npz'): F.face_table(tmp_path/'empty')
+    with pytest.raises(ValueError, match='no image.*jpg found'): F.aflw2000(tmp_path/'empty')
+    with pytest.raises(ValueError, match=r'points: \(8, 68, 2\) needed, got \(8, 4, 2\)'): F.Landmarks(lm.images, lm.points[:, :4], lm.test, F.FACE68)
+    with pytest.raises(ValueError, match="outside='ignore': choose"): F.Landmarks(lm.images, lm.points, lm.test, F.FACE68, 'ignore')
+    with pytest.raises(ValueError, match="unknown group 'moth': did you mean 'mouth'"): F.landmark_dls(lm, 'moth')
+
+
+def test_broken_mat_files_are_named(tmp_path):
+    Image.new('RGB', (20, 20)).save(tmp_path/'image00001.jpg')
+    for content, text in ((dict(pt2d=1), "image00001.mat: has no 'pt3d_68', only .'pt2d'."),
+                          (dict(pt3d_68=np.zeros((3, 21))), r"shape \(3, 21\), not \(3,68\)")):
+        savemat(tmp_path/'image00001.mat', content)
+        with pytest.raises(ValueError, match=text): F.aflw2000(tmp_path)
+    (tmp_path/'image00001.mat').write_bytes(b'MATLAB, perhaps')
+    with pytest.raises(ValueError, match='image00001.mat: not a .mat file, or damaged'): F.aflw2000(tmp_path)
+
+
+def antehoc(*args, code=0):
+    r = CliRunner().invoke(app, list(map(str, args)))
+    assert r.exit_code == code, r.output
+    return r.output
+
+
+def test_figure4_from_one_command(tmp_path, monkeypatch):
+    "The record and the figure; pictures of real faces stay out of the results"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/'data').mkdir()
+    face_folder(tmp_path/'data', 40)
+    args = 'reproduce', 'figure4', '--dataset', 'faces68', '--profile', 'smoke', '--data', tmp_path/'data'
+    assert 'wrote runs/figure4/faces68-smoke.png' in antehoc(*args)
+    assert (tmp_path/'runs'/'figure4'/'faces68-smoke.png').exists() and not list((tmp_path/'results').rglob('*.png'))
+    rec = L.read_landmarks('faces68', 'smoke')
+    assert rec['command'] == 'antehoc reproduce figure4 --dataset faces68 --profile smoke'
+    for o in rec['results']['detectors'].values():
+        assert o['cnn_sha256'] == o['plain_sha256'] and o['nme'] == o['nme_plain'] and len(o['layers']) == 8
+        assert o['maps']['gaussian of the same area']['area'] == pytest.approx(o['maps']['ante-hoc']['area'], abs=.01)
+    t = L.detector_table(rec)
+    assert t.loc[('nose', 'ante-hoc'), 'margin'] == 0 and (t.xs('ones', level=1).ratio == 1).all()
+    c = L.confusion(rec)
+    assert list(c.index) == ['nose', 'eyes', 'mouth', 'all'] and list(c) == list(F.FACE68.groups)
+    assert "unknown dataset 'cifar10'" in antehoc('reproduce', 'figure4', '--dataset', 'cifar10', code=1)
+    with pytest.raises(FileNotFoundError, match='run `antehoc reproduce figure4 --dataset drawn-faces --profile smoke`'): L.figure4('drawn-faces', 'smoke')
+    with pytest.raises(FileNotFoundError, match='antehoc reproduce figure4 --dataset faces68 --profile cpu'): L.read_landmarks('faces68', results=tmp_path)
+
+
+def test_focus_keeps_small_shares():
+    "TwoPass takes the mask and the fill that detectors are trained with; the weight network learns by them"
+    lm = F.drawn_faces(16, 4, 32)
+    learn = plain_learner(F.landmark_dls(lm, 'eyes', 32, 8), 'landmark_cnn', cbs=TwoPass(mask='focus', fill='blur', weight_net='informed'))
+    before = [p.clone() for p in learn.model.weight_net.parameters()]
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
+    assert any(not torch.equal(a, b) for a, b in zip(before, learn.model.weight_net.parameters()))
