@@ -6,8 +6,8 @@
 __all__ = []
 
 # %% ../nbs/16_all.ipynb #cell0003
-from . import (checkpoint, cnns, concept_models, concept_training, data, faces, files, judge, layers, masking, metrics, model, records, road, sam, sanity,
-                        scoreboard, second_pass, show, show_learner, stability, two_pass, weight_net)
+from . import (checkpoint, cnns, concept_models, concept_training, data, drawings, faces, files, judge, layers, masking, metrics, model, records,
+                        road, sam, sanity, scoreboard, second_pass, show, show_learner, stability, two_pass, weight_net)
 from . import benchmark as benchmark_page  # these two hold something of the module's name
 from . import explainers as explainers_page
 from .benchmark import *
@@ -17,6 +17,7 @@ from .concept_models import *
 from .concept_training import *
 from .data import *
 from .explainers import *
+from .drawings import *
 from .faces import *
 from .files import *
 from .judge import *
@@ -38,6 +39,6 @@ from .weight_net import *
 
 # %% ../nbs/16_all.ipynb #cell0004
 _modules = (data, files, layers, sam, masking, weight_net, cnns, model, checkpoint, second_pass, two_pass, show, show_learner, metrics, records, road, sanity,
-            stability, explainers_page, scoreboard, benchmark_page, judge, concept_models, concept_training, faces)
+            stability, explainers_page, scoreboard, benchmark_page, judge, concept_models, concept_training, drawings, faces)
 _by_name = {*sam.soft_attentions, *weight_net.weight_nets, *second_pass.masks, *second_pass.int_losses, 'plain', 'resize', 'masked'}
 __all__ = sorted({n for m in _modules for n in m.__all__} - _by_name)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FACE68', 'DIGIT4', 'AFLW2000_URL', 'AFLW2000_SHA256', 'Scheme', 'Landmarks', 'drawn_faces', 'digit_points',
-           'aflw2000', 'face_table', 'TurnFaces', 'PointLoss', 'nme', 'nme_metric', 'landmark_dls']
+           'aflw2000', 'face_table', 'TurnFaces', 'AsPoints', 'PointLoss', 'nme', 'nme_metric', 'landmark_dls']
 
 # %% ../nbs/11_faces.ipynb #cell0002
 from collections.abc import Sequence
@@ -20,13 +20,14 @@ from fastai.data.core import DataLoaders
 from fastai.data.transforms import IndexSplitter, IntToFloatTensor, ItemGetter, Normalize
 from fastai.metrics import AvgMetric
 from fastai.vision.augment import AffineCoordTfm, flip_mat, rotate_mat, zoom_mat
-from fastai.vision.core import TensorPoint, imagenet_stats
-from fastai.vision.data import PointBlock
-from PIL import Image, ImageDraw
+from fastai.vision.core import PointScaler, TensorPoint, imagenet_stats
+from fasttransform import Transform
+from PIL import Image
 from scipy.io import loadmat
 from torch import nn
 
-from .data import Fit, OpenImage, PhotoDigits, _material
+from .data import Fit, OpenImage, PhotoDigits
+from .drawings import draw_faces
 from .files import cache_root, fetch, unpacked
 from .layers import unknown_name
 
@@ -39,6 +40,7 @@ class Scheme:
     ends: tuple # Two points; their distance is the unit of errors
     apart: tuple = () # (group, n): groups that are made of `n` parts with as many points each, such as two eyes
     lines: tuple = () # Groups that are lines, and have nothing inside
+    degrees: float = 25. # By how much images may be rotated in training; 0 where a point is what it is only upright
 
     def points(self, group: str) -> list[int]: # Their numbers
         "The points of a group, or of 'all'. `ValueError` for an unknown name"
@@ -49,7 +51,7 @@ class Scheme:
     def parts(self, group: str) -> list[list[int]]: # Numbers of the points of each
         "The connected parts of a group."
         p, n = self.points(group), dict(self.apart).get(group, 1)
-        return [p[i::n] if n == len(p) else p[i * len(p) // n:(i + 1) * len(p) // n] for i in range(n)]
+        return [p[i * len(p) // n:(i + 1) * len(p) // n] for i in range(n)]
 
 
 def _mirror68():
@@ -60,37 +62,57 @@ def _mirror68():
 
 FACE68 = Scheme(dict(jaw=range(17), brows=range(17, 27), nose=range(27, 36), eyes=range(36, 48), mouth=range(48, 68)),
                 _mirror68(), (36, 45), apart=(('brows', 2), ('eyes', 2)), lines=('jaw',))
-DIGIT4 = Scheme(dict(top=[0], bottom=[1], sides=[2, 3]), (0, 1, 3, 2), (0, 1), apart=(('sides', 2),))
+DIGIT4 = Scheme(dict(top=[0], bottom=[1], sides=[2, 3]), (0, 1, 3, 2), (0, 1), apart=(('sides', 2),), degrees=0.)
 
 # %% ../nbs/11_faces.ipynb #cell0008
 @dataclass
 class Landmarks:
-    "Images with points. Raises `ValueError` for points that are missing, not finite or outside their image, and for an empty split."
+    "Images with points. Raises `ValueError` for points that are missing, in one place or outside their image, and for an empty split."
     images: Sequence # N paths, or arrays (H,W,3) of uint8
     points: np.ndarray # (N,P,2) x, y in pixels
     test: np.ndarray # (N,) bool: kept from training
     scheme: Scheme
     outside: str = 'error' # Images with points outside: 'error', 'drop', or 'keep' (the detector must then guess)
+    people: np.ndarray | None = None # (N,) who each is, where that is known
+    dropped: int = 0 # How many images were left out
 
     def __post_init__(self):
         self.points, self.test = np.asarray(self.points, np.float32), np.asarray(self.test, bool)
+        self.images = [Path(o) if isinstance(o, str) else o for o in self.images]
         n, want = len(self.images), (len(self.images), len(self.scheme.mirror), 2)
+        self.people = np.arange(n) if self.people is None else np.asarray(self.people)
         if self.points.shape != want: raise ValueError(f'points: {want} needed, got {self.points.shape}')
         if self.test.shape != (n,): raise ValueError(f'test: one bool per image, ({n},), needed, got {self.test.shape}')
         if self.outside not in ('error', 'drop', 'keep'): raise ValueError(f"outside={self.outside!r}: choose 'error', 'drop' or 'keep'")
         lost = ~np.isfinite(self.points).all((1, 2))
         if lost.any(): raise ValueError(f'{lost.sum()} of {n} images have no points (NaN), the first is {self.name(lost.argmax())}; leave them out')
+        a, b = self.scheme.ends
+        same = (self.points[:, a] == self.points[:, b]).all(1)
+        if same.any(): raise ValueError(f'{same.sum()} of {n} images have points {a} and {b} in one place, the first is {self.name(same.argmax())}')
         self.sizes = np.array([_size(o) for o in self.images])
         out = ((self.points < 0) | (self.points > self.sizes[:, None])).any((1, 2))
         if out.any() and self.outside == 'error':
             raise ValueError(f"{out.sum()} of {n} images have points outside, the first is {self.name(out.argmax())}; "
                              "outside='drop' leaves them out, outside='keep' takes them as they are")
         if out.any() and self.outside == 'drop':
-            self.images = [o for o, bad in zip(self.images, out) if not bad]
-            self.points, self.test, self.sizes = (a[~out] for a in (self.points, self.test, self.sizes))
+            self._keep(~out)
+            self.dropped += int(out.sum())
         if self.test.all() or not self.test.any(): raise ValueError(f'test: {self.test.sum()} of {len(self.test)} images; both training and testing need some')
 
+    def _keep(self, on):
+        self.images = [o for o, yes in zip(self.images, on) if yes]
+        self.points, self.test, self.people, self.sizes = (a[on] for a in (self.points, self.test, self.people, self.sizes))
+
     def __len__(self): return len(self.images)
+
+    def thin(self, n_train: int) -> 'Landmarks': # Itself
+        "Keep at most `n_train` training images, evenly spread over the set."
+        train = (~self.test).nonzero()[0]
+        if n_train < len(train):
+            on = self.test.copy()
+            on[train[np.linspace(0, len(train) - 1, n_train).astype(int)]] = True
+            self._keep(on)
+        return self
 
     def name(self, i: int) -> str:
         "What to call image `i`."
@@ -98,81 +120,26 @@ class Landmarks:
 
     def at(self, size: int) -> np.ndarray: # (N,P,2) x, y in pixels of the squished images
         "The points in images of `size` x `size`."
-        return self.points * size / self.sizes[:, None]
+        return (self.points * size / self.sizes[:, None]).astype(np.float32)
 
 
 def _size(o):
     "(W,H) of an image; of a file, from its header"
     if not isinstance(o, Path): return o.shape[1::-1]
     try:
-        with Image.open(o) as im: return im.size
+        with Image.open(o) as im: return im.size if im.getexif().get(274, 1) < 5 else im.size[::-1]  # 5 to 8: it will be turned upright
     except OSError as e: raise ValueError(f'{o}: cannot be read ({e}); repair or delete it') from e
 
 # %% ../nbs/11_faces.ipynb #cell0010
-def _face_points(rng):
-    "68 points of a made-up face between -1 and 1, upright"
-    u, t = lambda a, b: rng.uniform(a, b), np.linspace(0, np.pi, 17)
-    w, h, wide, gape, smile, lift, long = u(.66, .8), u(.8, .95), u(.2, .33), u(.01, .11), u(-.05, .07), u(0, .1), u(-.05, .05)
-    jaw = np.c_[-w * np.cos(t), .02 + h * np.sin(t)]
-    b = np.linspace(0, 1, 5)
-    brow = np.c_[-.52 + .36 * b, -.38 - lift - .09 * np.sin(np.pi * (.15 + .7 * b))]
-    nose = np.r_[np.c_[np.zeros(4), np.linspace(-.22, .12 + long, 4)], np.c_[np.linspace(-.14, .14, 5), .2 + long - .03 * np.abs(np.linspace(-1, 1, 5))]]
-    a, o = np.deg2rad([180, 120, 60, 0, -60, -120]), u(.035, .075)
-    eye = np.c_[-.33 + .14 * np.cos(a), -.2 - o * np.sin(a)]
-    def lips(n, w, h, a0=np.pi): # around, from the left corner over the top
-        a = a0 - np.arange(n) * 2 * np.pi / n
-        return np.c_[w * np.cos(a), .48 - h * np.sin(a) - smile * np.cos(a)**2]
-    flip = lambda p, order: p[order] * [-1, 1]
-    return np.r_[jaw, brow, flip(brow, [4, 3, 2, 1, 0]), nose, eye, flip(eye, [3, 2, 1, 0, 5, 4]), lips(12, wide, .06 + gape), lips(8, wide * .8, gape)]
-
-
-def _draw_face(rng, S, photos, k=3):
-    "One drawing (S,S,3) uint8 and its points (68,2)"
-    p = _face_points(rng)
-    turn, tilt, size = rng.uniform(-.18, .18), rng.normal(0, .14), rng.uniform(.3, .4)
-    depth = np.r_[np.zeros(17), np.full(10, .6), np.full(9, 1.), np.full(12, .6), np.full(20, .7)]  # the nose moves most when the head turns
-    p[:, 0] = p[:, 0] * np.cos(turn * 2) + turn * depth
-    c, s = np.cos(tilt), np.sin(tilt)
-    place = lambda q: (q @ [[c, s], [-s, c]]) * size * S + centre
-    centre = S * (.5 + rng.uniform(-.07, .07, 2))
-    brow = p[:17, 0].min(), p[:17, 0].max()
-    t = np.linspace(0, np.pi, 17)
-    skull = np.c_[np.cos(t) * (brow[1] - brow[0]) / 2 + sum(brow) / 2, .02 - .85 * np.sin(t)]
-    photo = photos[rng.integers(len(photos))][rng.integers(10)]
-    i, j = (rng.random(2) * (photo.shape[0] - S, photo.shape[1] - S)).astype(int)
-    im = Image.fromarray(photo[i:i + S, j:j + S]).resize((k * S, k * S))
-    skin = np.array([.95, .78, .66]) * rng.uniform(.35, 1.05) * rng.uniform(.9, 1.1, 3)
-    rgb = lambda v: tuple(int(e) for e in (np.clip(v, 0, 1) * 255))
-    xy = lambda q: [tuple(e) for e in place(q) * k]
-    d, pen = ImageDraw.Draw(im), max(1, round(k * S / 45))
-    hair, dark = rgb(rng.random(3) * rng.uniform(.1, .9)), rgb(skin * .55)
-    d.polygon(xy(np.r_[p[:17], skull * [1.12, 1.15]]), fill=hair)
-    d.polygon(xy(np.r_[p[:17], skull * [1, .78]]), fill=rgb(skin))
-    for g in (range(17, 22), range(22, 27)): d.line(xy(p[g]), fill=hair if rng.random() < .7 else dark, width=round(pen * 1.6))
-    for g in (range(36, 42), range(42, 48)):
-        d.polygon(xy(p[g]), fill=(245, 245, 245), outline=dark)
-        x, y = place(p[g].mean(0)) * k
-        r = .06 * size * S * k
-        d.ellipse((x - r, y - r, x + r, y + r), fill=rgb(rng.random(3) * .5))
-    d.line(xy(p[27:31]), fill=dark, width=pen)
-    d.line(xy(p[31:36]), fill=dark, width=pen)
-    d.polygon(xy(p[48:60]), fill=rgb(np.array([.8, .35, .35]) * rng.uniform(.6, 1.1)))
-    d.polygon(xy(p[60:68]), fill=rgb([.25, .08, .08]) if rng.random() < .6 else (240, 235, 230))
-    return np.asarray(im.resize((S, S), Image.Resampling.BOX)), place(p)
-
-
 def drawn_faces(n_train: int = 1000, # Drawings for training, >= 1
                 n_test: int = 200, # For testing, on other photographs, >= 1
                 size: int = 64, # Side in pixels, >= 24
                 seed: int = 0, # The same seed, the same bytes
                ) -> Landmarks: # 68 points each
-    "Faces drawn on the spot. `ValueError` for a count below 1 or a size below 24"
-    if min(n_train, n_test) < 1: raise ValueError(f'n_train={n_train}, n_test={n_test}: ask for at least one drawing of each')
-    if size < 24: raise ValueError(f'size={size}: a face needs 24 pixels a side; use size=24 or more')
-    made = [_draw_face(np.random.default_rng([seed, split == 'test', i]), size, _material(split, size)[1])
-            for split, n in (('train', n_train), ('test', n_test)) for i in range(n)]
-    images, points = zip(*made)
-    return Landmarks(list(images), np.stack(points), np.arange(n_train + n_test) >= n_train, FACE68, outside='keep')
+    "Faces drawn on the spot. Errors as of `draw_faces`"
+    sets = [draw_faces(n, size, split, seed) for split, n in (('train', n_train), ('test', n_test))]
+    images, points = (np.concatenate(o) for o in zip(*sets))
+    return Landmarks(list(images), points, np.arange(n_train + n_test) >= n_train, FACE68, outside='keep')
 
 # %% ../nbs/11_faces.ipynb #cell0013
 def digit_points(n_train: int = 4000, # Scenes for training, >= 1
@@ -206,8 +173,8 @@ def _folder(path, what):
 def aflw2000(path: str | Path | None = None, # Folder or archive; None: downloaded (83 MB) once, under `cache_root()`
              test: float = .2, # Share of the faces for testing, in (0,1)
              seed: int = 0, # Of the split
-             outside: str = 'drop', # As of `Landmarks`
-            ) -> Landmarks: # 68 points each
+             outside: str = 'error', # Faces with points outside, of which there are some: as of `Landmarks`
+            ) -> Landmarks: # 68 points each, as the files have them
     "AFLW2000-3D. `ValueError` names a `.mat` file that is damaged or has no `pt3d_68`; `FileNotFoundError` an image without one, or a missing path"
     if not 0 < test < 1: raise ValueError(f'test={test}: give a share between 0 and 1')
     if path is None: path = fetch(AFLW2000_URL, cache_root()/'AFLW2000-3D.zip', sha256=AFLW2000_SHA256)
@@ -229,25 +196,27 @@ def _pt3d_68(f):
 
 # %% ../nbs/11_faces.ipynb #cell0019
 def face_table(path: str | Path, # Folder or archive with landmarks.csv or landmarks.npz, and the images they name
-               outside: str = 'drop', # As of `Landmarks`
-              ) -> Landmarks: # 68 points each
+               outside: str = 'error', # As of `Landmarks`
+              ) -> Landmarks: # 68 points each, as the table has them
     "Faces by a table. `ValueError` for a table that lacks columns, repeats an image, or has one person in both splits"
     root = _folder(path, 'face crops')
     csv, npz = (next(iter(sorted(root.rglob(f'landmarks.{e}'))), None) for e in ('csv', 'npz'))
     if csv is None and npz is None: raise FileNotFoundError(f'path={str(path)!r}: neither landmarks.csv nor landmarks.npz is in it')
     f = npz if csv is None else csv
     if csv is None:
-        z = np.load(npz)
-        if lacks := sorted({'name', 'split', 'xy'} - {*z.files}): raise ValueError(f'{npz}: lacks {lacks}')
-        name, split, xy, who = z['name'], z['split'], z['xy'], z['identity'] if 'identity' in z.files else None
+        try: z = dict(np.load(npz))
+        except Exception as e: raise ValueError(f'{npz}: not an .npz file of plain arrays, or damaged ({e})') from e
+        if lacks := sorted({'name', 'split', 'xy'} - {*z}): raise ValueError(f'{npz}: lacks {lacks}')
+        name, split, xy, who = z['name'], z['split'], z['xy'], z.get('identity')
     else:
         t, cols = pd.read_csv(csv), [f'{a}{i}' for i in range(68) for a in 'xy']
         if lacks := [c for c in ('file', 'split', *cols) if c not in t]: raise ValueError(f'{csv}: lacks the columns {lacks[:4]}{" ..." * (len(lacks) > 4)}')
         name, split, xy, who = t.file.values, t.split.values, t[cols].values.reshape(-1, 68, 2), t.identity.values if 'identity' in t else None
     if len(set(name)) < len(name): raise ValueError(f'{f}: {len(name) - len(set(name))} images are listed twice')
+    if odd := sorted({*map(str, split)} - {'train', 'test'}): raise ValueError(f"{f}: split must be 'train' or 'test', not {odd[:4]}")
     test = np.asarray(split) == 'test'
     if who is not None and (both := {*who[test]} & {*who[~test]}): raise ValueError(f'{f}: {len(both)} people are in training and in testing')
-    return Landmarks([f.parent/o for o in name], xy, test, FACE68, outside)
+    return Landmarks([f.parent/o for o in name], xy, test, FACE68, outside, None if who is None else np.unique(who, return_inverse=True)[1])
 
 # %% ../nbs/11_faces.ipynb #cell0022
 class TurnFaces(AffineCoordTfm):
@@ -272,15 +241,23 @@ class TurnFaces(AffineCoordTfm):
         return TensorPoint(torch.where(mirrored[:, None, None], moved[:, self.mirror], moved))
 
 # %% ../nbs/11_faces.ipynb #cell0024
+class AsPoints(Transform):
+    "Points (P,2) as a `TensorPoint`; fastai's own transform for it cannot be pickled, so a learner could not be exported."
+    def encodes(self, o: np.ndarray): return TensorPoint.create(o)
+
+
 class PointLoss(nn.Module):
     "Mean squared error of the predicted points of a group; `decodes` gives them the shape of points."
     def __init__(self, points: Sequence[int]): # Numbers of the points that are predicted
         super().__init__()
-        self.points = list(points)
+        self.points, self.reduction = list(points), 'mean'
 
     def forward(self, pred, # (B,2p)
                 target, # All points, (B,P,2) in [-1,1]
-               ): return (pred - target.as_subclass(torch.Tensor)[:, self.points].flatten(1)).pow(2).mean()
+                reduction: str | None = None, # 'mean', or 'none' for one loss per image; None: as set
+               ):
+        loss = (pred - target.as_subclass(torch.Tensor)[:, self.points].flatten(1)).pow(2).mean(1)
+        return loss.mean() if (reduction or self.reduction) == 'mean' else loss
 
     def decodes(self, pred): return TensorPoint(pred.view(len(pred), -1, 2))
 
@@ -290,7 +267,7 @@ def nme(pred: torch.Tensor, # Predicted points, (B,2p) or (B,p,2)
         points: Sequence[int], # Numbers of the points that are predicted
         ends: tuple[int, int], # Two points whose distance is the unit
        ) -> torch.Tensor: # (B,)
-    "Normalised mean error of each image: the mean distance of the points from their places, over that of the `ends`."
+    "Normalised mean error of each image: mean distance of the points from their places over that of the `ends`, both as the CNN sees them, squished."
     t = target.as_subclass(torch.Tensor).float()
     p = pred.as_subclass(torch.Tensor).detach().float().reshape(len(t), -1, 2)
     return (p - t[:, list(points)]).norm(dim=2).mean(1) / (t[:, ends[0]] - t[:, ends[1]]).norm(dim=1)
@@ -316,9 +293,9 @@ def landmark_dls(lm: Landmarks, # Images with points
     points = lm.scheme.points(group)
     items = [(lm.images[i], lm.points[i]) for part in (~lm.test, lm.test) for i in part.nonzero()[0]]
     n = int((~lm.test).sum())
-    block = DataBlock(blocks=(TransformBlock(OpenImage(), batch_tfms=IntToFloatTensor()), PointBlock), getters=[ItemGetter(0), ItemGetter(1)],
-                      splitter=IndexSplitter(range(n, len(items))), item_tfms=Fit(size),
-                      batch_tfms=[*[TurnFaces(lm.scheme.mirror)] * aug, *batch_tfms, Normalize.from_stats(*imagenet_stats)])
+    block = DataBlock(blocks=(TransformBlock(OpenImage(), batch_tfms=IntToFloatTensor()), TransformBlock(type_tfms=AsPoints(), item_tfms=PointScaler)),
+                      getters=[ItemGetter(0), ItemGetter(1)], splitter=IndexSplitter(range(n, len(items))), item_tfms=Fit(size),
+                      batch_tfms=[*[TurnFaces(lm.scheme.mirror, lm.scheme.degrees)] * aug, *batch_tfms, Normalize.from_stats(*imagenet_stats)])
     dls = block.dataloaders(items, bs=min(bs, n), num_workers=num_workers, **kw)
     dls.c, dls.train_ds.loss_func = 2 * len(points), PointLoss(points)
     return dls

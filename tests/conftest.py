@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-torch.set_num_threads(2)
+torch.set_num_threads(1 if 'PYTEST_XDIST_WORKER' in os.environ else 2)  # beside another worker, one
 settings.register_profile('repeatable', derandomize=True, deadline=None, max_examples=25, database=None)
 settings.load_profile('repeatable')
 

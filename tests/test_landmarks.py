@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from fastai.learner import load_learner
 from fastai.torch_core import set_seed
 from fastai.vision.core import TensorImage, TensorPoint
 from hypothesis import given
@@ -18,10 +19,12 @@ from scipy.io import savemat
 from scipy.spatial import Delaunay
 from typer.testing import CliRunner
 
+from antehoc_nb import drawings as D
 from antehoc_nb import faces as F
 from antehoc_nb import landmarks as L
 from antehoc_nb.cli import app
 from antehoc_nb.cnns import build_cnn
+from antehoc_nb.explainers import explain_with
 from antehoc_nb.model import AntehocModel
 from antehoc_nb.runs import cnn_digest
 from antehoc_nb.sam import minmax, resize
@@ -46,12 +49,9 @@ def face_folder(d, n=8, size=40):
 
 def test_drawings_know_left_from_right(lm):
     "The mirrored face is the face that the mirror permutation says: left of the nose stays left"
-    for p in lm.points:
-        q = p.copy()
-        q[:, 0] = 32 - q[:, 0]
-        q = q[list(F.FACE68.mirror)]
-        assert q[36, 0] < q[45, 0] and q[48, 0] < q[54, 0] and q[0, 0] < q[16, 0] and q[17, 0] < q[26, 0]
-        assert (q[36, 1] - p[45, 1]) == 0
+    for seed in range(5):
+        p = D._face_points(np.random.default_rng(seed))
+        np.testing.assert_allclose(p[list(F.FACE68.mirror)] * [-1, 1], p, atol=1e-12)
     assert not np.array_equal(lm.images[0], F.drawn_faces(1, 1, 32, seed=1).images[0])
 
 
@@ -110,7 +110,9 @@ def test_regression_cam_against_one_output_at_a_time(lm):
     model = AntehocModel(build_cnn('landmark_cnn', 6).eval(), torch.rand(1, 3, 32, 32))
     x = torch.rand(3, 3, 32, 32)
     for layer in (model.layers[-1], model.layers[4]):
+        model.zero_grad()
         got, kept = L.regression_cam(model, x, layer=layer), {}
+        assert all(p.grad is None for p in model.parameters()) and not got.requires_grad
 
         def hook(m, i, o, kept=kept):
             o.retain_grad()
@@ -125,9 +127,10 @@ def test_regression_cam_against_one_output_at_a_time(lm):
             want = minmax(resize(minmax(total[None, None]), (32, 32), dict(zip(model.layers, model.grids))[layer]))
             torch.testing.assert_close(got[n:n + 1], want, atol=2e-4, rtol=1e-3)
         h.remove()
-    assert all(p.grad is not None for p in model.cnn.parameters() if p.requires_grad)
-    with torch.inference_mode(): assert torch.allclose(L.regression_cam(model, x), L.regression_cam(model, x))
-    with pytest.raises(ValueError, match=r'needs a CNN that returns \(B,K\)'): L.regression_cam(torch.nn.Conv2d(3, 2, 3), x, layer='')
+    with torch.inference_mode(): same = L.regression_cam(model, x)
+    torch.testing.assert_close(same, explain_with('regression-cam', model, x, torch.zeros(3, dtype=torch.long)))
+    with pytest.raises(ValueError, match=r'needs a CNN that returns \(B,K\), got \(3, 2, 30, 30\)'):
+        L.regression_cam(torch.nn.Sequential(torch.nn.Conv2d(3, 2, 3), torch.nn.ReLU()), x, layer='1')
 
 
 @given(st.integers(0, 999))
@@ -202,7 +205,11 @@ def test_bad_faces_are_named(tmp_path):
         t.to_csv(csv, index=False)
         with pytest.raises(error, match=text): F.face_table(tmp_path, outside)
     says('1 of 8 images have no points .NaN., the first is 5.png', good.assign(x0=[*good.x0[:5], None, *good.x0[6:]]))
-    says('7 people are in training and in testing|people are in training', good.assign(identity=0))
+    says('1 people are in training and in testing', good.assign(identity=0))
+    one_place = good.copy()
+    one_place.loc[4, ['x36', 'y36', 'x45', 'y45']] = 9
+    says("split must be 'train' or 'test', not .'Test', 'valid'.", good.assign(split=['Test', 'valid', *good.split[2:]]))
+    says('1 of 8 images have points 36 and 45 in one place, the first is 4.png', one_place)
     says('1 images are listed twice', good.assign(file=['1.png', *good.file[1:]]))
     says("lacks the columns .'split'", good.drop(columns='split'))
     says('test: 0 of 8 images', good.assign(split='train'))
@@ -255,15 +262,54 @@ def test_figure4_from_one_command(tmp_path, monkeypatch):
     assert t.loc[('nose', 'ante-hoc'), 'margin'] == 0 and (t.xs('ones', level=1).ratio == 1).all()
     c = L.confusion(rec)
     assert list(c.index) == ['nose', 'eyes', 'mouth', 'all'] and list(c) == list(F.FACE68.groups)
+    assert not L.confusion(rec, 'grad-cam, best layer').equals(L.confusion(rec, 'ones'))
+    with pytest.raises(ValueError, match="unknown explainer 'gradcam'"): L.confusion(rec, 'gradcam')
+    with pytest.raises(ValueError, match="unknown what 'mass'"): L.confusion(rec, what='mass')
+    assert ('mouth', 'ante-hoc, default settings') in t.index and rec['results']['n_dropped'] == 0
     assert "unknown dataset 'cifar10'" in antehoc('reproduce', 'figure4', '--dataset', 'cifar10', code=1)
     with pytest.raises(FileNotFoundError, match='run `antehoc reproduce figure4 --dataset drawn-faces --profile smoke`'): L.figure4('drawn-faces', 'smoke')
     with pytest.raises(FileNotFoundError, match='antehoc reproduce figure4 --dataset faces68 --profile cpu'): L.read_landmarks('faces68', results=tmp_path)
 
 
-def test_focus_keeps_small_shares():
-    "TwoPass takes the mask and the fill that detectors are trained with; the weight network learns by them"
-    lm = F.drawn_faces(16, 4, 32)
-    learn = plain_learner(F.landmark_dls(lm, 'eyes', 32, 8), 'landmark_cnn', cbs=TwoPass(mask='focus', fill='blur', weight_net='informed'))
-    before = [p.clone() for p in learn.model.weight_net.parameters()]
+def test_a_detector_is_a_fastai_learner(lm, tmp_path):
+    "It is exported and loaded, shows its results, and names the images with the largest loss"
+    learn = plain_learner(F.landmark_dls(lm, 'eyes', 32, 8), 'landmark_cnn', cbs=TwoPass(mask='focus', fill='blur', weight_net='informed'), path=tmp_path)
     with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
-    assert any(not torch.equal(a, b) for a, b in zip(before, learn.model.weight_net.parameters()))
+    learn.show_results()
+    learn.dls.show_batch()
+    preds, targets, losses = learn.get_preds(with_loss=True)
+    want = (preds - targets.as_subclass(torch.Tensor)[:, 36:48].flatten(1)).pow(2).mean(1)
+    torch.testing.assert_close(losses.as_subclass(torch.Tensor), want)
+    learn.export('l.pkl')
+    with learn.no_bar(): before, after = (o.predict(lm.images[-1])[0] for o in (learn, load_learner(tmp_path/'l.pkl')))
+    assert before.shape == (12, 2) and torch.equal(before, after)
+
+
+def test_files_in_every_state(tmp_path):
+    "Turned by EXIF, named by strings, thinned out, in an .npz"
+    im, points = Image.new('RGB', (40, 20)), np.full((3, 4, 2), 5.) + np.arange(4)[:, None]
+    exif = im.getexif()
+    exif[274] = 6
+    im.save(tmp_path/'turned.jpg', exif=exif)
+    im.save(tmp_path/'plain.jpg')
+    lm = F.Landmarks([str(tmp_path/f) for f in ('turned.jpg', 'plain.jpg', 'plain.jpg')], points, [True, False, False], F.DIGIT4)
+    assert lm.sizes.tolist() == [[20, 40], [40, 20], [40, 20]] and F.OpenImage()(lm.images[0]).size == (20, 40)
+    dls = F.landmark_dls(lm, 'top', 32, aug=False)
+    torch.testing.assert_close((dls.valid.one_batch()[1].as_subclass(torch.Tensor) + 1) * 16, torch.from_numpy(lm.at(32)[:1]))
+    assert len(lm.thin(5)) == 3 and len(lm.thin(1)) == 2 and lm.test.tolist() == [True, False]
+    with pytest.raises(ValueError, match='landmarks.npz: lacks .*split'):
+        np.savez(tmp_path/'landmarks.npz', name=['plain.jpg'], xy=np.zeros((1, 68, 2)))
+        F.face_table(tmp_path)
+    (tmp_path/'landmarks.npz').write_bytes(b'PK, perhaps')
+    with pytest.raises(ValueError, match='landmarks.npz: not an .npz file of plain arrays, or damaged'): F.face_table(tmp_path)
+
+
+def test_scores_leave_the_model_alone(lm):
+    model = AntehocModel(build_cnn('landmark_cnn', 18), torch.rand(1, 3, 32, 32)).train()
+    before = cnn_digest(model.cnn)
+    L.score_maps(model, torch.rand(4, 3, 32, 32), torch.rand(4, 1, 32, 32), lm.points[:4], F.FACE68, 'nose')
+    assert cnn_digest(model.cnn) == before and model.cnn.training
+    with pytest.raises(ValueError, match="unknown group 'noose'"):
+        L.score_maps(model, torch.rand(4, 3, 32, 32), torch.rand(4, 1, 32, 32), lm.points[:4], F.FACE68, 'noose')
+    with pytest.raises(ValueError, match='none of the 4 images shows nose'):
+        L.score_maps(model, torch.rand(4, 3, 32, 32), torch.rand(4, 1, 32, 32), lm.points[:4] + 90, F.FACE68, 'nose')

@@ -79,7 +79,7 @@ def notebooks(workers=2):
     return run('nbdev_test', '--n_workers', workers, '--do_print', '--timing', OMP_NUM_THREADS=threads)
 
 
-def tests(): return run(sys.executable, '-m', 'pytest')
+def tests(workers=2): return run(sys.executable, '-m', 'pytest', '-n', workers, '--dist', 'worksteal')  # a thread each: see conftest
 
 
 STEPS = {'ruff': lint, 'in-step': in_step, 'notebooks': notebooks, 'tests': tests}
