@@ -99,6 +99,11 @@ def group_regions(points: np.ndarray, # (N,P,2) x, y in pixels
     return out
 
 # %% ../nbs/11_landmarks.ipynb #cell0014
+def _pictures(dls, ds, ids):
+    "Images of a data set as the CNN gets them in testing"
+    return torch.cat([plain(b[0]) for b in dls.test_dl([ds.items[i] for i in ids])])
+
+
 def score_maps(model: AntehocModel, # A detector
                x: torch.Tensor, # Images, (N,C,S,S), normalised as the CNN expects
                maps: torch.Tensor, # (N,1,S,S) in [0,1]
@@ -129,7 +134,7 @@ def score_maps(model: AntehocModel, # A detector
                 density={g: (v / share[g]).nanmean().item() for g, v in energy.items()},
                 each=torch.full((len(x),), torch.nan).masked_scatter(on, each).tolist())
 
-# %% ../nbs/11_landmarks.ipynb #cell0016
+# %% ../nbs/11_landmarks.ipynb #cell0017
 @dataclass(frozen=True)
 class Faces:
     "A data set of the landmark experiments."
@@ -183,11 +188,6 @@ def _detector(lm, group, c, out, **changes):
     return train_run(dls, config, out, metric=nme_metric(lm.scheme, group))
 
 
-def _pictures(dls, ds, ids):
-    "Images of a data set as the CNN gets them in testing"
-    return torch.cat([plain(b[0]) for b in dls.test_dl([ds.items[i] for i in ids])])
-
-
 def _spread_out(n, most): return np.linspace(0, n - 1, min(n, most)).astype(int)
 
 
@@ -237,7 +237,7 @@ def _best_cam_layer(model, learn, lm, group, n):
     maps = {o: torch.cat([regression_cam(model, b, layer=o) for b in x.split(50)]).cpu() for o in model.layers}
     return max(maps, key=lambda o: energy_in_region(maps[o][on], own[on]).nanmean().item())
 
-# %% ../nbs/11_landmarks.ipynb #cell0018
+# %% ../nbs/11_landmarks.ipynb #cell0019
 MAPS = ('ante-hoc', 'ante-hoc, default settings', 'plain average of layers', 'grad-cam', 'grad-cam, best layer', 'gaussian of the same area',
         'edges', 'random', 'ones')
 
