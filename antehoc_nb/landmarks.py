@@ -269,13 +269,14 @@ def detector_table(record: dict, # As `run_landmarks` makes it
 def confusion(record: dict, # As `run_landmarks` makes it
               explainer: str = 'ante-hoc', # A map of the record
               what: str = 'density', # 'density' or 'energy'
-             ) -> pd.DataFrame: # Rows: detectors; columns: groups
+             ) -> pd.DataFrame: # Rows: detectors; columns: groups, those with a detector first
     "Where each detector's map looks. `ValueError` for a map that the record does not have, or another `what`"
     maps = {g: o['maps'] for g, o in _detectors(record).items()}
     known = [k for k in next(iter(maps.values())) if all(k in m for m in maps.values())]
     if explainer not in known: raise ValueError(unknown_name('explainer', explainer, known))
     if what not in ('density', 'energy'): raise ValueError(unknown_name('what', what, ['density', 'energy']))
-    return pd.DataFrame({g: m[explainer][what] for g, m in maps.items()}).T
+    t = pd.DataFrame({g: m[explainer][what] for g, m in maps.items()}).T
+    return t[[*(g for g in maps if g in t), *(g for g in t if g not in maps)]]
 
 
 def figure4(dataset: str, profile: str = 'cpu', work='runs', data=None, # As for `run_landmarks`
