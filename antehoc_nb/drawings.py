@@ -22,8 +22,8 @@ def _face_points(rng):
     nose = np.r_[np.c_[np.zeros(4), np.linspace(-.22, .12 + long, 4)], np.c_[np.linspace(-.14, .14, 5), .2 + long - .03 * np.abs(np.linspace(-1, 1, 5))]]
     a, o = np.deg2rad([180, 120, 60, 0, -60, -120]), u(.035, .075)
     eye = np.c_[-.33 + .14 * np.cos(a), -.2 - o * np.sin(a)]
-    def lips(n, w, h, a0=np.pi): # around, from the left corner over the top
-        a = a0 - np.arange(n) * 2 * np.pi / n
+    def lips(n, w, h): # around, from the left corner over the top
+        a = np.pi - np.arange(n) * 2 * np.pi / n
         return np.c_[w * np.cos(a), .48 - h * np.sin(a) - smile * np.cos(a)**2]
     flip = lambda p, order: p[order] * [-1, 1]
     return np.r_[jaw, brow, flip(brow, [4, 3, 2, 1, 0]), nose, eye, flip(eye, [3, 2, 1, 0, 5, 4]), lips(12, wide, .06 + gape), lips(8, wide * .8, gape)]
@@ -38,9 +38,9 @@ def _draw_face(rng, S, photos, k=3):
     c, s = np.cos(tilt), np.sin(tilt)
     place = lambda q: (q @ [[c, s], [-s, c]]) * size * S + centre
     centre = S * (.5 + rng.uniform(-.07, .07, 2))
-    brow = p[:17, 0].min(), p[:17, 0].max()
+    left, right = p[:17, 0].min(), p[:17, 0].max()
     t = np.linspace(0, np.pi, 17)
-    skull = np.c_[np.cos(t) * (brow[1] - brow[0]) / 2 + sum(brow) / 2, .02 - .85 * np.sin(t)]
+    skull = np.c_[np.cos(t) * (right - left) / 2 + (left + right) / 2, .02 - .85 * np.sin(t)]
     photo = photos[rng.integers(len(photos))][rng.integers(10)]
     i, j = (rng.random(2) * (photo.shape[0] - S, photo.shape[1] - S)).astype(int)
     im = Image.fromarray(photo[i:i + S, j:j + S]).resize((k * S, k * S))

@@ -204,7 +204,7 @@ def run_landmarks(dataset: str, # A name in `FACES`
     ids = _spread_out(int(lm.test.sum()), c['n_test'])
     points = lm.at(c['size'])[lm.test][ids]
     for group in c['groups']:
-        learn, twin = (_detector(lm, group, c, work/group/k, **({'plain': True} if k == 'plain' else {})) for k in ('ante-hoc', 'plain'))
+        learn, twin = (_detector(lm, group, c, work/group/k, plain=k == 'plain' or None) for k in ('ante-hoc', 'plain'))
         model, x = learn.model.eval(), _pictures(learn.dls, learn.dls.valid_ds, ids)
         best = _best_cam_layer(model, learn, lm, group, c['n_cam'])
         ask = {'ante-hoc': 'ante-hoc', 'plain average of layers': plain_average, 'grad-cam': regression_cam,
