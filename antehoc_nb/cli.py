@@ -179,7 +179,7 @@ def demo(out: Annotated[Path, _opt('Where the model, the record and the figures 
 # %% ../nbs/15_cli.ipynb #cell0013
 class Experiment(str, Enum):
     "Experiments that `antehoc reproduce` can run."
-    table1, table2, table3, table5 = 'table1', 'table2', 'table3', 'table5'
+    table1, table2, table3, table4, table5 = 'table1', 'table2', 'table3', 'table4', 'table5'
     figure1, figure3, figure4 = 'figure1', 'figure3', 'figure4'
     weight_choice, weight_net = 'weight-choice', 'weight-net'
 
@@ -194,7 +194,7 @@ def _save(fig, to):
 def reproduce(experiment: Annotated[Experiment, typer.Argument(help='Which table or figure of the paper, or which experiment.')],
               dataset: Annotated[str, _opt('`photo-digits`, `cifar10`, `tinyimagenet20`, `food101-10`, `tinyimagenet200`; or the originals '
                                            '`cifar10-original`, `animals10`, `food11`, `tinyimagenet`. For figure4: `photo-digits`, `drawn-faces`, '
-                                           '`faces68`, `aflw2000`.')] = 'photo-digits',
+                                           '`faces68`, `aflw2000`; for table4: `photo-digits`, `flickr8k`.')] = 'photo-digits',
               profile: Annotated[str, _opt('`smoke` (seconds), `cpu` (under an hour) or `paper` (a GPU).')] = 'cpu',
               data: Annotated[Path | None, _opt('The data set, if it is not under $ANTEHOC_DATA.')] = None,
               results: Annotated[Path, _opt('Folder of the records and figures.')] = Path('results'),
@@ -223,6 +223,14 @@ def reproduce(experiment: Annotated[Experiment, typer.Argument(help='Which table
             typer.echo(f"wrote {results/'landmarks'/f'{dataset}-{profile}.json'}")
             to = (results if FACES[dataset].shown else work)/'figure4'/f'{dataset}-{profile}.png'
             _save(figure4(dataset, profile, work, data), to)
+        elif experiment is Experiment.table4:
+            from antehoc_nb.captioning import caption_figure, caption_scores, run_captioning, table4
+            records = {dataset: run_captioning(dataset, profile, results, work, data, command)}
+            tables = caption_scores(records).round(1), *(table4(records, who, results/'paper.json') for who in ('reference', 'generated'))
+            typer.echo('\n\n'.join(t.to_string() for t in tables))
+            typer.echo(f"wrote {results/'captioning'/f'{dataset}-{profile}.json'}")
+            to = results/'captioning'/f'{dataset}-{profile}.png'
+            _save(caption_figure(dataset, profile, work, data), to)
         elif experiment in (Experiment.table1, Experiment.table2):
             from antehoc_nb.classification import PACKS, TABLES, run_classification
             from antehoc_nb.scoreboard import Benchmark

@@ -141,8 +141,8 @@ def _targets(target, n):
 
 def _logits(out):
     "`out`, if it is one number per image and class"
-    if isinstance(out, torch.Tensor) and out.ndim == 2: return out
-    got = tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
+    if isinstance(out, torch.Tensor) and out.ndim == 2 and out.is_floating_point(): return out
+    got = f'{tuple(out.shape)} of {out.dtype}' if isinstance(out, torch.Tensor) else type(out).__name__
     raise ValueError(f'a CNN that gives logits (B,K) is needed, got {got}; wrap it in a module whose forward(x) returns them')
 
 

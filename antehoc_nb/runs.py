@@ -13,6 +13,7 @@ import io
 import json
 import random
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -70,7 +71,7 @@ def claim(out: Path, # Folder of the run
     f.write_text(json.dumps(new, indent=1) + '\n')
 
 
-METHOD = 'eta', 'layers', 'soft_attention', 'temperature', 'weight_net', 'mask', 'fill' # what a config may say about the explanation
+METHOD = 'eta', 'layers', 'soft_attention', 'temperature', 'weight_net', 'mask', 'fill', 'int_loss' # what a config may say about the explanation
 
 
 def train_run(dls, # fastai DataLoaders
@@ -78,6 +79,7 @@ def train_run(dls, # fastai DataLoaders
               out: str | Path, # Folder to write to; a run with the same config and images is resumed
               command: str | None = None, # How to run it again, for the record
               metric=accuracy, # What the validation images are scored by, as fastai takes it
+              build: Callable | None = None, # Makes the CNN, where `arch` names none that `plain_learner` builds
              ) -> Learner: # Trained
     "Train, resumably; write `model/`, `record.json`, `losses.png` and `maps.png`. Errors as of `antehoc_learner` and `Checkpoint`."
     c, out = config, Path(out)
@@ -86,8 +88,8 @@ def train_run(dls, # fastai DataLoaders
     checkpoint = Checkpoint(out/'checkpoint.pt')
     cbs = [checkpoint] + [Bf16()] * c.get('bf16', False) + [ChannelsLast()] * c.get('channels_last', False)
     kw = dict(pretrained=c.get('pretrained', False), metrics=metric, path=out, cbs=cbs)
-    learn = plain_learner(dls, c['arch'], **kw) if c.get('plain') else \
-        antehoc_learner(dls, c['arch'], **kw, **{k: c[k] for k in METHOD if k in c})
+    arch = build() if build else c['arch']
+    learn = plain_learner(dls, arch, **kw) if c.get('plain') else antehoc_learner(dls, arch, **kw, **{k: c[k] for k in METHOD if k in c})
     claim(out, config | dict(images=fingerprint(dls)))
     with learn.no_bar() if not sys.stdout.isatty() else nullcontext():  # lines, not bars, in a log file
         if kw['pretrained']: learn.unfreeze()

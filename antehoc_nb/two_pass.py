@@ -135,7 +135,8 @@ class TwoPass(Callback):
         "What the saved model should say of the images"
         vocab = getattr(self.learn.dls, 'vocab', None)
         known = vocab is not None and all(isinstance(o, str) for o in vocab)
-        return dict(size=list(sample[0].shape[2:])) | (dict(vocab=list(vocab)) if known else {})
+        built = getattr(self.learn.model, 'build', None)  # a CNN that can be built anew by name says how, as `build_cnn` takes it
+        return dict(size=list(sample[0].shape[2:])) | (dict(vocab=list(vocab)) if known else {}) | (dict(cnn=built) if isinstance(built, dict) else {})
 
     def _join(self, learn):
         "Hand the weight network to the learner's splitter and optimiser."
@@ -308,6 +309,7 @@ def antehoc_learner(dls, # fastai DataLoaders with images (B,C,H,W) as first inp
                     scale: bool = True, # Min-max scale the map
                     mask: str = 'both', # A name in `masks`: what pass 2 multiplies the image with
                     fill: str | float | Sequence[float] = 'black', # What masked pixels become in pass 2
+                    int_loss: str = 'mse', # A name in `int_losses`
                     train_cnn: bool = True, # False: `arch` is trained; train the weight network alone
                     keep_maps: int = 0, # Keep the maps of so many validation images per epoch
                     cbs=None, # More callbacks
@@ -317,5 +319,5 @@ def antehoc_learner(dls, # fastai DataLoaders with images (B,C,H,W) as first inp
     method = dict(eta=eta, layers=layers, soft_attention=soft_attention, temperature=temperature, weight_net=weight_net, scale=scale)
     if isinstance(arch, AntehocModel): # it has them; `TwoPass` refuses others
         method = {k: v for k, v in method.items() if v != inspect.signature(AntehocModel).parameters[k].default}
-    two = TwoPass(mask, fill, train_cnn=train_cnn, keep_maps=keep_maps, **method)
+    two = TwoPass(mask, fill, int_loss, train_cnn=train_cnn, keep_maps=keep_maps, **method)
     return plain_learner(dls, arch, cbs=[*L(cbs), two], **kwargs)
