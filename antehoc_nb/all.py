@@ -6,11 +6,15 @@
 __all__ = []
 
 # %% ../nbs/16_all.ipynb #cell0003
-from . import (checkpoint, cnns, concept_models, concept_training, data, drawings, faces, files, judge, layers, masking, metrics, model, records,
-                        road, sam, sanity, scoreboard, second_pass, show, show_learner, stability, two_pass, weight_net)
-from . import benchmark as benchmark_page  # these two hold something of the module's name
+from . import (caption_data, captioner_maps, checkpoint, cnns, concept_models, concept_training, data, drawings, faces, files, judge, layers,
+                        masking, metrics, model, records, road, sam, sanity, scoreboard, second_pass, show, show_learner, stability, two_pass, weight_net)
+from . import benchmark as benchmark_page  # these hold something of the module's name
+from . import captioner as captioner_page
 from . import explainers as explainers_page
 from .benchmark import *
+from .caption_data import *
+from .captioner import *
+from .captioner_maps import *
 from .checkpoint import *
 from .cnns import *
 from .concept_models import *
@@ -39,6 +43,7 @@ from .weight_net import *
 
 # %% ../nbs/16_all.ipynb #cell0004
 _modules = (data, files, layers, sam, masking, weight_net, cnns, model, checkpoint, second_pass, two_pass, show, show_learner, metrics, records, road, sanity,
-            stability, explainers_page, scoreboard, benchmark_page, judge, concept_models, concept_training, drawings, faces)
+            stability, explainers_page, scoreboard, benchmark_page, judge, concept_models, concept_training, drawings, faces,
+            caption_data, captioner_page, captioner_maps)
 _by_name = {*sam.soft_attentions, *weight_net.weight_nets, *second_pass.masks, *second_pass.int_losses, 'plain', 'resize', 'masked'}
 __all__ = sorted({n for m in _modules for n in m.__all__} - _by_name)

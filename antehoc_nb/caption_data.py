@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SPLIT_NAMES', 'COLOURS', 'DIGIT_WORDS', 'PHRASES', 'FLICKR8K_URL', 'FLICKR8K_MD5', 'SPECIAL', 'PAD', 'UNK', 'START',
-           'END', 'Captioned', 'digit_captions', 'read_captions', 'flickr8k', 'caption_tokenizer', 'words_of', 'encode',
-           'decode', 'TensorCaption', 'Encode', 'PadCaptions', 'CaptionLoss', 'caption_dls']
+           'END', 'Captioned', 'digit_captions', 'read_captions', 'flickr8k', 'caption_tokenizer', 'words_of',
+           'encode_captions', 'decode_captions', 'TensorCaption', 'Encode', 'PadCaptions', 'CaptionLoss', 'caption_dls']
 
 # %% ../nbs/12_caption_data.ipynb #cell0003
 import csv
@@ -219,7 +219,7 @@ def words_of(tokenizer, caption: str) -> list[str]: # As the tokenizer sees them
     return [w for w, _ in tokenizer.pre_tokenizer.pre_tokenize_str(tokenizer.normalizer.normalize_str(caption))]
 
 
-def encode(tokenizer, # From `caption_tokenizer`
+def encode_captions(tokenizer, # From `caption_tokenizer`
            captions: Sequence[str], # B of them
            unknown: str = 'error', # Words it does not know: 'error' or '<unk>'
           ) -> torch.Tensor: # (B,T) of int64: <start>, words, <end>, then <pad>
@@ -232,7 +232,7 @@ def encode(tokenizer, # From `caption_tokenizer`
     return torch.tensor([e.ids for e in tokenizer.encode_batch(list(captions))])
 
 
-def decode(tokenizer, tokens: torch.Tensor, # (B,T)
+def decode_captions(tokenizer, tokens: torch.Tensor, # (B,T)
           ) -> list[str]: # B captions, up to the first <end>, without special tokens but <unk>
     "Numbers as captions."
     end, out = tokenizer.token_to_id(END), []
@@ -251,8 +251,8 @@ class Encode(Transform):
     def __init__(self, tokenizer):
         super().__init__()
         self.tokenizer = tokenizer
-    def encodes(self, o: str): return TensorCaption(encode(self.tokenizer, [o], UNK)[0])
-    def decodes(self, o: TensorCaption): return TitledStr(decode(self.tokenizer, o[None])[0])
+    def encodes(self, o: str): return TensorCaption(encode_captions(self.tokenizer, [o], UNK)[0])
+    def decodes(self, o: TensorCaption): return TitledStr(decode_captions(self.tokenizer, o[None])[0])
 
 
 class PadCaptions(ItemTransform):

@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .benchmark import Task, benchmark_metrics
-from .caption_data import UNK, encode
+from .caption_data import UNK, encode_captions
 from .captioner import Captioner
 from .explainers import CONTROLS, explain_with, explainers, grad_cam, grad_cam_pp, score_cam
 from .metrics import pointing_game
@@ -173,7 +173,7 @@ def show_captions(self: Learner,
     if not len(items): raise ValueError('items: no images to describe; a learner loaded from a file has none, give some as items=[...]')
     if captions is not None and len(captions) != len(items): raise ValueError(f'captions: {len(captions)} for {len(items)} images')
     x = torch.cat([plain(b[0]) for b in self.dls.test_dl([(o, UNK) for o in items])]).to(next(model.parameters()).device)
-    tokens = (model.cnn.generate(x, beam)[0] if captions is None else encode(model.cnn.tokenizer, captions)).to(x.device)
+    tokens = (model.cnn.generate(x, beam)[0] if captions is None else encode_captions(model.cnn.tokenizer, captions)).to(x.device)
     e, found = model.explain(x, tokens).cpu(), word_maps(model, x, tokens, fill, **kwargs)
     cols = 2 + max(len(o.words) - (o.words[-1] == '<end>') for o in found)
     _, axs = plt.subplots(len(x), cols, figsize=(1.1 * cols, 1.45 * len(x)), layout='constrained', squeeze=False)

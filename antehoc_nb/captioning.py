@@ -20,7 +20,7 @@ import torch
 from fastai.metrics import Perplexity
 from tqdm import tqdm
 
-from .caption_data import UNK, caption_dls, caption_tokenizer, decode, digit_captions, encode, flickr8k
+from .caption_data import UNK, caption_dls, caption_tokenizer, decode_captions, digit_captions, encode_captions, flickr8k
 from .captioner import Captioner, bleu, load_captioner
 from .captioner_maps import CAPTION_EXPLAINERS, caption_probability, score_captions, show_words, word_maps, word_pointing
 from .classification import pack_dls, verdict
@@ -139,8 +139,8 @@ def run_captioning(dataset: str, # A name in `CAPTION_SETS`
         ids = cap.of(split)
         x, refs = _images(cap, dls, ids), [cap.captions[i] for i in ids]
         said = {f'beam {b}' if b > 1 else 'greedy': model.cnn.generate(x, b)[0] for b in (1, c['beam'])}
-        written[split] = {k: bleu(tok, decode(tok, t), refs) for k, t in said.items()}
-    asked = dict(reference=encode(tok, [r[0] for r in refs], UNK).to(x.device), generated=said['greedy'])
+        written[split] = {k: bleu(tok, decode_captions(tok, t), refs) for k, t in said.items()}
+    asked = dict(reference=encode_captions(tok, [r[0] for r in refs], UNK).to(x.device), generated=said['greedy'])
     values, times = _score(model, x, asked, out/'scores', c)
     with torch.no_grad(): black = {k: [caption_probability(model, o, t) for o in (x, model.mask(x, torch.zeros_like(x[:, :1])))] for k, t in asked.items()}
     found = dict(bleu=written, epochs=[dict(zip(map(str, learn.recorder.metric_names[1:-1]), map(float, v))) for v in learn.recorder.values],

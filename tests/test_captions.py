@@ -61,18 +61,18 @@ def test_tokens_and_back(captions):
     "Known words survive; short captions are padded at the end; case and punctuation do not matter"
     tok = D.caption_tokenizer([' '.join(WORDS)], 1)
     said = [' '.join(c) for c in captions]
-    t = D.encode(tok, [f' {s.upper()} .' for s in said])
-    assert D.decode(tok, t) == said and t.shape[1] == 2 + max(map(len, captions))
+    t = D.encode_captions(tok, [f' {s.upper()} .' for s in said])
+    assert D.decode_captions(tok, t) == said and t.shape[1] == 2 + max(map(len, captions))
     n = (t != 0).sum(1)
     assert n.tolist() == [2 + len(c) for c in captions] and all((r[k:] == 0).all() for r, k in zip(t, n))
 
 
 def test_rare_words_are_unknown():
     tok = D.caption_tokenizer(['a dog', 'a dog', 'a zebra'], 2)
-    assert D.decode(tok, D.encode(tok, ['a zebra'], D.UNK)) == ['a <unk>'] and D.words_of(tok, 'A Zebra!') == ['a', 'zebra']
+    assert D.decode_captions(tok, D.encode_captions(tok, ['a zebra'], D.UNK)) == ['a <unk>'] and D.words_of(tok, 'A Zebra!') == ['a', 'zebra']
     assert D.caption_tokenizer(['a b c a b a'], 1, max_words=2).get_vocab_size() == 6
-    with pytest.raises(ValueError, match=r"unknown words \['zebra'\]; the vocabulary has 6 entries"): D.encode(tok, ['a zebra'])
-    with pytest.raises(ValueError, match='number 0 is empty'): D.encode(tok, [''])
+    with pytest.raises(ValueError, match=r"unknown words \['zebra'\]; the vocabulary has 6 entries"): D.encode_captions(tok, ['a zebra'])
+    with pytest.raises(ValueError, match='number 0 is empty'): D.encode_captions(tok, [''])
     with pytest.raises(ValueError, match='min_freq=0: 1 or more'): D.caption_tokenizer(['a'], 0)
 
 
@@ -182,7 +182,7 @@ def test_a_wider_beam_finds_what_greedy_misses():
     m.step = lambda tokens, seen, state: (prob[tokens].log(), state)
     x = torch.zeros(2, 3, 32, 32)
     (g, lg), (b, lb) = m.generate(x, 1, 6, 0), m.generate(x, 2, 6, 0)
-    assert D.decode(tok, b) == ['q r'] * 2 and (lb > lg).all() and D.decode(tok, g)[0].startswith('p')
+    assert D.decode_captions(tok, b) == ['q r'] * 2 and (lb > lg).all() and D.decode_captions(tok, g)[0].startswith('p')
     assert lb[0].exp().item() == pytest.approx(.4, rel=1e-3)
     for bad, what in ((dict(beam=0), 'beam=0'), (dict(max_len=0), 'max_len=0'), (dict(length_penalty=-1), 'length_penalty=-1')):
         with pytest.raises(ValueError, match=what): m.generate(x, **bad)
@@ -204,15 +204,15 @@ class Halves(nn.Module):
 def test_words_are_given_their_regions():
     tok = D.caption_tokenizer(['left right'], 1)
     x = torch.ones(1, 3, 32, 32)
-    m = AntehocModel(Halves(tok), (x, D.encode(tok, ['left right']))).eval()
+    m = AntehocModel(Halves(tok), (x, D.encode_captions(tok, ['left right']))).eval()
     yy, xx = np.mgrid[:32, :32]
     blobs = torch.tensor(np.maximum(*(np.exp(-((yy - 16)**2 + (xx - c)**2) / 30) for c in (8, 24)))).float()[None, None]
-    w, = M.word_maps(m, x, D.encode(tok, ['left right left']), fill='black', maps=blobs)
+    w, = M.word_maps(m, x, D.encode_captions(tok, ['left right left']), fill='black', maps=blobs)
     assert w.words == ['left', 'right', 'left', '<end>'] and len(w.regions) == 2
     left = [r.mask[:, :16].all(0).any() or r.mask[16, 8] for r in w.regions].index(True)
     assert (w.loss[left, [0, 2]] > .1).all() and w.loss[left, 1] < 0 and w.loss[1 - left, 1] > .1
     assert (w.maps[0, :, 16:] == 0).all() and (w.maps[1, :, :16] == 0).all() and w.maps.max() == 1
-    _, at, boxes = M.named_words(tok, D.encode(tok, ['left right']), [dict(right=xx > 16)])
+    _, at, boxes = M.named_words(tok, D.encode_captions(tok, ['left right']), [dict(right=xx > 16)])
     assert at == [1] and boxes[0, 0].tolist() == (np.arange(32) > 16).tolist()
 
 
