@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['SPLIT_NAMES', 'COLOURS', 'DIGIT_WORDS', 'PHRASES', 'FLICKR8K_URL', 'FLICKR8K_MD5', 'SPECIAL', 'PAD', 'UNK', 'START',
            'END', 'Captioned', 'digit_captions', 'read_captions', 'flickr8k', 'caption_tokenizer', 'words_of',
-           'encode_captions', 'decode_captions', 'TensorCaption', 'Encode', 'PadCaptions', 'CaptionLoss', 'caption_dls']
+           'encode_captions', 'decode_captions', 'TensorCaption', 'Caption', 'Encode', 'PadCaptions', 'CaptionLoss',
+           'caption_dls', 'images_of']
 
 # %% ../nbs/12_caption_data.ipynb #cell0003
 import csv
@@ -25,6 +26,7 @@ from fastai.vision.core import imagenet_stats
 from fasttransform import ItemTransform, Transform
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from .data import LUMA, Fit, OpenImage, _ink, _material, _paint
 from .files import cache_root, fetch, unpack, unpacked
@@ -46,7 +48,9 @@ class Captioned:
         self.images = [Path(o) if isinstance(o, str) else o for o in self.images]
         n = len(self.images)
         if not n == len(self.captions) == len(self.split): raise ValueError(f'{n} images, {len(self.captions)} lists of captions, {len(self.split)} splits')
-        self.captions = [list(c) for c in self.captions]  # of one caption, a list too
+        if lone := [i for i, c in enumerate(self.captions) if isinstance(c, str)]:
+            raise ValueError(f'captions: a list for each image; {self.name(lone[0])} has a text')
+        self.captions = [list(c) for c in self.captions]
         if none := [i for i, c in enumerate(self.captions) if not c]:
             raise ValueError(f'{len(none)} of {n} images have no caption, the first is {self.name(none[0])}; leave them out')
         if bad := [i for i, c in enumerate(self.captions) if not all(re.search(r'\w', o) for o in c)]:
@@ -124,7 +128,7 @@ def read_captions(path: str | Path, # Flickr8k.token.txt, captions.txt, or anoth
                  ) -> tuple[dict[str, list[str]], list[str]]: # Image's name -> captions in order; what is wrong, one message a line
     "Captions by image. A broken line is passed over and reported; `ValueError` where no line is good"
     path, found, bad = Path(path), {}, []
-    for k, line in enumerate(path.read_text(encoding='utf-8', errors='replace').splitlines(), 1):
+    for k, line in enumerate(path.read_text(encoding='utf-8-sig', errors='replace').split('\n'), 1):
         if not line.strip() or (k == 1 and line.strip().lower() == 'image,caption'): continue
         name, sep, caption = line.partition('\t' if '\t' in line else ',')
         if '\t' not in line and caption[:1] == '"': caption = next(csv.reader([caption]), [''])[0]
@@ -156,11 +160,11 @@ def _one(root, *names):
 
 def flickr8k(path: str | Path | None = None, # Folder or archive; None: downloaded (1.1 GB) once, under `cache_root()`
              seed: int = 0, # Of the split where there are no official lists: 6 to 1 to 1
-             lacking: str = 'error', # Listed images without captions or without a file: 'error' or 'drop'
+             lacking: str = 'error', # Images without captions, and listed ones without a file: 'error' or 'drop'
             ) -> Captioned: # Up to five captions an image, as the file has them
-    """Flickr-8k, in both layouts, or another set that keeps to one of them. Lines and images that can't be used are counted in a warning.
+    """Flickr-8k, in both layouts, or another set that keeps to one of them. What can't be used is counted in a warning.
 
-    `FileNotFoundError` for a missing path or file of captions, `ValueError` for listed images that lack something."""
+    `FileNotFoundError` for a missing path, file of captions or list; `ValueError` for images that lack captions, or a file."""
     if lacking not in ('error', 'drop'): raise ValueError(f"lacking={lacking!r}: choose 'error' or 'drop'")
     root = _download(cache_root()/'flickr8k') if path is None else Path(path).expanduser()
     if not root.exists(): raise FileNotFoundError(f'path={str(path)!r}: no such folder or archive (Flickr-8k)')
@@ -173,15 +177,18 @@ def flickr8k(path: str | Path | None = None, # Folder or archive; None: download
     lists = {s: _one(root, n) for s, n in _LISTS.items()}
     if all(lists.values()): named = [(n, s) for s, f in lists.items() for n in f.read_text().split()]
     else:
-        names = sorted({*files} & {*captions})
+        if gone := [n for n, f in zip(_LISTS.values(), lists.values()) if f is None and any(lists.values())]:
+            raise FileNotFoundError(f'path={str(path)!r}: {gone[0]} is missing, others of the official lists are there; restore it, or delete them all')
+        names = sorted(files)
         turn = np.random.default_rng(seed).permutation(len(names)) % 8
         named = [(n, {6: 'valid', 7: 'test'}.get(t, 'train')) for n, t in zip(names, turn)]
     lost = [n for n, _ in named if n not in files or n not in captions]
     if lost and lacking == 'error':
         what = 'captions' if lost[0] in files else 'file'
-        raise ValueError(f"{len(lost)} of {len(named)} listed images lack something, the first is {lost[0]} (no {what}); lacking='drop' leaves them out")
-    bad += [f'{n}: has captions but no image' for n in captions if n not in files]
-    if bad: warnings.warn(f'{len(bad)} lines of captions are not used: ' + '; '.join(bad[:5]) + ('; ...' if len(bad) > 5 else ''), stacklevel=2)
+        raise ValueError(f"{len(lost)} of {len(named)} images lack something, the first is {lost[0]} (no {what}); lacking='drop' leaves them out")
+    bad += [f'{n}: left out, it has no {"captions" if n in files else "file"}' for n in lost] + \
+        [f'{n}: has captions but no file' for n in captions if n not in files and n not in lost]
+    if bad: warnings.warn(f'{len(bad)} lines or images are not used: ' + '; '.join(bad[:5]) + ('; ...' if len(bad) > 5 else ''), stacklevel=2)
     named = [o for o in named if o[0] not in {*lost}]
     return Captioned([files[n] for n, _ in named], [captions[n] for n, _ in named], np.array([s for _, s in named]))
 
@@ -197,8 +204,8 @@ def _tokenizers():
 
 
 def caption_tokenizer(captions: Sequence[str], # Of the training images
-                      min_freq: int = 2, # Rarer words become <unk>
-                      max_words: int | None = None, # Keep so many of the most frequent; None: all
+                      min_freq: int = 2, # Rarer words become <unk>, >= 1
+                      max_words: int | None = None, # Keep so many of the most frequent, >= 1; None: all
                      ): # A `tokenizers.Tokenizer`
     "Learn the words of captions. `ValueError` where nothing is left, `ImportError` without tokenizers"
     t = _tokenizers()
@@ -206,11 +213,9 @@ def caption_tokenizer(captions: Sequence[str], # Of the training images
     tok, n = t.Tokenizer(t.models.WordLevel(unk_token=UNK)), t.normalizers
     tok.normalizer = n.Sequence([n.NFKC(), n.Lowercase(), n.Replace(t.Regex(r"[^\w\s']|_"), ' ')])
     tok.pre_tokenizer = t.pre_tokenizers.WhitespaceSplit()
-    size = {} if max_words is None else dict(vocab_size=max_words + len(SPECIAL))
-    tok.train_from_iterator(captions, t.trainers.WordLevelTrainer(min_frequency=min_freq, special_tokens=list(SPECIAL), show_progress=False, **size))
+    most = len(SPECIAL) + (10**9 if max_words is None else max_words)
+    tok.train_from_iterator(captions, t.trainers.WordLevelTrainer(vocab_size=most, min_frequency=min_freq, special_tokens=list(SPECIAL), show_progress=False))
     if tok.get_vocab_size() == len(SPECIAL): raise ValueError(f'no word occurs {min_freq} times in {len(captions)} captions; lower min_freq')
-    tok.post_processor = t.processors.TemplateProcessing(single=f'{START} $A {END}', special_tokens=[(s, tok.token_to_id(s)) for s in (START, END)])
-    tok.enable_padding(pad_id=0, pad_token=PAD)
     return tok
 
 
@@ -220,20 +225,22 @@ def words_of(tokenizer, caption: str) -> list[str]: # As the tokenizer sees them
 
 
 def encode_captions(tokenizer, # From `caption_tokenizer`
-           captions: Sequence[str], # B of them
-           unknown: str = 'error', # Words it does not know: 'error' or '<unk>'
-          ) -> torch.Tensor: # (B,T) of int64: <start>, words, <end>, then <pad>
+                    captions: Sequence[str], # B of them
+                    unknown: str = 'error', # Words it does not know: 'error' or '<unk>'
+                   ) -> torch.Tensor: # (B,T) of int64: <start>, words, <end>, then <pad>
     "Captions as numbers. `ValueError` for an empty caption, or naming the words that are not known"
     if unknown not in ('error', UNK): raise ValueError(f"unknown={unknown!r}: choose 'error' or {UNK!r}")
     words = [words_of(tokenizer, c) for c in captions]
     if empty := [i for i, w in enumerate(words) if not w]: raise ValueError(f'captions: number {empty[0]} is empty ({captions[empty[0]]!r})')
     if unknown == 'error' and (new := sorted({w for ws in words for w in ws if tokenizer.token_to_id(w) is None})):
         raise ValueError(f'captions: unknown words {new[:5]}; the vocabulary has {tokenizer.get_vocab_size()} entries. unknown={UNK!r} lets them pass')
-    return torch.tensor([e.ids for e in tokenizer.encode_batch(list(captions))])
+    rows = [[START, *(w if tokenizer.token_to_id(w) is not None else UNK for w in ws), END] for ws in words]
+    return pad_sequence([torch.tensor([tokenizer.token_to_id(w) for w in r]) for r in rows], batch_first=True)
 
 
-def decode_captions(tokenizer, tokens: torch.Tensor, # (B,T)
-          ) -> list[str]: # B captions, up to the first <end>, without special tokens but <unk>
+def decode_captions(tokenizer, # From `caption_tokenizer`
+                    tokens: torch.Tensor, # (B,T)
+                   ) -> list[str]: # B captions, up to the first <end>, without special tokens but <unk>
     "Numbers as captions."
     end, out = tokenizer.token_to_id(END), []
     for row in tokens.tolist():
@@ -246,12 +253,16 @@ class TensorCaption(TensorBase):
     "Tokens of a caption, (T,) or (B,T)."
 
 
+class Caption(str):
+    "A caption, told from the name of an image file by its type."
+
+
 class Encode(Transform):
-    "A caption as `TensorCaption`, and back; words that the tokenizer does not know become <unk>."
+    "A `Caption` as `TensorCaption`, and back; words that the tokenizer does not know become <unk>."
     def __init__(self, tokenizer):
         super().__init__()
         self.tokenizer = tokenizer
-    def encodes(self, o: str): return TensorCaption(encode_captions(self.tokenizer, [o], UNK)[0])
+    def encodes(self, o: Caption): return TensorCaption(encode_captions(self.tokenizer, [o], UNK)[0])
     def decodes(self, o: TensorCaption): return TitledStr(decode_captions(self.tokenizer, o[None])[0])
 
 
@@ -270,10 +281,10 @@ class CaptionLoss(nn.Module):
 
     def forward(self, logits, # (B,T-1,V)
                 tokens, # (B,T)
-                reduction: str | None = None):
+               ):
         target = tokens.as_subclass(torch.Tensor)[:, 1:]
         loss = F.cross_entropy(logits.as_subclass(torch.Tensor).transpose(1, 2).float(), target, ignore_index=0, reduction='none')
-        if (reduction or self.reduction) == 'mean': return loss.sum() / (target != 0).sum()
+        if self.reduction == 'mean': return loss.sum() / (target != 0).sum()
         return loss.sum(1) / (target != 0).sum(1)
 
     def decodes(self, logits): return TensorCaption(logits.argmax(-1))
@@ -289,7 +300,7 @@ def caption_dls(data: Captioned, # Images with captions
                 **kw, # For fastai's `DataLoaders`: device, path, shuffle, ...
                ) -> DataLoaders: # Batches of images (B,3,S,S), normalised with the ImageNet statistics, tokens (B,T), and the same tokens
     "Pairs of image and caption. `ValueError` for a split without images"
-    part = [[(data.images[i], c) for i in data.of(s) for c in data.captions[i]] for s in ('train', valid)]
+    part = [[(data.images[i], Caption(c)) for i in data.of(s) for c in data.captions[i]] for s in ('train', valid)]
     items = [p for s in part for p in s]
     n = len(part[0])
     words = TransformBlock(type_tfms=Encode(tokenizer))
@@ -299,3 +310,10 @@ def caption_dls(data: Captioned, # Images with captions
     dls = block.dataloaders(items, bs=min(bs, n), num_workers=num_workers, before_batch=PadCaptions(), **kw)
     dls.tokenizer, dls.train_ds.loss_func, dls.c = tokenizer, CaptionLoss(), tokenizer.get_vocab_size()
     return dls
+
+
+def images_of(dls, # From `caption_dls`
+              images: Sequence, # Paths, PIL images or arrays (H,W,3) of uint8
+             ) -> torch.Tensor: # (N,3,S,S), normalised, on the DataLoaders' device
+    "Images as a captioner gets them in testing."
+    return torch.cat([b[0].as_subclass(torch.Tensor) for b in dls.test_dl([(o, Caption(UNK)) for o in images])])

@@ -27,12 +27,11 @@ from .two_pass import antehoc_learner, plain_learner
 # %% ../nbs/12_captioner.ipynb #cell0006
 def caption_body(arch: str, # "resnet50", "timm/convnext_atto", "small_cnn", ...
                  pretrained: bool = False, # Download ImageNet weights
-                 n_in: int = 3, # Channels of the images
-                ) -> nn.Module: # (B,n_in,H,W) -> (B,C,h,w)
+                ) -> nn.Module: # (B,3,H,W) -> (B,D,h,w)
     "A CNN by name, without its head. `ValueError` for an unknown name, or `pretrained` where there are no such weights"
-    if arch not in own_cnns: return build_cnn(arch, 1, pretrained, n_in=n_in)[0]
+    if arch not in own_cnns: return build_cnn(arch, 1, pretrained)[0]
     if pretrained: raise ValueError(f'pretrained=True: there are no weights to download for {arch!r}; pretrained=False trains it from scratch')
-    return create_body(own_cnns[arch](1, n_in), pretrained=False)
+    return create_body(own_cnns[arch](1), pretrained=False)
 
 
 class Captioner(nn.Module):
@@ -40,9 +39,9 @@ class Captioner(nn.Module):
     def __init__(self,
                  backbone: str | nn.Module, # As for `caption_body`, or a CNN (B,C,H,W) -> (B,D,h,w)
                  tokenizer, # From `caption_tokenizer`, or its JSON
-                 emb: int = 128, # Size of a word's vector
-                 hidden: int = 256, # Of the LSTM, and of the image's vector
-                 grid: int = 1, # The last activations are pooled to grid x grid
+                 emb: int = 128, # Size of a word's vector, >= 1
+                 hidden: int = 256, # Of the LSTM, and of the image's vector, >= 1
+                 grid: int = 1, # The last activations are pooled to grid x grid, >= 1
                  dropout: float = .3, # Of words, image vector and LSTM outputs, in [0,1)
                  pretrained: bool = False, # Download ImageNet weights for the backbone
                 ):
@@ -54,7 +53,8 @@ class Captioner(nn.Module):
                           tokenizer=self.tokenizer.to_str()) if named else None  # how `build_cnn` makes it again
         self.body = caption_body(backbone, pretrained) if named else backbone
         drop = nn.Dropout(dropout)
-        with torch.no_grad(), evaluating(self.body): c = self.body(torch.zeros(1, in_channels(self.body), 64, 64)).shape[1]
+        p = next(self.body.parameters())
+        with torch.no_grad(), evaluating(self.body): c = self.body(p.new_zeros(1, in_channels(self.body), 64, 64)).shape[1]
         n = 2 * c * grid**2
         self.image = nn.Sequential(AdaptiveConcatPool2d(grid), nn.Flatten(), nn.BatchNorm1d(n), drop, nn.Linear(n, hidden), nn.ReLU())
         self.begin, self.words = nn.Linear(hidden, 2 * hidden), nn.Embedding(self.n_words, emb, padding_idx=0)
@@ -83,9 +83,20 @@ class Captioner(nn.Module):
         look = (out @ keys.transpose(1, 2) / keys.shape[2]**.5).softmax(2)
         return self.head(self.drop(self.join(torch.cat([out, look @ values], 2)).tanh()))
 
-    def step(self, tokens, seen, state):
-        "Logits (B,V) of the next token, and the next state; `tokens` (B,), `seen` as `see` gives it"
-        out, state = self.lstm(torch.cat([self.words(tokens), seen[0]], 1)[:, None], state)
+    def _listen(self, told, state):
+        "The LSTM, in its own precision, and without cuDNN where that has no backward pass: in evaluation mode, which pass 2 needs"
+        c, to = torch.backends.cudnn, self.begin.weight.dtype
+        flags = {k: getattr(c, k) for k in ('benchmark', 'deterministic', 'allow_tf32')}
+        with torch.autocast(self.begin.weight.device.type, enabled=False), c.flags(c.enabled and (self.training or not torch.is_grad_enabled()), **flags):
+            return self.lstm(told.to(to), tuple(o.to(to) for o in state))
+
+    def step(self,
+             tokens: torch.Tensor, # The last word, (B,)
+             seen: Sequence, # As `see` gives it
+             state: tuple, # As `start` and `step` give it
+            ) -> tuple[torch.Tensor, tuple]: # Logits of the next token, (B,V), and the next state
+        "Say one word more."
+        out, state = self._listen(torch.cat([self.words(tokens), seen[0]], 1)[:, None], state)
         return self.say(out, *seen[1:])[:, 0], state
 
     def forward(self,
@@ -94,21 +105,21 @@ class Captioner(nn.Module):
                ) -> torch.Tensor: # Logits of tokens 1 to T-1, (B,T-1,V), zeros where they are padding; without tokens the tokens it says, (B,T)
         "Teacher-forced logits. `ValueError` for tokens that do not fit the images or the vocabulary"
         if tokens is None: return self.generate(x)[0]
-        tokens = self._fit(plain(tokens), x)
-        (image, *places), n = self.see(x), (tokens != 0).sum(1) - 1
+        tokens, n = self._fit(plain(tokens), x)
+        image, *places = self.see(x)
         told = torch.cat([self.drop(self.words(tokens[:, :-1])), image[:, None].expand(-1, tokens.shape[1] - 1, -1)], 2)
-        packed = pack_padded_sequence(told, n.cpu(), batch_first=True, enforce_sorted=False)
-        with torch.backends.cudnn.flags(enabled=self.training):  # cuDNN's LSTM has no backward pass in evaluation mode, which pass 2 needs
-            out, _ = pad_packed_sequence(self.lstm(packed, self.start(image))[0], batch_first=True, total_length=told.shape[1])
+        packed = pack_padded_sequence(told, n, batch_first=True, enforce_sorted=False)
+        out, _ = pad_packed_sequence(self._listen(packed, self.start(image))[0], batch_first=True, total_length=told.shape[1])
         return self.say(out, *places).masked_fill((tokens[:, 1:] == 0)[..., None], 0)
 
     def _fit(self, tokens, x):
+        "Tokens beside their images, and on the CPU how many of each are predicted"
         if tokens.ndim != 2 or len(tokens) != len(x) or tokens.is_floating_point():
             raise ValueError(f'tokens: (B,T) of whole numbers for {len(x)} images, got {tuple(tokens.shape)} of {tokens.dtype}')
-        if not tokens.is_cuda and tokens.max() >= self.n_words:
-            raise ValueError(f'tokens: number {tokens.max()} is not in the vocabulary of {self.n_words} entries; they come from another tokenizer')
-        if not tokens.is_cuda and ((tokens != 0).sum(1) < 2).any(): raise ValueError('tokens: a caption needs <start> and <end> at least; is one empty?')
-        return tokens
+        n, top, known = (tokens != 0).sum(1).cpu() - 1, tokens.max().item(), self.words.num_embeddings
+        if top >= known: raise ValueError(f'tokens: number {top} is not in the vocabulary of {known} entries; they come from another tokenizer')
+        if (n < 1).any(): raise ValueError('tokens: a caption needs <start> and <end> at least; is one empty?')
+        return tokens.to(x.device), n
 
 
 @own_cnns.register
@@ -136,10 +147,10 @@ def _beam_step(logp, scores, done, lengths, beam, length_penalty):
 @patch
 def generate(self: Captioner,
              x: torch.Tensor, # Images, (B,C,H,W), normalised
-             beam: int = 1, # Beginnings kept side by side; 1: greedy
-             max_len: int = 30, # Words at most, with <end>
+             beam: int = 1, # Beginnings kept side by side, >= 1; 1: greedy
+             max_len: int = 30, # Words at most, with <end>, >= 1
              length_penalty: float = 1., # What the length counts in choosing, >= 0
-            ) -> tuple[torch.Tensor, torch.Tensor]: # Tokens (B,T) from <start>, padded after <end>; their log-probability (B,)
+            ) -> tuple[torch.Tensor, torch.Tensor]: # Tokens (B,T) from <start>, padded after <end>; their log-probability among the words it may say, (B,)
     "Captions of images, in evaluation mode without autograd. `ValueError` for a beam or length below 1"
     if beam < 1: raise ValueError(f'beam={beam}: at least 1 beginning must be kept (1 is greedy)')
     if max_len < 1: raise ValueError(f'max_len={max_len}: at least one word')
@@ -156,7 +167,7 @@ def generate(self: Captioner,
         for _ in range(max_len):
             logits, state = self.step(tokens[:, -1], seen, state)
             logits[:, never] = -torch.inf
-            parent, token, scores, lengths = _beam_step(logits.log_softmax(1), scores, done, lengths, beam, length_penalty)
+            parent, token, scores, lengths = _beam_step(logits.float().log_softmax(1), scores, done, lengths, beam, length_penalty)
             rows = (parent + beam * torch.arange(B, device=x.device)[:, None]).flatten()
             tokens, state = torch.cat([tokens[rows], token.view(-1, 1)], 1), tuple(s[:, rows] for s in state)
             done = done.gather(1, parent) | (token == end)
@@ -188,25 +199,32 @@ def caption_learner(dls, # From `caption_dls`
 
 def load_captioner(folder: str | Path, # That `save_pretrained` wrote
                    tokenizer=None, # One that it must agree with
+                   cnn: Captioner | None = None, # One of the same form, where its backbone was not built by name
                   ) -> AntehocModel: # Of a `Captioner`
     "A saved captioner with its vocabulary. `ValueError` if it holds something else, or speaks another vocabulary than `tokenizer`"
-    m = AntehocModel.from_pretrained(folder)
+    m = AntehocModel.from_pretrained(folder, cnn)
     if not isinstance(m.cnn, Captioner): raise ValueError(f'{folder}: a {type(m.cnn).__name__} is saved there, not a captioner')
     if tokenizer is not None and tokenizer.get_vocab() != m.cnn.tokenizer.get_vocab():
         raise ValueError(f'{folder}: its vocabulary ({m.cnn.n_words}) is not that of the tokenizer ({tokenizer.get_vocab_size()}); use model.cnn.tokenizer')
     return m
 
 # %% ../nbs/12_captioner.ipynb #cell0021
+def _sacrebleu():
+    "BLEU, or an error that says how to get it"
+    try: from sacrebleu.metrics import BLEU
+    except ImportError as e: raise ImportError("BLEU is counted by sacrebleu: pip install 'antehoc_nb[captions]'") from e
+    return BLEU
+
+
 def bleu(tokenizer, # From `caption_tokenizer`: how captions are split into words
          said: Sequence[str], # N captions
          references: Sequence[Sequence[str]], # Of each image, one or more
         ) -> dict[str, float]: # 'BLEU-1' to 'BLEU-4', 0 to 100
     "BLEU of all captions together, without smoothing. `ValueError` where the numbers of captions differ, `ImportError` without sacrebleu"
-    try: from sacrebleu.metrics import BLEU
-    except ImportError as e: raise ImportError("BLEU is counted by sacrebleu: pip install 'antehoc_nb[captions]'") from e
+    BLEU = _sacrebleu()
     if len(said) != len(references) or not said: raise ValueError(f'{len(said)} captions for {len(references)} images with references')
     split = lambda c: ' '.join(words_of(tokenizer, c))
     most = max(map(len, references))
     streams = [[split(r[k]) if k < len(r) else None for r in references] for k in range(most)]
-    said = [' '.join(w for w in c.split()) for c in said]
+    said = [split(c) for c in said]
     return {f'BLEU-{n}': BLEU(max_ngram_order=n, tokenize='none', smooth_method='none', force=True).corpus_score(said, streams).score for n in (1, 2, 3, 4)}

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['CAPTION_EXPLAINERS', 'word_log_probs', 'caption_probability', 'CaptionScore', 'caption_maps', 'caption_average',
-           'peak_regions', 'WordMaps', 'word_maps', 'show_words', 'named_words', 'word_pointing', 'score_captions']
+           'peak_regions', 'WordMaps', 'word_maps', 'show_words', 'caption_grid', 'named_words', 'word_pointing',
+           'score_captions']
 
 # %% ../nbs/12_captioner_maps.ipynb #cell0003
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -21,11 +22,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from .benchmark import Task, benchmark_metrics
-from .caption_data import UNK, encode_captions
+from .caption_data import encode_captions, images_of
 from .captioner import Captioner
 from .explainers import CONTROLS, explain_with, explainers, grad_cam, grad_cam_pp, score_cam
 from .metrics import pointing_game
-from .model import AntehocModel, evaluating, plain
+from .model import AntehocModel, Explanation, evaluating, plain
 from .sam import minmax
 from .show import ConceptRegion, _imshow, draw_regions, show_map, to_map, to_rgb
 from .show_learner import _antehoc
@@ -35,12 +36,15 @@ def word_log_probs(model: nn.Module, # A `Captioner`, or an `AntehocModel` of on
                    x: torch.Tensor, # Images, (B,C,H,W), normalised
                    tokens: torch.Tensor, # Captions, (B,T)
                   ) -> torch.Tensor: # (B,T-1), log-probability of tokens 1 to T-1; 0 at padding
-    "How likely each token of a caption is, given those before it."
-    lp = plain(model(x, tokens)).float().log_softmax(2).gather(2, tokens[:, 1:, None])[..., 0]
+    "How likely each token of a caption is, given those before it, in evaluation mode."
+    tokens = tokens.to(x.device)
+    with evaluating(model): lp = plain(model(x, tokens)).float().log_softmax(2).gather(2, tokens[:, 1:, None])[..., 0]
     return lp.masked_fill(tokens[:, 1:] == 0, 0)
 
 
-def _mean_log_prob(model, x, tokens): return word_log_probs(model, x, tokens).sum(1) / (tokens[:, 1:] != 0).sum(1)
+def _mean_log_prob(model, x, tokens):
+    lp, known = word_log_probs(model, x, tokens), (tokens[:, 1:] > 1).to(x.device)  # 0: padding, 1: <unk>
+    return (lp * known).sum(1) / known.sum(1)
 
 
 def caption_probability(model, x, tokens) -> torch.Tensor: # (B,) in [0,1]
@@ -53,14 +57,15 @@ class CaptionScore(nn.Module):
     def __init__(self,
                  captioner: Captioner, # The model
                  tokens: torch.Tensor, # (B,T), one caption for each image to come, or (1,T) for all
-                 word: int | None = None, # Ask about token `word` + 1 alone; None: the mean over the caption
+                 word: int | None = None, # Ask about one word alone, 0 the first after <start>; None: the mean over the caption
                 ):
         super().__init__()
-        if word is not None and not 0 <= word < tokens.shape[1] - 1: raise ValueError(f'word={word}: the caption has tokens 0 to {tokens.shape[1] - 2}')
+        if word is not None and not 0 <= word < tokens.shape[1] - 1: raise ValueError(f'word={word}: the captions have words 0 to {tokens.shape[1] - 2}')
         self.captioner, self.tokens, self.word = captioner, tokens, word
 
     def forward(self, x):
-        tokens = self.tokens.expand(len(x), -1) if len(self.tokens) == 1 else self.tokens[:len(x)]
+        tokens = self.tokens.expand(len(x), -1) if len(self.tokens) == 1 else self.tokens[:1] if len(x) == 1 else self.tokens
+        if len(tokens) != len(x): raise ValueError(f'{len(x)} images for {len(tokens)} captions; for many versions of one image give one caption')
         return (_mean_log_prob(self.captioner, x, tokens) if self.word is None else word_log_probs(self.captioner, x, tokens)[:, self.word])[:, None]
 
 # %% ../nbs/12_captioner_maps.ipynb #cell0011
@@ -69,19 +74,22 @@ def caption_maps(explainer: str | Callable, # A name in `explainers`, or a funct
                  x: torch.Tensor, # Images, (B,C,H,W), normalised
                  tokens: torch.Tensor, # Captions, (B,T)
                  word: int | None = None, # As of `CaptionScore`; the model's own map and the controls do not depend on it
+                 bs: int = 64, # Images at a time
                 ) -> torch.Tensor: # (B,1,H,W) in [0,1]
     "Maps of captions by any explainer. Errors as of `explain_with`"
     f = explainers[explainer] if isinstance(explainer, str) else explainer
-    if explainer == 'ante-hoc': return explain_with(lambda m, b, t: m.explain(b, tokens).map, model, x, 0)
-    if explainer in CONTROLS: return explain_with(f, model, x, 0)
-    if f in (grad_cam, grad_cam_pp, score_cam): f = partial(f, layer=f'captioner.{model.layers[-1]}')
-    ask = lambda i: explain_with(f, CaptionScore(model.cnn, tokens[i], word), x[i], 0)
-    return torch.cat([ask(slice(i, i + 1)) for i in range(len(x))]) if explainer == 'score-cam' else ask(slice(None))
+    if f in (explainers['ante-hoc'], *(explainers[k] for k in CONTROLS)): ask = lambda b, t: explain_with(f, model, b, 0)
+    else:
+        n = bs if f in (grad_cam, grad_cam_pp) else 1
+        if f in (grad_cam, grad_cam_pp, score_cam): f = partial(f, layer=f'captioner.{model.layers[-1]}')
+        bs, ask = n, lambda b, t: explain_with(f, CaptionScore(model.cnn, t, word), b, 0)
+    return torch.cat([ask(b, t) for b, t in zip(x.split(bs), tokens.split(bs))])
 
 
-def caption_average(model, x, tokens) -> torch.Tensor: # (B,1,H,W) in [0,1]
+def caption_average(model: AntehocModel, x: torch.Tensor, tokens: torch.Tensor, bs: int = 64, # As of `caption_maps`
+                   ) -> torch.Tensor: # (B,1,H,W) in [0,1]
     "The SAMs of the tapped layers, averaged: what the weight network starts from."
-    return minmax(model.explain(x, tokens).sams.mean(1, keepdim=True))
+    return torch.cat([minmax(model.explain(b, t).sams.mean(1, keepdim=True)) for b, t in zip(x.split(bs), tokens.split(bs))])
 
 # %% ../nbs/12_captioner_maps.ipynb #cell0016
 def peak_regions(map, # One map in [0,1]: (H,W), (1,H,W) or (1,1,H,W)
@@ -123,7 +131,7 @@ def word_maps(model: AntehocModel, # Of a `Captioner`
               **kwargs, # Of `peak_regions`
              ) -> list[WordMaps]: # One for each image
     "Take one region after the other out of an image, and see which words become less likely."
-    maps, found = model.explain(x, tokens).map if maps is None else maps, []
+    maps, found = caption_maps('ante-hoc', model, x, tokens) if maps is None else maps, []
     with torch.no_grad(), evaluating(model):
         for xi, m, t in zip(x, maps, tokens):
             t, rs = t[t != 0], peak_regions(m, **kwargs)
@@ -154,6 +162,19 @@ def show_words(image, # One image (C,H,W) in [0,1]
     return axs
 
 
+def caption_grid(e: Explanation, # Of B images
+                 found: Sequence[WordMaps], # Of each
+                 references: Sequence[str] | None = None, # What a person said, written above each row
+                ): # Array (B,columns) of axes
+    "`show_words` for several images."
+    cols = 2 + max(sum(w != '<end>' for w in o.words) for o in found)
+    _, axs = plt.subplots(len(e), cols, figsize=(1.1 * cols, 1.45 * len(e)), layout='constrained', squeeze=False)
+    for i, row in enumerate(axs):
+        show_words(e.pixels[i], e.map[i], found[i], row)
+        if references: row[0].text(0, 1.2, f'a person said: {references[i]}', transform=row[0].transAxes, fontsize=6.5, color='.35', in_layout=False)
+    return axs
+
+
 @patch
 def show_captions(self: Learner,
                   n: int = 4, # So many validation images, from the first
@@ -165,22 +186,16 @@ def show_captions(self: Learner,
     "What the captioner says of images, and what its words rest on. `TypeError` for another model, `ValueError` for captions that do not fit or unknown words"
     model = _antehoc(self)
     if not isinstance(model.cnn, Captioner): raise TypeError(f'learn.model holds a {type(model.cnn).__name__}, no captioner; make it with `caption_learner`')
-    known = None
+    refs = None
+    if isinstance(items, (str, Path, np.ndarray)) or hasattr(items, 'convert'): items = [items]
     if items is None:
-        known = {}
-        for o, c in self.dls.valid_ds.items: known.setdefault(o if not isinstance(o, np.ndarray) else o.tobytes(), (o, c))
-        items, known = zip(*list(known.values())[:n]) if known else ((), ())
-    if not len(items): raise ValueError('items: no images to describe; a learner loaded from a file has none, give some as items=[...]')
+        first = {id(o): (o, c) for o, c in reversed(self.dls.valid_ds.items)}  # of each image, its first pair
+        items, refs = zip(*list(first.values())[::-1][:n]) if first and n > 0 else ((), None)
+    if not len(items): raise ValueError(f'items, n={n}: no images to describe; a learner loaded from a file has none, give some as items=[...]')
     if captions is not None and len(captions) != len(items): raise ValueError(f'captions: {len(captions)} for {len(items)} images')
-    x = torch.cat([plain(b[0]) for b in self.dls.test_dl([(o, UNK) for o in items])]).to(next(model.parameters()).device)
+    x = images_of(self.dls, items).to(next(model.parameters()).device)
     tokens = (model.cnn.generate(x, beam)[0] if captions is None else encode_captions(model.cnn.tokenizer, captions)).to(x.device)
-    e, found = model.explain(x, tokens).cpu(), word_maps(model, x, tokens, fill, **kwargs)
-    cols = 2 + max(len(o.words) - (o.words[-1] == '<end>') for o in found)
-    _, axs = plt.subplots(len(x), cols, figsize=(1.1 * cols, 1.45 * len(x)), layout='constrained', squeeze=False)
-    for i, row in enumerate(axs):
-        show_words(e.pixels[i], e.map[i], found[i], row)
-        if known: row[0].text(0, 1.16, f'reference: {known[i]}', transform=row[0].transAxes, fontsize=6.5, color='.35', in_layout=False)
-    return axs
+    return caption_grid(model.explain(x, tokens).cpu(), word_maps(model, x, tokens, fill, **kwargs), refs)
 
 # %% ../nbs/12_captioner_maps.ipynb #cell0025
 def named_words(tokenizer, # Of the captions
@@ -203,18 +218,18 @@ def named_words(tokenizer, # Of the captions
 def word_pointing(model: AntehocModel, x: torch.Tensor, tokens: torch.Tensor, # As of `word_maps`
                   places: Sequence[dict], # As of `named_words`
                   **kwargs, # Of `word_maps`
-                 ) -> dict[str, torch.Tensor]: # Kind of map -> (M,) hits in [0,1]
+                 ) -> dict[str, torch.Tensor]: # Kind of map -> (M,) hits in [0,1], in the order of `named_words`
     "The pointing game of the words whose place is known."
     rows, at, boxes = named_words(model.cnn.tokenizer, tokens, places)
-    own, found, maps = model.explain(x, tokens).map, {}, {}
-    regions = word_maps(model, x, tokens, maps=own, **kwargs)
-    maps['ante-hoc, regions by word'] = torch.stack([regions[i].maps[t] for i, t in zip(rows, at)])
+    whole = {k: caption_maps(k, model, x, tokens) for k in ('ante-hoc', 'grad-cam')} | {'plain average': caption_average(model, x, tokens)}
+    maps = {}
+    for k, m in whole.items():
+        regions = word_maps(model, x, tokens, maps=m, **kwargs)
+        maps[f'{k}, regions by word'] = torch.stack([regions[i].maps[t] for i, t in zip(rows, at)])
     cams = {t: caption_maps('grad-cam', model, x, tokens, t).cpu() for t in sorted({*at})}
     maps['grad-cam by word'] = torch.stack([cams[t][i, 0] for i, t in zip(rows, at)])
-    for k, m in {'ante-hoc, whole caption': own, 'grad-cam, whole caption': caption_maps('grad-cam', model, x, tokens),
-                 'gaussian': caption_maps('gaussian', model, x, tokens)}.items(): maps[k] = m.cpu()[rows, 0]
-    for k, m in maps.items(): found[k] = pointing_game(m, boxes)
-    return found
+    for k, m in (whole | {'gaussian': caption_maps('gaussian', model, x, tokens)}).items(): maps[f'{k}, whole caption'] = m.cpu()[rows, 0]
+    return {k: pointing_game(m, boxes) for k, m in maps.items()}
 
 # %% ../nbs/12_captioner_maps.ipynb #cell0028
 CAPTION_EXPLAINERS = 'ante-hoc', 'grad-cam', 'grad-cam++', 'score-cam', 'plain average of layers', *CONTROLS
@@ -228,19 +243,18 @@ def score_captions(model: AntehocModel, # Of a `Captioner`
                    bs: int = 32, # Images at a time
                    bar: Callable = lambda o: o, # Around the explainers, such as `tqdm`
                    **kwargs, # Of `Task`: fill, threshold, areas, steps
-                  ) -> tuple[dict, dict]: # As `summarise` takes them: values, and milliseconds per map of each batch
+                  ) -> dict: # As `summarise` takes it: explainer -> values
     "Scores of every image for every explainer and every kind of caption."
-    values, times = {}, {}
+    values = {}
     for name in bar(explainers):
-        found, ms = {}, []
+        found = {}
         for who, tokens in asked.items():
             for b in torch.arange(len(x)).split(bs):
-                t, start = tokens[b], time.perf_counter()
+                t = tokens[b]
                 m = caption_average(model, x[b], t) if name == 'plain average of layers' else caption_maps(name, model, x[b], t)
-                ms.append(1000 * (time.perf_counter() - start) / len(b))
                 task = Task(x[b], t, {who: partial(caption_probability, model)}, model.mean, model.std, **kwargs)
                 with torch.no_grad(), evaluating(model):
                     for f in (benchmark_metrics[o] for o in metrics):
                         for (s, kind, what), v in f(task, m).items(): found.setdefault((s or who, kind, what), []).append(plain(v).float().cpu().numpy())
-        values[name], times[name] = {k: np.concatenate(v) for k, v in found.items()}, np.array(ms)
-    return values, times
+        values[name] = {k: np.concatenate(v) for k, v in found.items()}
+    return values

@@ -13,22 +13,21 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
 from fastai.metrics import Perplexity
 from tqdm import tqdm
 
-from .caption_data import UNK, caption_dls, caption_tokenizer, decode_captions, digit_captions, encode_captions, flickr8k
-from .captioner import Captioner, bleu, load_captioner
-from .captioner_maps import CAPTION_EXPLAINERS, caption_probability, score_captions, show_words, word_maps, word_pointing
+from .caption_data import UNK, caption_dls, caption_tokenizer, decode_captions, digit_captions, encode_captions, flickr8k, images_of
+from .benchmark import _digest
+from .captioner import Captioner, _sacrebleu, bleu, load_captioner
+from .captioner_maps import CAPTION_EXPLAINERS, caption_grid, caption_probability, named_words, score_captions, word_maps, word_pointing
 from .classification import pack_dls, verdict
-from .explainers import CONTROLS
+from .explainers import CONTROLS, _torchcam
 from .files import FlipShift, data_root
 from .layers import unknown_name
-from .metrics import drop_inc_win
-from .model import plain
+from .metrics import drop_inc_win, faithfulness
 from .records import read_record, run_record, write_record
 from .runs import METHOD, claim, cnn_digest, fingerprint, train_run
 from .scoreboard import Benchmark, as_results, summarise
@@ -71,7 +70,7 @@ def caption_config(dataset: str, profile: str) -> dict: # What `run_captioning` 
 def _load(c, path):
     "The images and captions of a configuration"
     s = CAPTION_SETS[c['dataset']]
-    if path is None and s.archive and os.environ.get('ANTEHOC_DATA'): path = data_root()/s.archive  # else it is downloaded
+    if path is None and s.archive and os.environ.get('ANTEHOC_DATA') and (data_root()/s.archive).exists(): path = data_root()/s.archive  # else downloaded
     data = s.load(path, c)
     for split in ('train', 'valid', 'test'): data = data.thin(split, c[f'n_{split}'])
     return data
@@ -88,7 +87,7 @@ def _backbone(c, work):
     "State of a backbone that was trained to tell classes apart, resumably; None where none is asked for"
     e = c['encoder']
     if e is None: return None
-    config = {k: e[k] for k in ('data', 'size', 'epochs', 'lr')} | dict(arch=c['backbone'], seed=c['seed'], channels_last=True, aug=True, plain=True)
+    config = {k: e[k] for k in ('data', 'size', 'bs', 'epochs', 'lr')} | dict(arch=c['backbone'], seed=c['seed'], channels_last=True, aug=True, plain=True)
     return train_run(pack_dls(e['data'], e['size'], e['bs'], c['seed']), config, Path(work)/'captioning'/f"encoder-{e['data']}").model.state_dict()
 
 
@@ -99,56 +98,64 @@ def _make(c, tokenizer, state):
     return m
 
 
-def _images(data, dls, ids):
-    "Images of a set as the captioner gets them in testing, (N,3,S,S)"
-    return torch.cat([plain(b[0]) for b in dls.test_dl([(data.images[i], UNK) for i in ids])])
+def _describe(model, x, beam, bs=64):
+    "What a captioner says, (N,T)"
+    said = [row for b in x.split(bs) for row in model.cnn.generate(b, beam)[0]]
+    return torch.nn.utils.rnn.pad_sequence(said, batch_first=True)
 
 
 def _score(model, x, asked, out, c):
     "`score_captions`, one file an explainer"
-    claim(out, dict(model=cnn_digest(model), images=len(x), steps=c['steps'], captions=[t.tolist() for t in asked.values()]))
-    values, times = {}, {}
+    claim(out, dict(model=cnn_digest(model), images=_digest(x), captions=_digest(*asked.values()), steps=c['steps']))
+    values = {}
     for name in tqdm(CAPTION_EXPLAINERS, desc='scoring', disable=None):
         file = out/f'{name}.npz'
         if not file.exists():
-            v, ms = score_captions(model, x, asked, [name], steps=c['steps'])
             tmp = out/f'.{name}.npz'
-            np.savez_compressed(tmp, ms=ms[name], **{'|'.join(k): a for k, a in v[name].items()})
+            np.savez_compressed(tmp, **{'|'.join(k): a for k, a in score_captions(model, x, asked, [name], steps=c['steps'])[name].items()})
             tmp.replace(file)
-        with np.load(file) as z: values[name], times[name] = {tuple(k.split('|')): z[k] for k in z.files if k != 'ms'}, z['ms']
-    return values, times
+        with np.load(file) as z: values[name] = {tuple(k.split('|')): z[k] for k in z.files}
+    return values
+
+
+def _pointing(model, x, tokens, places):
+    "Hits of each kind of map, and the half of their 95 % interval over images"
+    rows, _, _ = named_words(model.cnn.tokenizer, tokens, places)
+    by_image = {k: pd.Series(v.numpy()).groupby(rows).mean() for k, v in word_pointing(model, x, tokens, places).items()}
+    return {k: dict(hits=v.mean(), ci=1.96 * v.sem(), images=len(v), words=len(rows)) for k, v in by_image.items()}
 
 
 def run_captioning(dataset: str, # A name in `CAPTION_SETS`
                    profile: str = 'cpu', # A name in `CAPTION_PROFILES`
-                   results='results', # Folder of the record and the figure
+                   results='results', # Folder of the record
                    work='runs', # Folder of checkpoints, models and values to resume from
                    data=None, # Folder or archive of the data set, if it is not under ANTEHOC_DATA
                    command: str | None = None, # How the record is made, for the record
                   ) -> dict: # The record
     "Train a captioner, score its captions and its maps, and write `results/captioning/<dataset>-<profile>.json`."
     c = caption_config(dataset, profile)
+    _sacrebleu(), _torchcam('GradCAM')  # what is missing is said before work is lost
     cap, out = _load(c, data), Path(work)/'captioning'/f'{dataset}-{profile}'
     tok = caption_tokenizer([o for i in cap.of('train') for o in cap.captions[i]], c['min_freq'])
     dls = caption_dls(cap, tok, c['size'], c['bs'], batch_tfms=[FlipShift()] * CAPTION_SETS[dataset].mirrored)
     state = _backbone(c, work)
-    own = {k: c[k] for k in ('backbone', 'encoder', 'pretrained', 'epochs', 'lr', 'seed', 'size', 'bs', 'emb', 'hidden', 'grid', 'dropout', *METHOD) if k in c}
+    own = 'backbone encoder pretrained epochs lr seed size bs emb hidden grid dropout min_freq'.split()
+    own = {k: c[k] for k in (*own, *METHOD) if k in c}
     learn = train_run(dls, own | dict(data=dataset, channels_last=True), out/'captioner', metric=Perplexity(), build=lambda: _make(c, tok, state))
-    model, written = learn.model.eval(), {}
-    for split in ('valid', 'test'):
-        ids = cap.of(split)
-        x, refs = _images(cap, dls, ids), [cap.captions[i] for i in ids]
-        said = {f'beam {b}' if b > 1 else 'greedy': model.cnn.generate(x, b)[0] for b in (1, c['beam'])}
-        written[split] = {k: bleu(tok, decode_captions(tok, t), refs) for k, t in said.items()}
-    asked = dict(reference=encode_captions(tok, [r[0] for r in refs], UNK).to(x.device), generated=said['greedy'])
-    values, times = _score(model, x, asked, out/'scores', c)
-    with torch.no_grad(): black = {k: [caption_probability(model, o, t) for o in (x, model.mask(x, torch.zeros_like(x[:, :1])))] for k, t in asked.items()}
+    model, ids = learn.model.eval(), {s: cap.of(s) for s in ('valid', 'test')}
+    xs, refs = ({s: f(i) for s, i in ids.items()} for f in (lambda i: images_of(dls, [cap.images[j] for j in i]), lambda i: [cap.captions[j] for j in i]))
+    said = {s: {f'beam {b}' if b > 1 else 'greedy': _describe(model, x, b) for b in (1, c['beam'])} for s, x in xs.items()}
+    written = {s: {k: bleu(tok, decode_captions(tok, t), refs[s]) for k, t in o.items()} for s, o in said.items()}
+    x = xs['test']
+    asked = dict(reference=encode_captions(tok, [r[0] for r in refs['test']], UNK).to(x.device), generated=said['test']['greedy'])
+    values, nothing = _score(model, x, asked, out/'scores', c), torch.zeros_like(x[:, :1])
+    black = {k: faithfulness(model, x, nothing, t, score=caption_probability, areas=()) for k, t in asked.items()}
     found = dict(bleu=written, epochs=[dict(zip(map(str, learn.recorder.metric_names[1:-1]), map(float, v))) for v in learn.recorder.values],
                  n_words=tok.get_vocab_size(), n_train=len(cap.of('train')), n_test=len(x), layers=list(model.layers), seconds=round(learn.checkpoint.seconds),
-                 black={k: drop_inc_win(*p) for k, p in black.items()}, **as_results(summarise(values, times, aside=(*CONTROLS, 'plain average of layers'))))
-    if cap.places:
-        hits = word_pointing(model, x, asked['reference'], [cap.places[i] for i in ids])
-        found['pointing'] = {k: dict(hits=v.mean().item(), ci=1.96 * v.std().item() / len(v)**.5, n=len(v)) for k, v in hits.items()}
+                 unknown=(asked['reference'] == 1).sum().item() / (asked['reference'] > 0).sum().item(),
+                 black={k: drop_inc_win(o['p_x'], o['energy']) for k, o in black.items()},
+                 **as_results(summarise(values, aside=(*CONTROLS, 'plain average of layers'))))
+    if cap.places: found['pointing'] = _pointing(model, x, asked['reference'], [cap.places[i] for i in ids['test']])
     rec = run_record(c | dict(images=fingerprint(dls), title=_title(c, cap)), c['seed'], found, experiment='captioning', command=command)
     write_record(rec, Path(results)/'captioning'/f'{dataset}-{profile}.json')
     return rec
@@ -204,10 +211,7 @@ def caption_figure(dataset: str, profile: str = 'cpu', work='runs', data=None, #
     if not folder.exists(): raise FileNotFoundError(f'{folder} is missing: run `antehoc reproduce table4 --dataset {dataset} --profile {profile}`')
     cap, model = _load(c, data), load_captioner(folder)
     ids = cap.of('test')
-    x = _images(cap, caption_dls(cap, model.cnn.tokenizer, c['size']), [ids[j] for j in np.linspace(0, len(ids) - 1, min(n, len(ids))).astype(int)])
+    ids = [ids[j] for j in np.linspace(0, len(ids) - 1, min(n, len(ids))).astype(int)]
+    x = images_of(caption_dls(cap, model.cnn.tokenizer, c['size']), [cap.images[i] for i in ids])
     tokens = model.to(x.device).cnn.generate(x, c['beam'])[0]
-    e, found = model.explain(x, tokens).cpu(), word_maps(model, x, tokens)
-    cols = 2 + max(len(o.words) for o in found)
-    fig, axs = plt.subplots(len(x), cols, figsize=(1.05 * cols, 1.4 * len(x)), layout='constrained', squeeze=False)
-    for i, row in enumerate(axs): show_words(e.pixels[i], e.map[i], found[i], row)
-    return fig
+    return caption_grid(model.explain(x, tokens).cpu(), word_maps(model, x, tokens), [cap.captions[i][0] for i in ids])[0, 0].figure

@@ -24,7 +24,7 @@ from safetensors.torch import load_model, save_model
 from torch import nn
 
 import antehoc_nb
-from .cnns import build_cnn
+from .cnns import build_cnn, own_cnns
 from .layers import as_inputs, choose_layers, layer_grids
 from .masking import masked
 from .sam import record_sams, resize_maps, soft_attentions
@@ -280,7 +280,9 @@ def config(self: AntehocModel) -> dict:
     stats = dict(mean=self.mean.flatten().tolist(), std=self.std.flatten().tolist())
     channels_last = any(p.ndim == 4 and not p.is_contiguous() and p.is_contiguous(memory_format=torch.channels_last) for p in self.parameters())
     if self.channels: keys['channels'] = self.channels
-    return dict(format='antehoc_nb', version=antehoc_nb.__version__, **keys, **stats, channels_last=channels_last, meta=self.meta)
+    built = getattr(self.cnn, 'build', None)  # a CNN that knows how `build_cnn` makes it again
+    meta = (dict(cnn=built) if isinstance(built, dict) else {}) | self.meta
+    return dict(format='antehoc_nb', version=antehoc_nb.__version__, **keys, **stats, channels_last=channels_last, meta=meta)
 
 
 @patch
@@ -310,6 +312,7 @@ def from_pretrained(cls: AntehocModel,
     if not isinstance(cfg, dict) or cfg.get('format') != 'antehoc_nb': raise ValueError(f'{config} does not describe an antehoc_nb model')
     build = (cfg.get('meta') or {}).get('cnn')
     if cnn is None and build is None: raise ValueError(f"{folder}: the CNN was not built by name; pass one of the same architecture as cnn=")
+    if build and build.get('arch') == 'captioner' and 'captioner' not in own_cnns: import antehoc_nb.captioner  # noqa: F401  registers it
     channels_last = cfg.pop('channels_last', False)
     try:
         cnn = cnn if cnn is not None else build_cnn(**build)

@@ -197,6 +197,8 @@ def explain_files(model: AntehocModel, # A classifier; `meta` tells size and voc
             if not batch: continue
             x = torch.from_numpy(np.stack([b[2] for b in batch])).to(model.mean.device).float() / 255
             e = model.explain((x - model.mean) / model.std, threshold=threshold)
+            if getattr(e.pred, 'ndim', 0) != 2 or not e.pred.is_floating_point():
+                raise ValueError(f'the model is a {type(model.cnn).__name__}, not a classifier: explain it in Python')
             p, c = e.pred.float().softmax(1).max(1)
             for k, (name, own, _, digest) in enumerate(batch):
                 label = [name, vocab[c[k]] if vocab else int(c[k]), round(p[k].item(), 4)]

@@ -135,8 +135,7 @@ class TwoPass(Callback):
         "What the saved model should say of the images"
         vocab = getattr(self.learn.dls, 'vocab', None)
         known = vocab is not None and all(isinstance(o, str) for o in vocab)
-        built = getattr(self.learn.model, 'build', None)  # a CNN that can be built anew by name says how, as `build_cnn` takes it
-        return dict(size=list(sample[0].shape[2:])) | (dict(vocab=list(vocab)) if known else {}) | (dict(cnn=built) if isinstance(built, dict) else {})
+        return dict(size=list(sample[0].shape[2:])) | (dict(vocab=list(vocab)) if known else {})
 
     def _join(self, learn):
         "Hand the weight network to the learner's splitter and optimiser."

@@ -1,5 +1,7 @@
 """Captions: data in both layouts, the captioner and its second pass, maps of words, and the run behind Table 4."""
 import hashlib
+import subprocess
+import sys
 import threading
 import warnings
 import zipfile
@@ -23,7 +25,7 @@ from antehoc_nb import captioner as C
 from antehoc_nb import captioner_maps as M
 from antehoc_nb import captioning as T
 from antehoc_nb.cli import app
-from antehoc_nb.explainers import grad_cam
+from antehoc_nb.explainers import grad_cam, score_cam
 from antehoc_nb.model import AntehocModel
 from antehoc_nb.runs import cnn_digest
 from antehoc_nb.second_pass import int_losses
@@ -100,7 +102,7 @@ def test_flickr8k_is_downloaded_checked_and_read(tmp_path, monkeypatch):
     try:
         with pytest.raises(ValueError, match='the file is corrupt and was removed'): D.flickr8k()
         monkeypatch.setattr(D, 'FLICKR8K_MD5', {f: hashlib.md5((tmp_path/f).read_bytes()).hexdigest() for f in D.FLICKR8K_MD5})
-        with pytest.warns(UserWarning, match='2 lines of captions are not used: .*line 61: neither a tab nor a comma.*line 62: the caption of x.jpg is empty'):
+        with pytest.warns(UserWarning, match='2 lines or images are not used: .*line 61: neither a tab nor a comma.*line 62: the caption of x.jpg is empty'):
             c = D.flickr8k()
     finally:
         srv.shutdown()
@@ -119,10 +121,15 @@ def test_bad_captions_are_named(tmp_path):
     (tmp_path/'captions.txt').write_text('image,caption\na.jpg,"A ""big"" dog, wet"\nnot a file,A dog\n')
     assert D.read_captions(tmp_path/'captions.txt') == ({'a.jpg': ['A "big" dog, wet']}, ["captions.txt line 3: 'not a file' is not the name of an image file"])
     for s, part in (('train', 'a.jpg'), ('dev', 'b.jpg'), ('test', '')): (tmp_path/f'Flickr_8k.{s}Images.txt').write_text(part)
-    with pytest.raises(ValueError, match=r"1 of 2 listed images lack something, the first is b.jpg \(no captions\); lacking='drop'"): D.flickr8k(tmp_path)
-    with pytest.warns(UserWarning): c = D.flickr8k(tmp_path, lacking='drop')
+    with pytest.raises(ValueError, match=r"1 of 2 images lack something, the first is b.jpg \(no captions\); lacking='drop'"): D.flickr8k(tmp_path)
+    with pytest.warns(UserWarning, match='b.jpg: left out, it has no captions'): c = D.flickr8k(tmp_path, lacking='drop')
     with pytest.raises(ValueError, match=r"split='test': it has no images; there are \['train'\]"): c.of('test')
     with pytest.raises(ValueError, match="lacking='no': choose"): D.flickr8k(tmp_path, lacking='no')
+    (tmp_path/'Flickr_8k.devImages.txt').unlink()
+    with pytest.raises(FileNotFoundError, match='Flickr_8k.devImages.txt is missing, others of the official lists are there'): D.flickr8k(tmp_path)
+    for s in ('train', 'test'): (tmp_path/f'Flickr_8k.{s}Images.txt').unlink()
+    with pytest.raises(ValueError, match=r'1 of 2 images lack something, the first is b.jpg \(no captions\)'): D.flickr8k(tmp_path)
+    with pytest.raises(ValueError, match='captions: a list for each image; a.jpg has a text'): D.Captioned(['a.jpg'], ['a dog'], ['train'])
     with pytest.raises(ValueError, match='split: no image is for training'): D.Captioned(['a.jpg'], [['a']], ['test'])
 
 
@@ -164,6 +171,7 @@ def test_padding_changes_nothing(learn, dls):
 
 
 def test_bleu_against_torchmetrics(tok):
+    assert C.bleu(tok, ['A red one.'], [['a red one']])['BLEU-1'] == pytest.approx(100)
     said = ['a red seven above a blue one', 'a green two left of a white two', 'there is a red one left of a blue one']
     refs = [['a red seven over a blue one', 'a red seven above a blue one and more'], ['a green two left of a pink two'], ['a red one left of a blue one'] * 3]
     got = C.bleu(tok, said, refs)
@@ -218,7 +226,7 @@ def test_words_are_given_their_regions():
 
 @given(st.integers(0, 50), st.floats(.05, .95))
 def test_regions_share_what_is_above_the_threshold(seed, threshold):
-    "Every pixel of the map above the threshold is in just one region, and each region holds its peak"
+    "Every pixel of the map above the threshold is in just one region, and the brightest is in one"
     m = torch.rand(1, 1, 6, 6, generator=torch.Generator().manual_seed(seed))
     m = nn.functional.interpolate(m, (24, 30), mode='bicubic').clamp(0, 1)
     rs = M.peak_regions(m, threshold, n=100)
@@ -231,12 +239,49 @@ def test_regions_share_what_is_above_the_threshold(seed, threshold):
 def test_scores_by_hand(learn, dls, tok):
     x, t = batch(dls)
     m = learn.model.eval()
-    values, times = M.score_captions(m, x, dict(reference=t), ['ante-hoc', 'ones'], ['faithfulness'], bs=3)
+    values = M.score_captions(m, x, dict(reference=t), ['ante-hoc', 'ones'], ['faithfulness'], bs=3)
     e = m.explain(x, t)
     with torch.no_grad(): want = [M.caption_probability(m, o, t) for o in (x, e.energy, e.binarised)]
     for w, k in zip(want, (('', 'p_x'), ('energy', 'p_e'), ('binarised', 'p_e'))):
         np.testing.assert_allclose(values['ante-hoc'][('reference', *k)], w, rtol=1e-4)
-    assert (values['ones']['reference', 'energy', 'area'] == 1).all() and len(times['ones']) == -(-len(x) // 3)
+    assert (values['ones']['reference', 'energy', 'area'] == 1).all()
+
+
+def test_unknown_words_are_told_and_not_asked_for(learn, dls, tok):
+    "They change what follows; their own probability is no part of the caption's"
+    x, t = batch(dls)
+    t = t.clone()
+    t[:, 2] = 1
+    with torch.no_grad(): lp, p = M.word_log_probs(learn.model, x, t), M.caption_probability(learn.model, x, t)
+    for i in range(len(x)):
+        n = int((t[i] != 0).sum()) - 1
+        assert p[i].log().item() == pytest.approx(torch.cat([lp[i, :1], lp[i, 2:n]]).mean().item(), rel=1e-4)
+
+
+def test_score_cam_is_asked_image_by_image(learn, dls):
+    "By name or as a function, in a batch or alone"
+    x, t = batch(dls)
+    m = learn.model.eval()
+    a = M.caption_maps('score-cam', m, x[:3], t[:3])
+    assert torch.equal(a, M.caption_maps(score_cam, m, x[:3], t[:3]))
+    for i in range(3): torch.testing.assert_close(a[i:i + 1], M.caption_maps('score-cam', m, x[i:i + 1], t[i:i + 1]))
+    with pytest.raises(ValueError, match='3 images for 2 captions'): M.CaptionScore(m.cnn, t[:2])(x[:3])
+
+
+def test_the_lstm_keeps_its_precision(learn, dls):
+    "Autocast leaves it alone, and so do the flags of cuDNN"
+    x, t = batch(dls)
+    m = learn.model.eval().cnn
+    before = torch.backends.cudnn.deterministic
+    torch.backends.cudnn.deterministic = True
+    try:
+        seen = []
+        handle = m.lstm.register_forward_pre_hook(lambda *a: seen.append(torch.backends.cudnn.deterministic))
+        with torch.no_grad(), torch.autocast('cpu', torch.bfloat16): a = m(x, t)
+        assert seen == [True] and torch.backends.cudnn.deterministic
+        handle.remove()
+    finally: torch.backends.cudnn.deterministic = before
+    with torch.no_grad(): torch.testing.assert_close(a.float(), m(x, t), atol=.1, rtol=.1)
 
 
 def test_a_captioner_is_a_fastai_learner(learn, data, dls, tok, tmp_path):
@@ -246,9 +291,11 @@ def test_a_captioner_is_a_fastai_learner(learn, data, dls, tok, tmp_path):
     back = load_learner(tmp_path/'l.pkl')
     x, t = batch(dls)
     assert torch.equal(back.model.eval()(x, t), learn.model.eval()(x, t))
-    assert len(back.show_captions(items=[data.images[0], Image.fromarray(data.images[1])])) == 2
+    assert len(back.show_captions(items=[data.images[0], Image.fromarray(data.images[1])])) == 2 and len(back.show_captions(items=data.images[0])) == 1
+    with pytest.raises(Exception): back.predict('x.png')  # noqa: B017  not taken for a caption
     with pytest.raises(ValueError, match='a learner loaded from a file has none'): back.show_captions()
-    learn.show_captions(2)
+    assert len(learn.show_captions(3)) == 3  # images, not pairs
+    with pytest.raises(ValueError, match='items, n=0: no images to describe'): learn.show_captions(0)
     learn.dls.show_batch()
     with pytest.raises(ValueError, match='captions: number 0 is empty'): learn.show_captions(items=[data.images[0]], captions=[' '])
     with pytest.raises(ValueError, match='a CNN that gives logits'): grad_cam(learn.model, x, 0)
@@ -263,6 +310,12 @@ def test_vocabulary_and_model_must_fit(learn, dls, tok, tmp_path):
     m = C.load_captioner(tmp_path, tok)
     x, t = batch(dls)
     assert torch.equal(m(x, t), learn.model.eval()(x, t)) and m.cnn.tokenizer.get_vocab() == tok.get_vocab()
+    by_hand = AntehocModel(C.Captioner('small_cnn', tok, 8, 8), (x, t), eta=6)
+    assert torch.equal(C.load_captioner(by_hand.save_pretrained(tmp_path/'hand'))(x, t), by_hand.eval()(x, t))
+    code = 'import sys, antehoc_nb.model as m; print(type(m.AntehocModel.from_pretrained(sys.argv[1]).cnn).__name__)'
+    assert subprocess.run([sys.executable, '-c', code, tmp_path], capture_output=True, text=True, check=True).stdout.strip() == 'Captioner'
+    Image.new('RGB', (9, 9)).save(tmp_path/'a.png')
+    assert 'the model is a Captioner, not a classifier' in antehoc('explain', tmp_path, tmp_path/'a.png', '--out', tmp_path/'out', code=1)
     with pytest.raises(ValueError, match='its vocabulary .* is not that of the tokenizer'): C.load_captioner(tmp_path, D.caption_tokenizer(['x y'], 1))
     with pytest.raises(ValueError, match='is not in the vocabulary of'): m(x, t + 99)
     with pytest.raises(ValueError, match='a caption needs <start> and <end>'): m(x, torch.full((len(x), 2), 0))
@@ -292,6 +345,12 @@ def test_table4_from_one_command(tmp_path, monkeypatch):
     (tmp_path/'p.json').write_text('{"table4": {"flickr8k": {"energy": {"grad-cam": {"drop": 12.5}}}}}')
     assert T.table4({'flickr8k': rec}, paper=tmp_path/'p.json').loc['grad-cam', (rec['config']['title'], 'energy', 'drop')].endswith('(12.5)')
     v = T.caption_verdict(rec)
-    assert len(v) == 20 and v.ahead.between(0, 3).all()
+    b = T.Benchmark.of(rec).pivot(('drop',), ('energy',), ('reference',)).iloc[:, 0]
+    assert len(v) == 20 and v.loc[('reference', 'drop energy'), 'ahead'] == (b['ante-hoc'] < b[['grad-cam', 'grad-cam++', 'score-cam']]).sum()
+    before = (tmp_path/'runs/captioning/flickr8k-smoke/scores/score-cam.npz').stat().st_mtime_ns
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', UserWarning)
+        antehoc(*args)  # nothing is scored again
+    assert (tmp_path/'runs/captioning/flickr8k-smoke/scores/score-cam.npz').stat().st_mtime_ns == before
     assert "unknown dataset 'cifar10'" in antehoc('reproduce', 'table4', '--dataset', 'cifar10', code=1)
     with pytest.raises(FileNotFoundError, match='antehoc reproduce table4 --dataset flickr8k --profile cpu'): T.read_captioning('flickr8k', results=tmp_path)
