@@ -169,10 +169,11 @@ def caption_grid(e: Explanation, # Of B images
     "`show_words` for several images."
     cols = 2 + max(sum(w != '<end>' for w in o.words) for o in found)
     _, axs = plt.subplots(len(e), cols, figsize=(1.1 * cols, 1.45 * len(e)), layout='constrained', squeeze=False)
-    axs[0, 0].figure.get_layout_engine().set(h_pad=.1)
     for i, row in enumerate(axs):
         show_words(e.pixels[i], e.map[i], found[i], row)
-        if references: row[0].text(0, 1.2, f'reference: {references[i]}', transform=row[0].transAxes, fontsize=6.5, color='.35', in_layout=False)
+        if references:  # the text may be longer than the image is wide: an unseen title keeps its room
+            row[0].set_title('room\n', fontsize=8, alpha=0)
+            row[0].text(0, 1.2, f'reference: {references[i]}', transform=row[0].transAxes, fontsize=6.5, color='.35', in_layout=False)
     return axs
 
 

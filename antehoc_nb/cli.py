@@ -184,10 +184,10 @@ class Experiment(str, Enum):
     weight_choice, weight_net = 'weight-choice', 'weight-net'
 
 
-def _save(fig, to):
+def _save(fig, to, dpi=60):
     "Write a figure, and its folder"
     to.parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(to, dpi=60, bbox_inches='tight')
+    fig.savefig(to, dpi=dpi, bbox_inches='tight')
 
 
 @app.command()
@@ -230,7 +230,7 @@ def reproduce(experiment: Annotated[Experiment, typer.Argument(help='Which table
             typer.echo('\n\n'.join(t.to_string() for t in tables))
             typer.echo(f"wrote {results/'captioning'/f'{dataset}-{profile}.json'}")
             to = results/'captioning'/f'{dataset}-{profile}.png'
-            _save(caption_figure(dataset, profile, work, data), to)
+            _save(caption_figure(dataset, profile, work, data), to, dpi=90)
         elif experiment in (Experiment.table1, Experiment.table2):
             from antehoc_nb.classification import PACKS, TABLES, run_classification
             from antehoc_nb.scoreboard import Benchmark
