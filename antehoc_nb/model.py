@@ -312,7 +312,7 @@ def from_pretrained(cls: AntehocModel,
     if not isinstance(cfg, dict) or cfg.get('format') != 'antehoc_nb': raise ValueError(f'{config} does not describe an antehoc_nb model')
     build = (cfg.get('meta') or {}).get('cnn')
     if cnn is None and build is None: raise ValueError(f"{folder}: the CNN was not built by name; pass one of the same architecture as cnn=")
-    if build and build.get('arch') == 'captioner' and 'captioner' not in own_cnns: import antehoc_nb.captioner  # noqa: F401  registers it
+    if isinstance(build, dict) and build.get('arch') == 'captioner' and 'captioner' not in own_cnns: import antehoc_nb.captioner  # noqa: F401  registers it
     channels_last = cfg.pop('channels_last', False)
     try:
         cnn = cnn if cnn is not None else build_cnn(**build)
