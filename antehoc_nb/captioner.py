@@ -20,8 +20,8 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from .caption_data import END, START, _tokenizers, words_of
-from .cnns import build_cnn, own_cnns
-from .model import AntehocModel, evaluating, in_channels, plain
+from .cnns import build_cnn, in_channels, own_cnns
+from .model import AntehocModel, evaluating, plain
 from .two_pass import antehoc_learner, plain_learner
 
 # %% ../nbs/12_captioner.ipynb #cell0006

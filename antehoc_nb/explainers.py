@@ -24,6 +24,7 @@ from .layers import Registry, candidate_layers, choose_layers, layer_grids, pars
 from .model import AntehocModel, evaluating, plain
 from .runs import centred_blob
 from .sam import minmax, resize
+from .weight_net import class_numbers
 
 # %% ../nbs/07_explainers.ipynb #cell0008
 explainers = Registry('explainer')  # name -> f(model, x, target), which returns maps (B,1,H,W) in [0,1]
@@ -42,13 +43,13 @@ def _cnn(model):
 
 def ante_hoc(model: AntehocModel, # With a trained weight network
              x: torch.Tensor, # Images, (B,C,H,W), normalised as the CNN expects
-             target=None, # Not used: the map explains the forward pass as it is
+             target=None, # Class numbers, (B,), for a weight network that is asked about a class; others explain the forward pass as it is
             ) -> torch.Tensor: # (B,1,H,W) in [0,1]
     "The model's own interpretation map. `TypeError` for a model that has none."
     if not isinstance(model, AntehocModel):
         raise TypeError(f"'ante-hoc' needs an AntehocModel, not a {type(model).__name__}: a plain CNN has no map of its own")
     _cnn(model)
-    return model.explain(x).map
+    return model.explain(x, target=target if model.asks else None).map
 
 
 explainers['ante-hoc'] = ante_hoc
@@ -131,12 +132,7 @@ def _cam(name, model, x, target, layer=None, aligned=True, **kwargs):
 def _targets(target, n):
     "Class numbers as a list of `n`"
     if target is None: raise ValueError('target: a CAM is drawn for a class; give one class number per image')
-    t = torch.as_tensor(target)
-    if t.is_floating_point() or t.dtype == torch.bool: raise TypeError(f'target must hold class numbers (integers), not {t.dtype}')
-    t = t.expand(n) if t.ndim == 0 else t
-    if t.shape != (n,): raise ValueError(f'target has shape {tuple(t.shape)} for {n} images; it must be ({n},)')
-    if t.min() < 0: raise ValueError(f'target must hold class numbers from 0, got {t.min()}')
-    return t.tolist()
+    return class_numbers(target, n).tolist()
 
 
 def _logits(out):

@@ -30,9 +30,10 @@ from torch import nn
 from tqdm import tqdm
 
 from .checkpoint import Checkpoint
+from .cnns import in_channels
 from .data import open_rgb
 from .metrics import energy_in_region, pointing_game
-from .model import AntehocModel, Explanation, in_channels
+from .model import AntehocModel, Explanation
 from .records import run_record, write_record
 from .show import concept_regions
 from .show_learner import plot_losses  # gives Learner its show_maps too
@@ -71,7 +72,7 @@ def claim(out: Path, # Folder of the run
     f.write_text(json.dumps(new, indent=1) + '\n')
 
 
-METHOD = 'eta', 'layers', 'soft_attention', 'temperature', 'weight_net', 'mask', 'fill', 'int_loss' # what a config may say about the explanation
+METHOD = 'eta', 'layers', 'soft_attention', 'temperature', 'weight_net', 'mask', 'fill', 'int_loss', 'train_cnn' # what a config may say about the explanation
 
 
 def train_run(dls, # fastai DataLoaders

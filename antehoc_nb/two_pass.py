@@ -33,8 +33,8 @@ from .checkpoint import untouched
 from .cnns import build_cnn, find_arch, own_cnns
 from .layers import unknown_name
 from .masking import check_fill
-from .model import AntehocModel, plain
-from .second_pass import held, int_loss, int_losses, masks
+from .model import AntehocModel, output_tensors, plain
+from .second_pass import held, int_loss, int_losses, masks, questions
 
 # %% ../nbs/04_two_pass.ipynb #cell0011
 def sample_inputs(dls, # fastai DataLoaders
@@ -87,12 +87,12 @@ class TwoPass(Callback):
     def __init__(self,
                  mask: str = 'both', # A name in `masks`
                  fill: str | float | Sequence[float] = 'black', # What masked pixels become: 'black', 'mean', 'blur' or a colour in [0,1]
-                 loss: str = 'mse', # A name in `int_losses`
+                 loss: str | None = None, # A name in `int_losses`; None: 'cross_entropy' for a weight network that is asked about a class, else 'mse'
                  train_cnn: bool = True, # False: the CNN is already trained; train the weight network alone
                  keep_maps: int = 0, # Keep the maps of so many validation images after every epoch, in `film`
                  **model_kwargs, # For `AntehocModel`: eta, layers, soft_attention, temperature, weight_net, scale
                 ):
-        masks[mask], int_losses[loss]
+        masks[mask], int_losses[loss or 'mse']
         known = list(inspect.signature(AntehocModel).parameters)[2:]
         for k in model_kwargs:
             if k not in known: raise TypeError(f'TwoPass: {unknown_name("argument", k, known)}')
@@ -115,6 +115,9 @@ class TwoPass(Callback):
         elif self.model_kwargs: raise ValueError(f'{", ".join(self.model_kwargs)}: the learner already has an AntehocModel; set these there')
         else: self._adopt(learn.model)
         check_fill(self.fill, learn.model.mean.shape[1] if learn.model.mean.shape[1] > 1 else None)
+        if self.int_loss is None: self.int_loss = 'cross_entropy' if learn.model.asks else 'mse'
+        if learn.model.asks != getattr(int_losses[self.int_loss], 'asks', False):
+            raise ValueError(f'int_loss={self.int_loss!r} cannot train weight_net={learn.model.weight_net_name!r}: give int_loss=None for the one that can')
         self._join(learn)
         self._attached = learn.model
         if not any(isinstance(m, IntLoss) for m in learn.metrics): learn.metrics = learn.metrics + L(IntLoss('train'), IntLoss('valid'))
@@ -229,9 +232,10 @@ class TwoPass(Callback):
         x, others = plain(self.xb[0]), self.xb[1:]
         amp = next((cb for cb in self.learn.cbs if isinstance(cb, MixedPrecision)), None)
         with amp.autocast if amp and getattr(amp, 'autocast', None) else nullcontext():
-            i_map, *_ = m.interpret(sams, x.shape[2:])
             i = (self.epoch * self.n_iter + self.iter) * len(x) * self._processes() + torch.arange(len(x))
             if self._processes() > 1: i = i + dist.get_rank() * len(x)
+            if m.asks: y1 = questions(plain(output_tensors(y1)[0]), self.yb, i if self.training else None)
+            i_map, *_ = m.interpret(sams, x.shape[2:], y1)
             y2 = m.cnn(m.mask(x, masks[mask](i_map, i), self.fill), *others)
         return int_loss(y2, y1, self.int_loss)
 
@@ -308,7 +312,7 @@ def antehoc_learner(dls, # fastai DataLoaders with images (B,C,H,W) as first inp
                     scale: bool = True, # Min-max scale the map
                     mask: str = 'both', # A name in `masks`: what pass 2 multiplies the image with
                     fill: str | float | Sequence[float] = 'black', # What masked pixels become in pass 2
-                    int_loss: str = 'mse', # A name in `int_losses`
+                    int_loss: str | None = None, # A name in `int_losses`; None: 'cross_entropy' for a weight network that is asked about a class, else 'mse'
                     train_cnn: bool = True, # False: `arch` is trained; train the weight network alone
                     keep_maps: int = 0, # Keep the maps of so many validation images per epoch
                     cbs=None, # More callbacks
