@@ -27,7 +27,7 @@ from fastai.torch_core import set_seed
 from .benchmark import RIVALS, benchmark, subset, test_images
 from .checkpoint import Checkpoint
 from .data import photo_digits_dls
-from .explainers import CONTROLS, explain_with, grad_cam
+from .explainers import CONTROLS, explain_with, grad_cam, score_cam
 from .files import data_root, image_dls
 from .judge import train_judge
 from .layers import unknown_name
@@ -132,7 +132,8 @@ def plain_average(model:AntehocModel, x, target=None):
     return minmax(model.explain(x).sams.mean(1, keepdim=True))
 
 
-VARIANTS = {'grad-cam, evenly spread': partial(grad_cam, aligned=False), 'plain average of layers': plain_average}  # scored beside the methods
+VARIANTS = {'grad-cam, evenly spread': partial(grad_cam, aligned=False), 'score-cam, moved': partial(score_cam, aligned=True),
+            'plain average of layers': plain_average}  # scored beside the methods
 
 
 ASKED = 'ante-hoc, asked'  # by a `conditional` weight network, told the class that the class activation maps are told
@@ -171,9 +172,9 @@ def run_classification(dataset:str, # A name in `PACKS`
         out = work/f'seed{seed}'
         dls = pack_dls(dataset, c['size'], c['bs'], seed, c['n_train'], data)
         learn = train_run(dls, cnn_config(c, seed), out/'cnn')
-        asked = train_asked(learn.model, dls, c, seed, out/'asked')
         set_seed(seed + 1)  # weights of its own
         judge = train_judge(dls, c['arch'], c['judge_epochs'], c['lr'], seed=seed, cbs=[Checkpoint(out/'judge.pt'), ChannelsLast()], path=out)
+        asked = train_asked(learn.model, dls, c, seed, out/'asked')
         boxes = pack_boxes(dataset, dls, c['size'])
         metrics = ['faithfulness', 'insertion_deletion'] + ['localisation'] * (boxes is not None)
         ask = {e: e for e in RIVALS} | {ASKED: explain_asked(asked.model)} | VARIANTS | {e: e for e in CONTROLS}

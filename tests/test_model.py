@@ -88,10 +88,14 @@ def test_every_choice(models, attention, weight_net):
 def test_equation_1(b, eta, h, w, name, spread):
     "Against the sum written out; weight networks take any size, down to a pixel."
     torch.manual_seed(1)
-    more = [dict(channels=[3] * eta), ([torch.randn(b, 3, max(1, h // 2), max(1, w // 3)) for _ in range(eta)],)] if name == 'informed' else [{}, ()]
-    sams, w_net = torch.rand(b, eta, h, w), weight_nets[name](eta, **more[0])
+    sams, make = torch.rand(b, eta, h, w), weight_nets[name]
+    made, told = {}, {}
+    if getattr(make, 'reads_activations', False):
+        made['channels'], told['activations'] = [3] * eta, [torch.randn(b, 3, max(1, h // 2), max(1, w // 3)) for _ in range(eta)]
+    if getattr(make, 'asks', False): made['classes'], told['target'] = 4, torch.arange(b) % 4
+    w_net = make(eta, **made)
     for p in w_net.parameters(): nn.init.normal_(p, std=spread)
-    logits = w_net(sams, *more[1])
+    logits = w_net(sams, **told)
     m, weights = interpretation_map(sams, logits, scale=False)
     torch.testing.assert_close(weights.sum(1), torch.ones(b, h, w), atol=1e-5, rtol=0)
     torch.testing.assert_close(m[:, 0], sum(weights[:, i]*sams[:, i] for i in range(eta)))
