@@ -117,7 +117,8 @@ def explain(model: Annotated[Path, typer.Argument(help='A folder that `antehoc t
             images: Annotated[Path, typer.Argument(help='An image, or a folder searched with its subfolders.')],
             out: Annotated[Path, _opt('Where maps, overlays and explanations.csv go.')] = Path('explanations'),
             bs: Annotated[int, _opt('Images at a time.', min=1)] = 32,
-            threshold: Annotated[float, _opt('Where the map is cut into concept regions, in (0,1].')] = 0.8):
+            threshold: Annotated[float, _opt('Where the map is cut into concept regions, in (0,1].')] = 0.8,
+            ask: Annotated[str, _opt('The class to ask about, by name or number, of a model with --weight-net conditional. Default: what is predicted.')] = ''):
     "Predict and explain images: overlays, maps, and a table of concept regions."
     with _in_one_line():
         from antehoc_nb.files import IMAGES
@@ -132,7 +133,8 @@ def explain(model: Annotated[Path, typer.Argument(help='A folder that `antehoc t
         if not model.exists(): raise FileNotFoundError(f'{model}: no such model folder')
         net = AntehocModel.from_pretrained(model/'model' if (model/'model'/'config.json').exists() else model)
         names = [(f, f.name if images.is_file() else f.relative_to(images).as_posix()) for f in found]
-        n, before, failed = explain_files(net, names, out, bs, threshold)
+        question = int(ask) if ask.isdigit() and ask not in (net.meta.get('vocab') or ()) else ask or None
+        n, before, failed = explain_files(net, names, out, bs, threshold, question)
     typer.echo(f'{n} images explained' + (f', {before} were done already' if before else '') + f'; see {out}/explanations.csv')
     for name, why in failed: typer.echo(f'antehoc: could not read {name} ({why})', err=True)
     if failed: raise typer.Exit(1)

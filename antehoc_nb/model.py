@@ -239,7 +239,7 @@ class AntehocModel(nn.Module):
     def explain(self,
                 *args, # The CNN's arguments; the first is the image batch, (B,C,H,W), normalised as the CNN expects
                 threshold: float = 0.8, # Where `binarised` cuts, in (0,1]
-                target=None, # Class numbers to ask about, (B,), or one for all, if the weight network is `conditional`; None: what is predicted
+                target=None, # Classes to ask about, one each or one for all, if the weight network is `conditional`; None: what is predicted
                 **kwargs) -> Explanation:
         "Prediction and map from one forward pass, in evaluation mode and without autograd."
         if not args: raise ValueError('explain: give the images as the first positional argument')
@@ -253,7 +253,8 @@ class AntehocModel(nn.Module):
         with torch.no_grad(), evaluating(self):
             out, sams = record_sams(self.cnn, self.layers, (x.clone(), *args[1:]), kwargs, self._summary) # some CNNs write to their input
             sizes = tuple(tuple((s[0] if self.reads else s).shape[2:]) for s in sams)
-            if self.asks: target = plain(out).argmax(1) if target is None else class_numbers(target, len(x), self.classes).to(x.device)
+            if self.asks:
+                target = plain(out).argmax(1) if target is None else class_numbers(target, len(x), self.meta.get('vocab') or self.classes).to(x.device)
             m, w, sams = self.interpret(sams, x.shape[2:], target)
         return Explanation(map_tensors(plain, out), m, sams, w, x, self.mean, self.std, self.layers, sizes, threshold, target)
 

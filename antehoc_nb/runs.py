@@ -172,14 +172,16 @@ def explain_files(model: AntehocModel, # A classifier; `meta` tells size and voc
                   out: str | Path, # Folder to write to; images that its explanations.csv lists are skipped
                   bs: int = 32, # Images at a time
                   threshold: float = 0.8, # Of the concept regions, in (0,1]
+                  target: str | int | None = None, # The class to ask about, if the weight network is `conditional`; None: what is predicted
                  ) -> tuple[int, int, list[tuple[str, str]]]: # How many explained now, how many before, and (name, reason) of those that can't be read
     """Explain image files in batches, past unreadable ones, and past what an earlier run has done.
 
-    `ValueError` if `out` holds the explanations of another model or threshold."""
+    `ValueError` if `out` holds the explanations of another model, threshold or class, or the model cannot be asked."""
     out = Path(out)
     table, size, vocab = out/'explanations.csv', tuple(model.meta.get('size') or (128, 128)), model.meta.get('vocab')
     channels = in_channels(model.cnn)
-    claim(out, dict(model=cnn_digest(model), threshold=threshold, size=size), 'explanations.json')
+    if target is not None: model.explain(torch.zeros(1, channels, *size, device=model.mean.device), target=target)  # it complains before work is lost
+    claim(out, dict(model=cnn_digest(model), threshold=threshold, size=size) | ({} if target is None else dict(asked=target)), 'explanations.json')
     rows = _done(table, images, out)
     done = {r['image'] for r in rows}
     part = table.with_name(table.name + '.part')
@@ -197,7 +199,7 @@ def explain_files(model: AntehocModel, # A classifier; `meta` tells size and voc
                 except Exception as e: failed.append((name, f'{type(e).__name__}: {e}'))
             if not batch: continue
             x = torch.from_numpy(np.stack([b[2] for b in batch])).to(model.mean.device).float() / 255
-            e = model.explain((x - model.mean) / model.std, threshold=threshold)
+            e = model.explain((x - model.mean) / model.std, threshold=threshold, target=target)
             if getattr(e.pred, 'ndim', 0) != 2 or not e.pred.is_floating_point():
                 raise ValueError(f'the model is a {type(model.cnn).__name__}, not a classifier: explain it in Python')
             p, c = e.pred.float().softmax(1).max(1)

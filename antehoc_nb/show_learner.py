@@ -51,10 +51,11 @@ def explain(self:Learner,
     items=None, # None: the first `n` validation images; or validation indices, paths, PIL images, or a `DataLoader`
     n:int=9, # how many, if `items` is None or a `DataLoader`
     threshold:float=.8, # of the binarised map, in (0,1]
+    target=None, # classes to ask about, by name or number, as `AntehocModel.explain` takes them
 ) -> Explanation: # a batch, in the order of `items`
     "Predictions and maps, one forward pass. `TypeError` if the model is not an `AntehocModel`; `IndexError` for an index out of range."
     model = _antehoc(self)
-    return model.explain(*_batch(self, items, n)[0], threshold=_threshold(threshold))
+    return model.explain(*_batch(self, items, n)[0], threshold=_threshold(threshold), target=target)
 
 # %% ../nbs/05_show_learner.ipynb #cell0011
 _right,_wrong = '#0072B2','#D55E00' # blue and vermilion, told apart by all common forms of colour blindness
@@ -76,11 +77,12 @@ def _titles(learn, pred, y=None):
 def show_maps(self:Learner, # noqa: F811
     n:int=9, # how many validation images, from the first
     items=None, # what to show instead, as in `Learner.explain`
+    target=None, # classes to ask about, as in `Learner.explain`
     **kwargs # of the function `show_maps`: cols, size, pairs, alpha, cmap
 ): # array of `Axes`
     "Maps of validation images or items, titled with prediction and, if wrong, truth; no titles if the output is not one score per class."
     x,y = _batch(self, items, n)
-    e = _antehoc(self).explain(*x)
+    e = _antehoc(self).explain(*x, target=target)
     titles,colors = _titles(self, e.pred, y)
     return show_maps(e, titles=titles, colors=colors, **kwargs)
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .layers import Registry
+from .layers import Registry, unknown_name
 from .sam import minmax, resize
 
 # %% ../nbs/02_weight_net.ipynb #cell0005
@@ -121,11 +121,16 @@ def count_classes(out, # What a CNN returned
     raise ValueError(f'a conditional weight network is asked about a class: a CNN that gives logits (B,K), K > 1, is needed, got {got}')
 
 
-def class_numbers(target, # One class number per image, or one for all
+def class_numbers(target, # One class per image, or one for all: numbers, or names if `classes` has them
                   n: int, # How many images
-                  classes: int | None = None, # How many classes there are; None: any number from 0 is a class
+                  classes: int | Sequence[str] | None = None, # How many classes there are, or their names; None: any number from 0 is a class
                  ) -> torch.Tensor: # (n,) int64
-    "Class numbers as a tensor. `TypeError` for what is no integer, `ValueError` for a wrong shape or a class that is not there."
+    "Class numbers as a tensor. `TypeError` for what is neither integer nor name, `ValueError` for a wrong shape or a class that is not there."
+    names, classes = ([], classes) if classes is None or isinstance(classes, int) else (list(classes), len(classes))
+    if isinstance(target, str): target = [target] * n
+    if isinstance(target, (list, tuple)) and target and isinstance(target[0], str):
+        if unknown := [o for o in target if o not in names]: raise ValueError(unknown_name('class', unknown[0], names))
+        target = [names.index(o) for o in target]
     t = torch.as_tensor(target)
     if t.is_floating_point() or t.dtype == torch.bool: raise TypeError(f'target must hold class numbers (integers), not {t.dtype}')
     t = t.as_subclass(torch.Tensor).long()
