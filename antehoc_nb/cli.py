@@ -133,7 +133,7 @@ def explain(model: Annotated[Path, typer.Argument(help='A folder that `antehoc t
         if not model.exists(): raise FileNotFoundError(f'{model}: no such model folder')
         net = AntehocModel.from_pretrained(model/'model' if (model/'model'/'config.json').exists() else model)
         names = [(f, f.name if images.is_file() else f.relative_to(images).as_posix()) for f in found]
-        question = int(ask) if ask.isdigit() and ask not in (net.meta.get('vocab') or ()) else ask or None
+        question = int(ask) if ask.isdecimal() and ask not in (net.meta.get('vocab') or ()) else ask or None
         n, before, failed = explain_files(net, names, out, bs, threshold, question)
     typer.echo(f'{n} images explained' + (f', {before} were done already' if before else '') + f'; see {out}/explanations.csv')
     for name, why in failed: typer.echo(f'antehoc: could not read {name} ({why})', err=True)

@@ -180,7 +180,7 @@ def _pick(layers: list[Layer], eta: int) -> list[Layer]:
 
 def choose_layers(cnn: nn.Module, # Any CNN
                   sample, # Input like the ones to come, (B,C,H,W); a tuple if the CNN takes several. False: only see whether it has the `layers`
-                  eta: int | None = 8, # How many layers, if `layers` is not given; None: the paper's 8, or all if there are fewer
+                  eta: int | None = 8, # How many layers, if `layers` is not given; None: the paper's 8, or all if there are fewer, but never one alone
                   layers: Sequence[str] | None = None, # Names to use instead of the automatic choice
                  ) -> tuple[str, ...]: # Their names, in order of computation
     """`eta` layers of `cnn`, evenly spaced from the first convolutional stage to the last (paper, section 3.1), or the given `layers`, checked.

@@ -133,9 +133,7 @@ class Explanation:
 
     def cpu(self) -> 'Explanation':
         "A copy on the CPU."
-        e = self._each(torch.Tensor.cpu)
-        e.mean, e.std = self.mean.cpu(), self.std.cpu()
-        return e
+        return replace(self._each(torch.Tensor.cpu), mean=self.mean.cpu(), std=self.std.cpu())
 
 # %% ../nbs/03_model.ipynb #cell0010
 def _own_seed(f, salt=0x5eed): # Building the weight network must not shift the numbers that the training draws.
@@ -188,7 +186,7 @@ class AntehocModel(nn.Module):
         if sample is not False and (self.reads and channels is None or self.asks and classes is None):
             with torch.no_grad(), evaluating(cnn), torch.random.fork_rng([]):
                 out, channels = record_sams(cnn, self.layers, as_inputs(sample), attention=lambda t: t.shape[1])
-            if self.asks: classes = count_classes(out)
+            if self.asks: classes = count_classes(out, classes)
         self.channels, self.classes = list(channels) if channels and self.reads else None, classes if self.asks else None
         for k in needs:
             if getattr(self, k) is None: raise ValueError(f'weight_net={weight_net!r} has to know the {k}: give {k}=, or a sample to find them with')
@@ -231,9 +229,11 @@ class AntehocModel(nn.Module):
         more = ()
         if self.reads:
             sams, activations = zip(*sams)
-            more = activations, self.grids, *([target] if self.asks else [])
+            more = activations, self.grids
+        if self.asks and target is None: raise ValueError(f'interpret: weight_net={self.weight_net_name!r} is asked about a class, give target, (B,)')
+        asked = dict(target=target) if self.asks else {}
         sams, p = resize_maps(sams, size, self.grids), next(self.weight_net.parameters(), None)
-        m, w = interpretation_map(sams, self.weight_net(sams if p is None else sams.to(p.dtype), *more), self.scale)
+        m, w = interpretation_map(sams, self.weight_net(sams if p is None else sams.to(p.dtype), *more, **asked), self.scale)
         return m, w, sams
 
     def explain(self,
@@ -253,8 +253,8 @@ class AntehocModel(nn.Module):
         with torch.no_grad(), evaluating(self):
             out, sams = record_sams(self.cnn, self.layers, (x.clone(), *args[1:]), kwargs, self._summary) # some CNNs write to their input
             sizes = tuple(tuple((s[0] if self.reads else s).shape[2:]) for s in sams)
-            if self.asks:
-                target = plain(out).argmax(1) if target is None else class_numbers(target, len(x), self.meta.get('vocab') or self.classes).to(x.device)
+            if self.asks and target is None: target = plain(out).argmax(1)
+            elif self.asks: target = class_numbers(target, len(x), self.classes, self.meta.get('vocab') or ()).to(x.device)
             m, w, sams = self.interpret(sams, x.shape[2:], target)
         return Explanation(map_tensors(plain, out), m, sams, w, x, self.mean, self.std, self.layers, sizes, threshold, target)
 

@@ -162,7 +162,7 @@ def _save(e: Explanation, own, digest, stem, threshold):
     grey.save(f'{stem}.map.png')
     Image.blend(own, heat, .5).save(f'{stem}.overlay.png')
     np.savez_compressed(f'{stem}.npz', map=m, sams=half(e.sams), weights=half(e.weights), pred=e.pred[0].float().cpu().numpy(), layers=np.array(e.layers),
-                        sha256=np.array(digest))
+                        sha256=np.array(digest), **({} if e.target is None else dict(target=e.target[0].cpu().numpy())))
     sx, sy = own.width / m.shape[1], own.height / m.shape[0]
     return [(r, [round(b * s, 1) for b, s in zip(r.box, (sx, sy, sx, sy))]) for r in concept_regions(e.map, threshold)]
 
@@ -180,8 +180,11 @@ def explain_files(model: AntehocModel, # A classifier; `meta` tells size and voc
     out = Path(out)
     table, size, vocab = out/'explanations.csv', tuple(model.meta.get('size') or (128, 128)), model.meta.get('vocab')
     channels = in_channels(model.cnn)
-    if target is not None: model.explain(torch.zeros(1, channels, *size, device=model.mean.device), target=target)  # it complains before work is lost
-    claim(out, dict(model=cnn_digest(model), threshold=threshold, size=size) | ({} if target is None else dict(asked=target)), 'explanations.json')
+    asked = {}
+    if target is not None:  # complain before work is lost
+        target = int(model.explain(torch.zeros(1, channels, *size, device=model.mean.device), target=target).target)
+        asked = dict(asked=vocab[target] if vocab else target)
+    claim(out, dict(model=cnn_digest(model), threshold=threshold, size=size) | asked, 'explanations.json')
     rows = _done(table, images, out)
     done = {r['image'] for r in rows}
     part = table.with_name(table.name + '.part')

@@ -7,7 +7,6 @@ __all__ = ['int_losses', 'masks', 'mse', 'mse_prob', 'mse_padded', 'cross_entrop
            'questions', 'held']
 
 # %% ../nbs/04_second_pass.ipynb #cell0002
-from collections.abc import Sequence
 from contextlib import contextmanager
 
 import torch
@@ -111,18 +110,24 @@ def both(m: torch.Tensor, # Interpretation maps, (B,1,H,W) in [0,1]
 
 # %% ../nbs/04_second_pass.ipynb #ask2
 def questions(y1: torch.Tensor, # Logits for the images, (B,K)
-              labels: Sequence, # What the batch has for labels: class numbers (B,), or something else, such as the two that MixUp has
+              label: torch.Tensor | None, # Their class numbers, (B,); None: not known
               i: torch.Tensor | None, # Running number of each image since the start of training, (B,); None: ask about the labels alone
               temperature: float = 1.5, # Of the softmax that the other classes are drawn from: above 1 asks about unlikely ones more often
              ) -> torch.Tensor: # (B,) int64
-    "The classes to ask about in pass 2: the label for half of the images, else one drawn by how likely the CNN finds it. Labels that are none are passed over."
-    label = labels[0].as_subclass(torch.Tensor) if len(labels) == 1 and isinstance(labels[0], torch.Tensor) else y1
-    if label.shape != y1.shape[:1] or label.is_floating_point(): label = None
-    if i is None: return y1.argmax(1) if label is None else label
-    u = lambda step: (i.double() * step).frac().to(y1.device)
-    p = (y1.detach().double() / temperature).softmax(1).cumsum(1)
-    drawn = (p < u(0.7548776662466927)[:, None]).sum(1).clamp_max(y1.shape[1] - 1)
-    return drawn if label is None else torch.where(u(0.5698402909980532) < .5, label, drawn)
+    """The classes to ask about in pass 2: the label for half of the images, else one drawn by how likely the CNN finds it.
+
+    A label that is no class, such as an index to ignore, gives way to the likeliest class. `ValueError` for labels that are not one class per image."""
+    likeliest = y1.argmax(1)
+    if label is not None:
+        if label.shape != likeliest.shape or label.is_floating_point():
+            raise ValueError('a conditional weight network is asked about one class per image: labels must be class numbers (B,), '
+                             f'got {tuple(label.shape)} of {label.dtype}')
+        label = torch.where((label >= 0) & (label < y1.shape[1]), label.long(), likeliest)
+    if i is None: return likeliest if label is None else label
+    u = lambda step: (i.cpu().double() * step).frac()  # drawn on the CPU: not every device has float64
+    p = (y1.detach().cpu().double() / temperature).softmax(1).cumsum(1)
+    drawn = (p < u(0.7548776662466927)[:, None]).sum(1).clamp_max(y1.shape[1] - 1).to(y1.device)
+    return drawn if label is None else torch.where(u(0.5698402909980532).to(y1.device) < .5, label, drawn)
 
 # %% ../nbs/04_second_pass.ipynb #cell0011
 @contextmanager

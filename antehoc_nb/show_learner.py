@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .model import AntehocModel, Explanation
 from .show import _grid, _imshow, _rows, _threshold, show_map, show_maps, to_rgb
+from .weight_net import class_numbers
 
 # %% ../nbs/05_show_learner.ipynb #cell0008
 def _antehoc(learn):
@@ -46,6 +47,11 @@ def _batch(learn, items=None, n=9):
     k = getattr(learn.dls, 'n_inp', 1)
     return b[:k], (b[k] if len(b) == k+1 else None)
 
+def _asked(learn, target, n):
+    "Classes by name or number as numbers, (n,), if the model can be asked"
+    m = _antehoc(learn)
+    return target if target is None or not m.asks else class_numbers(target, n, m.classes, getattr(learn.dls, 'vocab', None) or m.meta.get('vocab') or ())
+
 @patch
 def explain(self:Learner,
     items=None, # None: the first `n` validation images; or validation indices, paths, PIL images, or a `DataLoader`
@@ -55,7 +61,8 @@ def explain(self:Learner,
 ) -> Explanation: # a batch, in the order of `items`
     "Predictions and maps, one forward pass. `TypeError` if the model is not an `AntehocModel`; `IndexError` for an index out of range."
     model = _antehoc(self)
-    return model.explain(*_batch(self, items, n)[0], threshold=_threshold(threshold), target=target)
+    x,_ = _batch(self, items, n)
+    return model.explain(*x, threshold=_threshold(threshold), target=_asked(self, target, len(x[0])))
 
 # %% ../nbs/05_show_learner.ipynb #cell0011
 _right,_wrong = '#0072B2','#D55E00' # blue and vermilion, told apart by all common forms of colour blindness
@@ -82,8 +89,9 @@ def show_maps(self:Learner, # noqa: F811
 ): # array of `Axes`
     "Maps of validation images or items, titled with prediction and, if wrong, truth; no titles if the output is not one score per class."
     x,y = _batch(self, items, n)
-    e = _antehoc(self).explain(*x, target=target)
+    e = _antehoc(self).explain(*x, target=_asked(self, target, len(x[0])))
     titles,colors = _titles(self, e.pred, y)
+    if target is not None and titles: titles = [f'{t}\nasked {self.dls.vocab[int(c)]}' for t,c in zip(titles, e.target)]
     return show_maps(e, titles=titles, colors=colors, **kwargs)
 
 # %% ../nbs/05_show_learner.ipynb #cell0015

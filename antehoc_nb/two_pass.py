@@ -97,7 +97,7 @@ class TwoPass(Callback):
         for k in model_kwargs:
             if k not in known: raise TypeError(f'TwoPass: {unknown_name("argument", k, known)}')
         check_fill(fill)
-        self.mask, self.fill, self.int_loss, self.train_cnn, self.keep_maps, self.model_kwargs = mask, fill, loss, train_cnn, keep_maps, model_kwargs
+        self.mask, self.fill, self.wanted, self.train_cnn, self.keep_maps, self.model_kwargs = mask, fill, loss, train_cnn, keep_maps, model_kwargs
         self.int_losses, self.film, self.film_images, self._aside, self._seen = [], [], None, None, None
         self._mean, self._attached, self._begun = dict(train=[], valid=[]), None, False # (loss, batch size) of each batch
 
@@ -115,9 +115,9 @@ class TwoPass(Callback):
         elif self.model_kwargs: raise ValueError(f'{", ".join(self.model_kwargs)}: the learner already has an AntehocModel; set these there')
         else: self._adopt(learn.model)
         check_fill(self.fill, learn.model.mean.shape[1] if learn.model.mean.shape[1] > 1 else None)
-        if self.int_loss is None: self.int_loss = 'cross_entropy' if learn.model.asks else 'mse'
+        self.int_loss = self.wanted or ('cross_entropy' if learn.model.asks else 'mse')
         if learn.model.asks != getattr(int_losses[self.int_loss], 'asks', False):
-            raise ValueError(f'int_loss={self.int_loss!r} cannot train weight_net={learn.model.weight_net_name!r}: give int_loss=None for the one that can')
+            raise ValueError(f'int_loss={self.int_loss!r} (of TwoPass: loss) cannot train weight_net={learn.model.weight_net_name!r}; leave it out')
         self._join(learn)
         self._attached = learn.model
         if not any(isinstance(m, IntLoss) for m in learn.metrics): learn.metrics = learn.metrics + L(IntLoss('train'), IntLoss('valid'))
@@ -234,7 +234,7 @@ class TwoPass(Callback):
         with amp.autocast if amp and getattr(amp, 'autocast', None) else nullcontext():
             i = (self.epoch * self.n_iter + self.iter) * len(x) * self._processes() + torch.arange(len(x))
             if self._processes() > 1: i = i + dist.get_rank() * len(x)
-            if m.asks: y1 = questions(plain(output_tensors(y1)[0]), self.yb, i if self.training else None)
+            if m.asks: y1 = questions(plain(output_tensors(y1)[0]), plain(self.yb[0]) if len(self.yb) else None, i if self.training else None)
             i_map, *_ = m.interpret(sams, x.shape[2:], y1)
             y2 = m.cnn(m.mask(x, masks[mask](i_map, i), self.fill), *others)
         return int_loss(y2, y1, self.int_loss)

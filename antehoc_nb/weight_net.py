@@ -9,6 +9,7 @@ __all__ = ['weight_nets', 'autoencoder', 'informed', 'conditional', 'count_class
 # %% ../nbs/02_weight_net.ipynb #cell0002
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -55,7 +56,7 @@ class autoencoder(nn.Module):
 @weight_nets.register
 class informed(autoencoder):
     "The autoencoder reading the layers' activations beside their SAMs; (B,eta,H,W), eta x (B,C_i,h_i,w_i) -> (B,eta,H/4,W/4) logits."
-    reads_activations = True
+    reads_activations, more = True, 0  # more maps per layer, read beside SAM and views
 
     def __init__(self,
                  eta: int, # How many layers are blended
@@ -66,7 +67,7 @@ class informed(autoencoder):
         super().__init__(eta, width)
         self.views = nn.ModuleList(nn.Sequential(nn.GroupNorm(1, c), nn.Conv2d(c, views, 1)) for c in channels)
         self.whole = nn.Sequential(nn.LayerNorm(channels[-1]), nn.Linear(channels[-1], 2 * width))
-        old, self.down1 = self.down1, nn.Conv2d(eta * (1 + views), width, 3, stride=2, padding=1)
+        old, self.down1 = self.down1, nn.Conv2d(eta * (1 + views + self.more), width, 3, stride=2, padding=1)
         nn.init.kaiming_normal_(self.down1.weight, nonlinearity='relu'), nn.init.zeros_(self.down1.bias)
         with torch.no_grad(): self.down1.weight[:, :eta] = old.weight
 
@@ -88,7 +89,7 @@ class informed(autoencoder):
 @weight_nets.register
 class conditional(informed):
     "The informed network, asked about one class per image; (B,eta,H,W), eta x (B,C_i,h_i,w_i), (B,) -> (B,eta,H/4,W/4) logits."
-    asks = True
+    asks, more = True, 1
 
     def __init__(self,
                  eta: int, # How many layers are blended
@@ -102,8 +103,6 @@ class conditional(informed):
         self.question = nn.Embedding(classes, 2 * width)
         for e in self.evidence: nn.init.normal_(e.weight, std=e.embedding_dim**-.5)
         nn.init.normal_(self.question.weight, std=.3)
-        self.down1 = nn.Conv2d(eta * (2 + views), width, 3, stride=2, padding=1)
-        nn.init.kaiming_normal_(self.down1.weight, nonlinearity='relu'), nn.init.zeros_(self.down1.bias)
 
     def see(self, i, a, target):
         norm, view = self.views[i]
@@ -114,30 +113,33 @@ class conditional(informed):
 
 # %% ../nbs/02_weight_net.ipynb #asq2
 def count_classes(out, # What a CNN returned
+                  said: int | None = None, # How many there should be, if that is known
                  ) -> int:
-    "How many classes a CNN's output tells apart. `ValueError` for what are no logits."
-    if isinstance(out, torch.Tensor) and out.ndim == 2 and out.is_floating_point() and out.shape[1] > 1: return out.shape[1]
+    "How many classes a CNN's output tells apart. `ValueError` for what are no logits, or not the number that was said."
+    if isinstance(out, torch.Tensor) and out.ndim == 2 and out.is_floating_point() and out.shape[1] > 1:
+        if said in (None, out.shape[1]): return out.shape[1]
+        raise ValueError(f'classes={said}: the CNN tells {out.shape[1]} apart')
     got = f'{tuple(out.shape)} of {out.dtype}' if isinstance(out, torch.Tensor) else type(out).__name__
     raise ValueError(f'a conditional weight network is asked about a class: a CNN that gives logits (B,K), K > 1, is needed, got {got}')
 
 
-def class_numbers(target, # One class per image, or one for all: numbers, or names if `classes` has them
+def class_numbers(target, # One class per image, or one for all: numbers, or names
                   n: int, # How many images
-                  classes: int | Sequence[str] | None = None, # How many classes there are, or their names; None: any number from 0 is a class
-                 ) -> torch.Tensor: # (n,) int64
+                  classes: int | None = None, # How many classes there are; None: any number from 0 is a class
+                  names: Sequence[str] = (), # What they are called
+                 ) -> torch.Tensor: # (n,) int64, on the CPU
     "Class numbers as a tensor. `TypeError` for what is neither integer nor name, `ValueError` for a wrong shape or a class that is not there."
-    names, classes = ([], classes) if classes is None or isinstance(classes, int) else (list(classes), len(classes))
-    if isinstance(target, str): target = [target] * n
-    if isinstance(target, (list, tuple)) and target and isinstance(target[0], str):
-        if unknown := [o for o in target if o not in names]: raise ValueError(unknown_name('class', unknown[0], names))
-        target = [names.index(o) for o in target]
-    t = torch.as_tensor(target)
-    if t.is_floating_point() or t.dtype == torch.bool: raise TypeError(f'target must hold class numbers (integers), not {t.dtype}')
-    t = t.as_subclass(torch.Tensor).long()
+    a = target.detach().cpu().numpy() if isinstance(target, torch.Tensor) else np.asarray(target)
+    if a.dtype.kind in 'UO' and all(isinstance(o, str) for o in a.flat):
+        if not len(names): raise ValueError(f'target={str(a.flat[0])!r}: this model has no class names; give numbers')
+        if unknown := [o for o in a.flat if o not in names]: raise ValueError(unknown_name('class', str(unknown[0]), list(names)))
+        a = np.array([list(names).index(o) for o in a.flat]).reshape(a.shape)
+    if a.dtype.kind not in 'iu': raise TypeError(f'target must hold class numbers (integers), not {getattr(target, "dtype", a.dtype)}')
+    t = torch.as_tensor(a.astype(np.int64))
     t = t.expand(n) if t.ndim == 0 else t
     if t.shape != (n,): raise ValueError(f'target has shape {tuple(t.shape)} for {n} images; it must be ({n},)')
-    if t.min() < 0: raise ValueError(f'target must hold class numbers from 0, got {t.min()}')
-    if classes and t.max() >= classes: raise ValueError(f'target must lie in 0..{classes-1} for this model, got {t.max()}')
+    if n and t.min() < 0: raise ValueError(f'target must hold class numbers from 0, got {t.min()}')
+    if n and classes and t.max() >= classes: raise ValueError(f'target must lie in 0..{classes-1} for this model, got {t.max()}')
     return t
 
 # %% ../nbs/02_weight_net.ipynb #cell0008

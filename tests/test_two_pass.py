@@ -56,6 +56,7 @@ CASES = dict(
     single=dict(two=dict(weight_net='single', fill='blur')),
     uniform=dict(two=dict(weight_net='uniform', scale=False)),
     informed=dict(two=dict(weight_net='informed')),
+    conditional=dict(two=dict(weight_net='conditional')),
     informed_bf16=dict(two=dict(weight_net='informed'), cbs=[Bf16()]),
     film=dict(two=dict(keep_maps=4, soft_attention='softmax_max')),
 )
