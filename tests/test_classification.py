@@ -7,6 +7,8 @@ import torch
 from PIL import Image
 
 from antehoc_nb.classification import (
+    ASKED,
+    ASKED_WRONG,
     CRITERIA,
     PACKS,
     PROFILES,
@@ -23,6 +25,7 @@ from antehoc_nb.classification import (
 )
 from antehoc_nb.noise_table import read_stability, run_stability, stability_table
 from antehoc_nb.records import read_record
+from antehoc_nb.runs import cnn_digest
 
 
 @pytest.fixture(scope='module')
@@ -73,7 +76,23 @@ def test_record_tables_and_figures(run, pack):
     cells = paper_table('table1', dict(tinyimagenet20=b), paper)['Tiny-ImageNet-20']
     assert cells['drop']['grad-cam'] == f"{t['grad-cam', 'cnn', 'energy', 'drop']:.1f} (12.3)" and cells['drop']['ones'] == '–'
     assert len(figure1('tinyimagenet20', 'smoke', d/'work', pack, n=2).axes) == 8
-    assert len(figure3('tinyimagenet20', 'smoke', d/'work', pack, n=2).axes) == 10
+    assert len(figure3('tinyimagenet20', 'smoke', d/'work', pack, n=2).axes) == 12
+
+
+def test_the_network_that_is_asked_has_the_same_cnn(run, pack):
+    "Its maps compete with those of the same CNN; asked of the wrong class, it is a control and competes with nobody."
+    rec, d = run
+    b = read_classification('tinyimagenet20', 'smoke', d/'results')
+    own, asked = (trained_model('tinyimagenet20', 'smoke', work=d/'work', part=k) for k in ('cnn', 'asked'))
+    assert cnn_digest(own.cnn) == cnn_digest(asked.cnn) and asked.asks and asked.classes == 2
+    assert {ASKED, ASKED_WRONG} <= set(b.df.explainer) and not b.df[b.df.explainer == ASKED_WRONG].significant.any()
+    assert set(verdict(b, ASKED).ahead) <= {0, 1, 2, 3}
+    out = d/'work'/'classification'/'tinyimagenet20-smoke'/'seed0'
+    claimed = (out/'benchmark'/'asked.json').read_text()
+    (out/'benchmark'/'asked.json').write_text('{"asked": "another"}')
+    with pytest.raises(ValueError, match='holds a run with other settings .asked: another there'):
+        run_classification('tinyimagenet20', 'smoke', d/'r', d/'work', pack)
+    (out/'benchmark'/'asked.json').write_text(claimed)
 
 
 def test_a_finished_run_is_read_and_not_trained_again(run, pack):
