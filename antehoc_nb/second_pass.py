@@ -108,7 +108,7 @@ def both(m: torch.Tensor, # Interpretation maps, (B,1,H,W) in [0,1]
     "`soft` for even images, `sweep` for odd ones."
     return torch.where((i % 2 == 0)[:, None, None, None].to(m.device), m, sweep(m, i))
 
-# %% ../nbs/04_second_pass.ipynb #ask2
+# %% ../nbs/04_second_pass.ipynb #cell0016
 def questions(y1: torch.Tensor, # Logits for the images, (B,K)
               label: torch.Tensor | None, # Their class numbers, (B,); None: not known
               i: torch.Tensor | None, # Running number of each image since the start of training, (B,); None: ask about the labels alone

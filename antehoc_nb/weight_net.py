@@ -85,7 +85,7 @@ class informed(autoencoder):
     def see(self, i, a, target): return self.views[i](a) # what is read of a layer's activation, (B,views,h,w)
     def gist(self, a, target): return self.whole(a) # what the bottleneck is told of the whole image, (B,2 * width)
 
-# %% ../nbs/02_weight_net.ipynb #ask2
+# %% ../nbs/02_weight_net.ipynb #cell0021
 @weight_nets.register
 class conditional(informed):
     "The informed network, asked about one class per image; (B,eta,H,W), eta x (B,C_i,h_i,w_i), (B,) -> (B,eta,H/4,W/4) logits."
@@ -111,7 +111,7 @@ class conditional(informed):
 
     def gist(self, a, target): return self.whole(a) + self.question(target)
 
-# %% ../nbs/02_weight_net.ipynb #asq2
+# %% ../nbs/02_weight_net.ipynb #cell0024
 def count_classes(out, # What a CNN returned
                   said: int | None = None, # How many there should be, if that is known
                  ) -> int:
