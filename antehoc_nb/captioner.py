@@ -19,10 +19,11 @@ from fastcore.foundation import L
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from .caption_data import END, START, _tokenizers, words_of
+from .caption_data import END, SPECIAL, START, _tokenizers, encode_captions, words_of
 from .cnns import build_cnn, in_channels, own_cnns
 from .model import AntehocModel, evaluating, plain
 from .two_pass import antehoc_learner, plain_learner
+from .weight_net import weight_nets
 
 # %% ../nbs/12_captioner.ipynb #cell0006
 def caption_body(arch: str, # "resnet50", "timm/convnext_atto", "small_cnn", ...
@@ -105,21 +106,36 @@ class Captioner(nn.Module):
                ) -> torch.Tensor: # Logits of tokens 1 to T-1, (B,T-1,V), zeros where they are padding; without tokens the tokens it says, (B,T)
         "Teacher-forced logits. `ValueError` for tokens that do not fit the images or the vocabulary"
         if tokens is None: return self.generate(x)[0]
-        tokens, n = self._fit(plain(tokens), x)
+        tokens = self._fit(tokens, x)
+        n = (tokens != 0).sum(1).cpu() - 1
+        if (n < 1).any(): raise ValueError('tokens: a caption needs <start> and <end> at least; is one empty?')
         image, *places = self.see(x)
         told = torch.cat([self.drop(self.words(tokens[:, :-1])), image[:, None].expand(-1, tokens.shape[1] - 1, -1)], 2)
         packed = pack_padded_sequence(told, n, batch_first=True, enforce_sorted=False)
         out, _ = pad_packed_sequence(self._listen(packed, self.start(image))[0], batch_first=True, total_length=told.shape[1])
         return self.say(out, *places).masked_fill((tokens[:, 1:] == 0)[..., None], 0)
 
-    def _fit(self, tokens, x):
-        "Tokens beside their images, and on the CPU how many of each are predicted"
+    def _fit(self, tokens, x, what='tokens'):
+        "Tokens beside their images"
         if tokens.ndim != 2 or len(tokens) != len(x) or tokens.is_floating_point():
-            raise ValueError(f'tokens: (B,T) of whole numbers for {len(x)} images, got {tuple(tokens.shape)} of {tokens.dtype}')
-        n, top, known = (tokens != 0).sum(1).cpu() - 1, tokens.max().item(), self.words.num_embeddings
-        if top >= known: raise ValueError(f'tokens: number {top} is not in the vocabulary of {known} entries; they come from another tokenizer')
-        if (n < 1).any(): raise ValueError('tokens: a caption needs <start> and <end> at least; is one empty?')
-        return tokens.to(x.device), n
+            raise ValueError(f'{what}: (B,T) of whole numbers for {len(x)} images, got {tuple(tokens.shape)} of {tokens.dtype}')
+        top, known = tokens.max().item(), self.words.num_embeddings
+        if top >= known: raise ValueError(f'{what}: number {top} is not in the vocabulary of {known} entries; they come from another tokenizer')
+        return plain(tokens).to(x.device)
+
+
+    def question(self,
+                 target, # Words to ask about: one or more for all images, 'a dog', or for each, ['a dog', 'grass'], or tokens (B,T); None: all words
+                 out: torch.Tensor, # What the captioner returned: logits, or the tokens it said
+                 tokens: torch.Tensor | None = None, # The captions that it was told, (B,T)
+                ) -> torch.Tensor: # (B,T-1), in the place of each word; -1 where there is nothing to ask about
+        "The words that a map is asked about. `TypeError` for what are none, `ValueError` for unknown ones, or not one text per image"
+        if target is None: target = out if tokens is None else tokens
+        if isinstance(target, str): target = [target] * len(out)
+        if isinstance(target, (list, tuple)) and all(isinstance(o, str) for o in target): target = encode_captions(self.tokenizer, target)
+        if not isinstance(target, torch.Tensor): raise TypeError(f'target: a captioner is asked about words or tokens (B,T), not {type(target).__name__}')
+        target = self._fit(target, out, 'target')[:, 1:]
+        return target.masked_fill(target < len(SPECIAL), -1)
 
 
 @own_cnns.register
@@ -187,13 +203,14 @@ def caption_learner(dls, # From `caption_dls`
                     pretrained: bool = True, # Download ImageNet weights for it
                     emb: int = 256, hidden: int = 512, grid: int = 1, dropout: float = .3, # As for `Captioner`
                     explain: bool = True, # False: without a weight network, to compare
-                    int_loss: str = 'mse_padded', # A name in `int_losses`
+                    int_loss: str | None = None, # A name in `int_losses`; None: 'cross_entropy' for a weight network that is asked, else 'mse_padded'
                     **kwargs, # As for `antehoc_learner`; without a weight network as for `Learner`
                    ) -> Learner: # `learn.model` is an `AntehocModel` of a `Captioner`
     "A fastai learner that describes images and explains itself. Errors as of `Captioner`"
     if not hasattr(dls, 'tokenizer'): raise ValueError('dls: has no tokenizer; make them with `caption_dls`')
     cnn = Captioner(backbone, dls.tokenizer, emb, hidden, grid, dropout, pretrained)
     kwargs = dict(splitter=caption_splitter) | kwargs
+    int_loss = int_loss or ('cross_entropy' if getattr(weight_nets[kwargs.get('weight_net', 'autoencoder')], 'asks', False) else 'mse_padded')
     return antehoc_learner(dls, cnn, int_loss=int_loss, **kwargs) if explain else plain_learner(dls, cnn, **kwargs)
 
 

@@ -68,15 +68,25 @@ class CaptionScore(nn.Module):
         return (_mean_log_prob(self.captioner, x, tokens) if self.word is None else word_log_probs(self.captioner, x, tokens)[:, self.word])[:, None]
 
 # %% ../nbs/12_captioner_maps.ipynb #cell0011
+def _only(tokens, word):
+    "Captions with all but one word taken out"
+    out = torch.zeros_like(tokens)
+    out[:, word + 1] = tokens[:, word + 1]
+    return out
+
+
 def caption_maps(explainer: str | Callable, # A name in `explainers`, 'plain average of layers', or a function that will be given a `CaptionScore` and class 0
                  model: AntehocModel, # Of a `Captioner`
                  x: torch.Tensor, # Images, (B,C,H,W), normalised
                  tokens: torch.Tensor, # Captions, (B,T)
-                 word: int | None = None, # As of `CaptionScore`; the model's own map and the controls do not depend on it
+                 word: int | None = None, # As of `CaptionScore`; the controls do not depend on it, nor the model's own map unless it is asked about words
                  bs: int = 64, # Images at a time
                 ) -> torch.Tensor: # (B,1,H,W) in [0,1]
     "Maps of captions by any explainer. Errors as of `explain_with`"
     f = plain_average if explainer == 'plain average of layers' else explainers[explainer] if isinstance(explainer, str) else explainer
+    if f is explainers['ante-hoc'] and model.asks:
+        about = tokens if word is None else _only(tokens, word)
+        return torch.cat([model.explain(b, t.to(x.device), target=a.to(x.device)).map for b, t, a in zip(x.split(bs), tokens.split(bs), about.split(bs))])
     if f in (plain_average, *(explainers[k] for k in ('ante-hoc', *CONTROLS))): ask = lambda b, t: explain_with(f, model, b, 0)
     else:
         n = bs if f in (grad_cam, grad_cam_pp) else 1
@@ -223,8 +233,9 @@ def word_pointing(model: AntehocModel, x: torch.Tensor, tokens: torch.Tensor, # 
     for k, m in whole.items():
         regions = word_maps(model, x, tokens, maps=m, **kwargs)
         maps[f'{k}, regions by word'] = torch.stack([regions[i].maps[t] for i, t in zip(rows, at)])
-    cams = {t: caption_maps('grad-cam', model, x, tokens, t).cpu() for t in sorted({*at})}
-    maps['grad-cam by word'] = torch.stack([cams[t][i, 0] for i, t in zip(rows, at)])
+    for e in ['ante-hoc'] * model.asks + ['grad-cam']:
+        each = {t: caption_maps(e, model, x, tokens, t).cpu() for t in sorted({*at})}
+        maps[f'{e} by word'] = torch.stack([each[t][i, 0] for i, t in zip(rows, at)])
     for k, m in (whole | {'gaussian': caption_maps('gaussian', model, x, tokens)}).items(): maps[f'{k}, whole caption'] = m.cpu()[rows, 0]
     return {k: pointing_game(m, boxes) for k, m in maps.items()}
 
@@ -238,6 +249,7 @@ def score_captions(model: AntehocModel, # Of a `Captioner`
                    explainers: Sequence[str] = CAPTION_EXPLAINERS, # Names, as for `caption_maps`
                    metrics: Sequence[str] = ('faithfulness', 'insertion_deletion'), # Names in `benchmark_metrics`
                    bs: int = 32, # Images at a time
+                   told: dict[str, torch.Tensor] | None = None, # What the maps are told instead of `asked`, (N,T) each: a control
                    **kwargs, # Of `Task`: fill, threshold, areas, steps
                   ) -> dict: # As `summarise` takes it: explainer -> values
     "Scores of every image for every explainer and every kind of caption."
@@ -247,7 +259,7 @@ def score_captions(model: AntehocModel, # Of a `Captioner`
         for who, tokens in asked.items():
             for b in torch.arange(len(x)).split(bs):
                 t = tokens[b]
-                m = caption_maps(name, model, x[b], t)
+                m = caption_maps(name, model, x[b], (told or asked)[who][b])
                 task = Task(x[b], t, {who: partial(caption_probability, model)}, model.mean, model.std, **kwargs)
                 with torch.no_grad(), evaluating(model):
                     for f in (benchmark_metrics[o] for o in metrics):

@@ -129,7 +129,7 @@ def cnn_config(c:dict, # From `profile_config`
 # %% ../nbs/10_classification.ipynb #cell0011
 def plain_average(model:AntehocModel, x, target=None):
     "The SAMs of the tapped layers, averaged: what the weight network starts from."
-    return minmax(model.explain(x).sams.mean(1, keepdim=True))
+    return minmax(model.explain(x).sams[:, :model.eta].mean(1, keepdim=True))
 
 
 VARIANTS = {'grad-cam, evenly spread': partial(grad_cam, aligned=False), 'score-cam, moved': partial(score_cam, aligned=True),

@@ -82,7 +82,7 @@ class Explanation:
     "The prediction for a batch of images, and the map of the pixels it rests on, from one forward pass."
     pred: Any # What the CNN returned
     map: torch.Tensor # Interpretation map, (B,1,H,W) in [0,1]
-    sams: torch.Tensor # Soft attention maps, (B,eta,H,W) in [0,1]
+    sams: torch.Tensor # Soft attention maps, (B,eta,H,W) in [0,1]; of a `directed` network (B,2 eta,H,W), as are the weights
     weights: torch.Tensor # Weight maps, (B,eta,H,W), sum 1 over eta at every pixel
     image: torch.Tensor # The images as the CNN got them, (B,C,H,W)
     mean: torch.Tensor # What the images were normalised with: pixel = image * std + mean, (1,C,1,1)
@@ -90,7 +90,7 @@ class Explanation:
     layers: tuple[str, ...] = () # Names of the tapped layers
     sizes: tuple[tuple[int, int], ...] = () # Their resolutions, (h,w)
     threshold: float = 0.8 # Where the map is binarised, in (0,1]
-    target: torch.Tensor | None = None # Classes that were asked about, (B,); None: the map explains the output as a whole
+    target: torch.Tensor | None = None # Classes that were asked about, (B,), or words, (B,T); None: the map explains the output as a whole
 
     @property
     def black(self) -> torch.Tensor:
@@ -181,12 +181,12 @@ class AntehocModel(nn.Module):
         self.eta, self.soft_attention, self.temperature, self.scale, self.meta = len(self.layers), soft_attention, temperature, scale, meta or {}
         self.weight_net_name = weight_net
         make = weight_nets[weight_net]
-        self.reads, self.asks = (getattr(make, o, False) for o in ('reads_activations', 'asks'))
+        self.reads, self.asks, self.directs = (getattr(make, o, False) for o in ('reads_activations', 'asks', 'directs'))
         needs = ['channels'] * self.reads + ['classes'] * self.asks
         if sample is not False and (self.reads and channels is None or self.asks and classes is None):
             with torch.no_grad(), evaluating(cnn), torch.random.fork_rng([]):
                 out, channels = record_sams(cnn, self.layers, as_inputs(sample), attention=lambda t: t.shape[1])
-            if self.asks: classes = count_classes(out, classes)
+            if self.asks: classes = self.cnn.n_words if hasattr(cnn, 'question') else count_classes(out, classes)
         self.channels, self.classes = list(channels) if channels and self.reads else None, classes if self.asks else None
         for k in needs:
             if getattr(self, k) is None: raise ValueError(f'weight_net={weight_net!r} has to know the {k}: give {k}=, or a sample to find them with')
@@ -223,23 +223,28 @@ class AntehocModel(nn.Module):
     def interpret(self,
                   sams: list, # As `take_sams` gives them
                   size: tuple[int, int], # (H,W) of the image
-                  target: torch.Tensor | None = None, # Classes that are asked about, (B,), if the weight network `asks`
-                 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: # Map (B,1,H,W), weights (B,eta,H,W), SAMs (B,eta,H,W)
+                  target: torch.Tensor | None = None, # Classes that are asked about, (B,) or (B,Q), if the weight network `asks`
+                 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: # Map (B,1,H,W); weights and SAMs, (B,eta,H,W), or twice as many of `directed`
         "Resize the soft attention maps, weigh them and blend them (Eq. 1); differentiable in the weight network."
         more = ()
         if self.reads:
             sams, activations = zip(*sams)
-            more = activations, self.grids
+            more = (activations, self.grids) + (target,) * self.asks
         if self.asks and target is None: raise ValueError(f'interpret: weight_net={self.weight_net_name!r} is asked about a class, give target, (B,)')
-        asked = dict(target=target) if self.asks else {}
-        sams, p = resize_maps(sams, size, self.grids), next(self.weight_net.parameters(), None)
-        m, w = interpretation_map(sams, self.weight_net(sams if p is None else sams.to(p.dtype), *more, **asked), self.scale)
+        if self.directs: sams = *sams, *self.weight_net.direct(activations, target)
+        sams, p = resize_maps(sams, size, self.grids * (1 + self.directs)), next(self.weight_net.parameters(), None)
+        m, w = interpretation_map(sams, self.weight_net(sams if p is None else sams.to(p.dtype), *more), self.scale)
         return m, w, sams
+
+    def question(self, target, out, *others, **kwargs): # As of `explain`, and what the CNN returned for which inputs beside the image
+        "What is asked about: classes, (B,), or several of each image, (B,Q), where the CNN has a method `question` that says which."
+        if hasattr(self.cnn, 'question'): return self.cnn.question(target, out, *others, **kwargs)
+        return plain(out).argmax(1) if target is None else class_numbers(target, len(out), self.classes, self.meta.get('vocab') or ())
 
     def explain(self,
                 *args, # The CNN's arguments; the first is the image batch, (B,C,H,W), normalised as the CNN expects
                 threshold: float = 0.8, # Where `binarised` cuts, in (0,1]
-                target=None, # Classes to ask about, one each or one for all, if the weight network is `conditional`; None: what is predicted
+                target=None, # Classes to ask about, one each or one for all, if the weight network is `conditional` or `directed`; None: what is predicted
                 **kwargs) -> Explanation:
         "Prediction and map from one forward pass, in evaluation mode and without autograd."
         if not args: raise ValueError('explain: give the images as the first positional argument')
@@ -253,10 +258,10 @@ class AntehocModel(nn.Module):
         with torch.no_grad(), evaluating(self):
             out, sams = record_sams(self.cnn, self.layers, (x.clone(), *args[1:]), kwargs, self._summary) # some CNNs write to their input
             sizes = tuple(tuple((s[0] if self.reads else s).shape[2:]) for s in sams)
-            if self.asks and target is None: target = plain(out).argmax(1)
-            elif self.asks: target = class_numbers(target, len(x), self.classes, self.meta.get('vocab') or ()).to(x.device)
+            if self.asks: target = self.question(target, out, *args[1:], **kwargs).to(x.device)
             m, w, sams = self.interpret(sams, x.shape[2:], target)
-        return Explanation(map_tensors(plain, out), m, sams, w, x, self.mean, self.std, self.layers, sizes, threshold, target)
+        names, sizes = self.layers + tuple(f'{o}, asked' for o in self.layers * self.directs), sizes * (1 + self.directs)
+        return Explanation(map_tensors(plain, out), m, sams, w, x, self.mean, self.std, names, sizes, threshold, target)
 
 # %% ../nbs/03_model.ipynb #cell0023
 @patch
@@ -273,13 +278,12 @@ def mask(self: AntehocModel,
 def config(self: AntehocModel) -> dict:
     "Everything but the weights, as JSON can hold it."
     keys = dict(eta=self.eta, layers=list(self.layers), grids=self.grids, soft_attention=self.soft_attention, temperature=self.temperature,
-                weight_net=self.weight_net_name, scale=self.scale)
-    stats = dict(mean=self.mean.flatten().tolist(), std=self.std.flatten().tolist())
+                weight_net=self.weight_net_name, scale=self.scale, mean=self.mean.flatten().tolist(), std=self.std.flatten().tolist())
     channels_last = any(p.ndim == 4 and not p.is_contiguous() and p.is_contiguous(memory_format=torch.channels_last) for p in self.parameters())
     keys |= {k: v for k in ('channels', 'classes') if (v := getattr(self, k)) is not None}
     built = getattr(self.cnn, 'build', None)  # a CNN that knows how `build_cnn` makes it again
     meta = (dict(cnn=built) if isinstance(built, dict) else {}) | self.meta
-    return dict(format='antehoc_nb', version=antehoc_nb.__version__, **keys, **stats, channels_last=channels_last, meta=meta)
+    return dict(format='antehoc_nb', version=antehoc_nb.__version__, **keys, channels_last=channels_last, meta=meta)
 
 
 @patch

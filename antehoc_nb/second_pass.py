@@ -46,11 +46,13 @@ def mse_padded(y2: torch.Tensor, # Logits for the masked images, (B,T,n)
 
 
 @int_losses.register
-def cross_entropy(y2: torch.Tensor, # Logits for the masked images, (B,n)
-                  target: torch.Tensor, # The classes that were asked about, (B,), instead of what the CNN said before
+def cross_entropy(y2: torch.Tensor, # Logits for the masked images, (B,n) or (B,T,n)
+                  target: torch.Tensor, # What was asked about, (B,) or (B,T), instead of what the CNN said before; below 0: nothing
                  ) -> torch.Tensor: # Scalar
-    "Cross-entropy of the class that is asked about: what trains a `conditional` weight network."
-    return F.cross_entropy(y2.float(), target)
+    "Cross-entropy of the class that is asked about, or the mean over an image's words that are: what trains a `conditional` weight network."
+    asked = target >= 0
+    loss = F.cross_entropy(y2.flatten(0, -2).float(), target.flatten(), ignore_index=-1, reduction='none').view(len(target), -1)
+    return (loss.sum(1) / asked.view(len(target), -1).sum(1).clamp_min(1)).mean()
 
 
 cross_entropy.asks = True
@@ -109,14 +111,21 @@ def both(m: torch.Tensor, # Interpretation maps, (B,1,H,W) in [0,1]
     return torch.where((i % 2 == 0)[:, None, None, None].to(m.device), m, sweep(m, i))
 
 # %% ../nbs/04_second_pass.ipynb #cell0016
-def questions(y1: torch.Tensor, # Logits for the images, (B,K)
-              label: torch.Tensor | None, # Their class numbers, (B,); None: not known
+def questions(y1: torch.Tensor, # Logits for the images, (B,K), or of the words of their captions, (B,T,K)
+              label: torch.Tensor | None, # Their class numbers, (B,), None: not known; or the words, (B,T), below 0 where none can be asked about
               i: torch.Tensor | None, # Running number of each image since the start of training, (B,); None: ask about the labels alone
               temperature: float = 1.5, # Of the softmax that the other classes are drawn from: above 1 asks about unlikely ones more often
-             ) -> torch.Tensor: # (B,) int64
+             ) -> torch.Tensor: # (B,) or (B,T), int64
     """The classes to ask about in pass 2: the label for half of the images, else one drawn by how likely the CNN finds it.
+    Of captions: all the words for half of the images, else one of them, each as often as any other.
 
     A label that is no class, such as an index to ignore, gives way to the likeliest class. `ValueError` for labels that are not one class per image."""
+    u = lambda step: (i.cpu().double() * step).frac()  # drawn on the CPU: not every device has float64
+    if y1.ndim == 3:
+        if i is None: return label
+        n, one = (label >= 0).cumsum(1), (u(0.5698402909980532) >= .5).to(label.device)[:, None]
+        nth = 1 + (u(0.7548776662466927).to(label.device) * n[:, -1]).long()[:, None]
+        return label.masked_fill(one & ((n != nth) | (label < 0)), -1)
     likeliest = y1.argmax(1)
     if label is not None:
         if label.shape != likeliest.shape or label.is_floating_point():
@@ -124,7 +133,6 @@ def questions(y1: torch.Tensor, # Logits for the images, (B,K)
                              f'got {tuple(label.shape)} of {label.dtype}')
         label = torch.where((label >= 0) & (label < y1.shape[1]), label.long(), likeliest)
     if i is None: return likeliest if label is None else label
-    u = lambda step: (i.cpu().double() * step).frac()  # drawn on the CPU: not every device has float64
     p = (y1.detach().cpu().double() / temperature).softmax(1).cumsum(1)
     drawn = (p < u(0.7548776662466927)[:, None]).sum(1).clamp_max(y1.shape[1] - 1).to(y1.device)
     return drawn if label is None else torch.where(u(0.5698402909980532).to(y1.device) < .5, label, drawn)

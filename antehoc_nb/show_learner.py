@@ -48,9 +48,10 @@ def _batch(learn, items=None, n=9):
     return b[:k], (b[k] if len(b) == k+1 else None)
 
 def _asked(learn, target, n):
-    "Classes by name or number as numbers, (n,), if the model can be asked"
+    "Classes by name or number as numbers, (n,), if the model can be asked about classes"
     m = _antehoc(learn)
-    return target if target is None or not m.asks else class_numbers(target, n, m.classes, getattr(learn.dls, 'vocab', None) or m.meta.get('vocab') or ())
+    if target is None or not m.asks or hasattr(m.cnn, 'question'): return target
+    return class_numbers(target, n, m.classes, getattr(learn.dls, 'vocab', None) or m.meta.get('vocab') or ())
 
 @patch
 def explain(self:Learner,

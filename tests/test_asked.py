@@ -1,6 +1,7 @@
 """Maps that are asked about a class: what they may depend on, and that they learn to answer."""
 import copy
 
+import matplotlib.pyplot as plt
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,10 +18,12 @@ from hypothesis import strategies as st
 from torch import nn
 from workers import scenes, small_cnn
 
+from antehoc_nb.caption_data import CaptionLoss
 from antehoc_nb.checkpoint import Checkpoint
 from antehoc_nb.explainers import explain_with
 from antehoc_nb.model import AntehocModel
 from antehoc_nb.second_pass import held, int_loss, questions
+from antehoc_nb.show import show_sams, show_weights
 from antehoc_nb.two_pass import Bf16, TwoPass, antehoc_learner
 from antehoc_nb.weight_net import weight_nets
 
@@ -54,7 +57,7 @@ def test_it_learns_to_show_what_it_is_asked_about():
     x, left = patches(512)
     loader = lambda: DataLoader([(o, torch.tensor(i % 2)) for i, o in enumerate(x)], bs=16, num_workers=0)
     share = {}
-    for net in ('conditional', 'informed'):
+    for net in ('conditional', 'directed', 'informed'):
         set_seed(0)
         learn = Learner(DataLoaders(loader(), loader()), RedOrBlue(), loss_func=CrossEntropyLossFlat(),
                         cbs=TwoPass(layers=['red.1', 'blue.1'], weight_net=net, train_cnn=False))
@@ -64,8 +67,83 @@ def test_it_learns_to_show_what_it_is_asked_about():
             m = learn.model.explain(t, target=c if learn.model.asks else None).map
             here = (west if c == 0 else ~west)[:, None, None, None] == (torch.arange(32) < 16)
             share[net, c] = ((m * here).sum() / m.sum()).item()
-    assert min(share['conditional', c] for c in (0, 1)) > .8, share
+    assert min(share[net, c] for net in ('conditional', 'directed') for c in (0, 1)) > .8, share
     assert max(share['informed', c] for c in (0, 1)) < .7, share
+
+
+class RedAndBlue(RedOrBlue):
+    "Says 'red' (4) of red and 'blue' (5) of blue, at every place of a caption."
+    n_words = 6
+
+    def forward(self, x, tokens):
+        out = x.new_zeros(len(x), tokens.shape[1] - 1, 6)
+        out[..., 4:] = super().forward(x)[:, None]
+        return out
+
+    def question(self, target, out, tokens=None):
+        t = (tokens if target is None else target)[:, 1:]
+        return t.masked_fill(t < 4, -1)
+
+
+def test_it_learns_to_show_what_a_word_is_about():
+    "Every caption says 'red blue'; asked about one of the words, the map lies on the patch of that colour."
+    x, _ = patches(512)
+    tokens = torch.tensor([2, 4, 5, 3])
+    loader = lambda: DataLoader([(o, tokens, tokens) for o in x], bs=16, num_workers=0)
+    set_seed(0)
+    dls = DataLoaders(loader(), loader())
+    dls.n_inp = 2
+    learn = Learner(dls, RedAndBlue(), loss_func=CaptionLoss(), cbs=TwoPass(layers=['red.1', 'blue.1'], weight_net='conditional', train_cnn=False))
+    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(5, 1e-2)
+    t, west = patches(64, seed=1)
+    share = {}
+    for word in (4, 5):
+        m = learn.model.explain(t, tokens.expand(64, -1), target=torch.tensor([[2, word, 3]]).expand(64, -1)).map
+        here = (west if word == 4 else ~west)[:, None, None, None] == (torch.arange(32) < 16)
+        share[word] = ((m * here).sum() / m.sum()).item()
+    assert min(share.values()) > .8, share
+
+
+class Everywhere(nn.Module):
+    "Two layers that respond to red and to blue alike, each in a channel of its own."
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = (nn.Sequential(nn.Conv2d(n, 2, 1, bias=False), nn.ReLU()) for n in (3, 2))
+        self.a[0].weight.data = torch.tensor([[1., -1, -1], [-1, -1, 1]])[:, :, None, None]
+        self.b[0].weight.data = torch.eye(2)[:, :, None, None]
+
+    def forward(self, x): return 40 * self.b(self.a(x)).mean((2, 3))
+
+
+def test_what_no_choice_of_layers_can_show():
+    "Both patches are bright in both layers: weighing layers cannot tell them apart, maps that are turned towards a class can."
+    x, _ = patches(512)
+    loader = lambda: DataLoader([(o, torch.tensor(i % 2)) for i, o in enumerate(x)], bs=16, num_workers=0)
+    t, west = patches(64, seed=1)
+    share = {}
+    for net in ('conditional', 'directed'):
+        set_seed(0)
+        learn = Learner(DataLoaders(loader(), loader()), Everywhere(), loss_func=CrossEntropyLossFlat(),
+                        cbs=TwoPass(layers=['a.1', 'b.1'], weight_net=net, train_cnn=False))
+        with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(3, 1e-2)
+        for c in (0, 1):
+            m = learn.model.explain(t, target=c).map
+            here = (west if c == 0 else ~west)[:, None, None, None] == (torch.arange(32) < 16)
+            share[net, c] = ((m * here).sum() / m.sum()).item()
+    assert min(share['directed', c] for c in (0, 1)) > .7 and max(share['conditional', c] for c in (0, 1)) < .55, share
+
+
+def test_the_second_maps_are_named():
+    m = AntehocModel(small_cnn(), torch.rand(2, 3, 32, 32), eta=3, weight_net='directed')
+    e = m.explain(torch.rand(2, 3, 40, 32), target=[1, 9])
+    assert e.sams.shape == e.weights.shape == (2, 6, 40, 32) and e.layers == (*m.layers, *(f'{o}, asked' for o in m.layers))
+    assert len(e.sizes) == 6 and e.sizes[3:] == e.sizes[:3]
+    torch.testing.assert_close(e.weights.sum(1), torch.ones(2, 40, 32))
+    torch.testing.assert_close(e.sams[:, 3:], e.sams[:, :3], atol=1e-5, rtol=1e-4)  # before it is trained
+    show_sams(e[0]), show_weights(e[0])
+    titles = [ax.get_title() for ax in plt.gcf().axes]
+    assert sum(f'{m.layers[-1]}, asked' in o for o in titles) == 1, titles
+    plt.close('all')
 
 
 @given(st.integers(1, 3), st.integers(2, 6), st.integers(0, 2**30))

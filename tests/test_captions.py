@@ -327,6 +327,65 @@ def antehoc(*args, code=0):
     return r.output
 
 
+@pytest.fixture(scope='module')
+def asking(dls):
+    set_seed(0)
+    learn = C.caption_learner(dls, 'small_cnn', False, 16, 32, eta=6, weight_net='directed')
+    assert learn.two_pass.int_loss == 'cross_entropy'
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, 3e-3)
+    return learn
+
+
+def test_only_the_words_asked_about_matter(asking, dls, tok):
+    "Neither specials nor the order of words change a map; another word does, and so does nothing else that is told."
+    (x, tokens), w = batch(dls), tok.id_to_token(7)
+    m = asking.model.eval()
+    e = m.explain(x, tokens)
+    assert torch.equal(e.target, torch.where(tokens > 3, tokens, -1)[:, 1:])
+    swapped = tokens.clone()
+    swapped[:, [1, 3]] = tokens[:, [3, 1]]
+    torch.testing.assert_close(m.explain(x, tokens, target=swapped).map, e.map)
+    torch.testing.assert_close(m.explain(x, tokens, target=torch.cat([tokens, torch.zeros_like(tokens), torch.ones_like(tokens)], 1)).map, e.map)
+    one = m.explain(x, tokens, target=w)
+    assert (one.map - e.map).abs().max() > 1e-3
+    assert torch.equal(one.map, m.explain(x, tokens.flip(0), target=[w] * len(x)).map) and torch.equal(one[1:2].target, one.target[1:2])
+    torch.testing.assert_close(m.explain(x, tokens, target=f'{w} {w}').map, one.map)
+    torch.testing.assert_close(M.caption_maps('ante-hoc', m, x, tokens), e.map)
+    third = [tok.id_to_token(int(t)) for t in tokens[:, 3]]
+    torch.testing.assert_close(M.caption_maps('ante-hoc', m, x, tokens, 2, bs=3), m.explain(x, tokens, target=third).map)
+    said = m.explain(x)
+    assert torch.equal(said.target, torch.where(said.pred > 3, said.pred, -1)[:, 1:])
+
+
+def test_pass_two_asks_for_the_words(asking, dls):
+    "The loss of an epoch's validation is the cross-entropy of the captions' words under the map that is told them, counted here caption by caption."
+    m, losses = asking.model.eval(), []
+    with torch.no_grad():
+        for x, tokens, _ in dls.valid:
+            x, tokens = x.as_subclass(torch.Tensor), tokens.as_subclass(torch.Tensor)
+            lp = m.cnn(m.mask(x, m.explain(x, tokens).map), tokens).log_softmax(2)
+            for l, t in zip(lp, tokens[:, 1:]):
+                losses.append(-np.mean([l[k, w].item() for k, w in enumerate(t.tolist()) if w > 3]))
+    asking.two_pass._mean['valid'] = []
+    with asking.no_bar(), asking.no_logging(): asking.validate()
+    assert asking.two_pass.mean_int_loss('valid') == pytest.approx(np.mean(losses), rel=1e-4)
+
+
+def test_a_captioner_is_asked_through_its_learner(asking, tok, tmp_path):
+    w = tok.id_to_token(7)
+    e = asking.explain(n=3, target=w)
+    assert torch.equal(e.map, asking.explain(n=3, target=[w] * 3).map)
+    assert asking.show_captions(2).shape[0] == 2
+    back = C.load_captioner(asking.model.save_pretrained(tmp_path/'m'))
+    x = e.image
+    assert torch.equal(back.explain(x, target=w).map, asking.model.eval().explain(x, target=w).map)
+    for bad, error, why in (('zebra', ValueError, r"unknown words \['zebra'\]"), (3, TypeError, 'asked about words or tokens'),
+                            ([w], ValueError, 'for 3 images'), (torch.full((3, 4), 999), ValueError, 'target: number 999 is not in the vocabulary')):
+        with pytest.raises(error, match=why): asking.explain(n=3, target=bad)
+    with pytest.raises(ValueError, match="cannot train weight_net='directed'"):
+        C.caption_learner(asking.dls, 'small_cnn', False, 16, 32, eta=6, weight_net='directed', int_loss='mse_padded')
+
+
 def test_table4_from_one_command(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     flickr(tmp_path)
@@ -340,7 +399,7 @@ def test_table4_from_one_command(tmp_path, monkeypatch):
     assert rec['command'] == 'antehoc reproduce table4 --dataset flickr8k --profile smoke'
     assert rec['config']['title'] == 'Flickr-8k (12 images: 8/2/2)' and rec['results']['n_test'] == 2 and 'pointing' not in rec['results']
     t = T.table4({'flickr8k': rec})
-    assert list(t.index) == list(M.CAPTION_EXPLAINERS)
+    assert list(t.index) == ["ante-hoc", T.ASKED, T.ASKED_WRONG, *M.CAPTION_EXPLAINERS[1:]]
     assert (t.loc['ones'].xs('area', level=2) == '1.00').all() and (t.loc['ones'].xs('drop', level=2) == '–').all()
     (tmp_path/'p.json').write_text('{"table4": {"flickr8k": {"energy": {"grad-cam": {"drop": 12.5}}}}}')
     assert T.table4({'flickr8k': rec}, paper=tmp_path/'p.json').loc['grad-cam', (rec['config']['title'], 'energy', 'drop')].endswith('(12.5)')

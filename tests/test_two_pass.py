@@ -57,6 +57,7 @@ CASES = dict(
     uniform=dict(two=dict(weight_net='uniform', scale=False)),
     informed=dict(two=dict(weight_net='informed')),
     conditional=dict(two=dict(weight_net='conditional')),
+    directed=dict(two=dict(weight_net='directed')),
     informed_bf16=dict(two=dict(weight_net='informed'), cbs=[Bf16()]),
     film=dict(two=dict(keep_maps=4, soft_attention='softmax_max')),
 )
