@@ -21,6 +21,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from .caption_data import END, SPECIAL, START, _tokenizers, encode_captions, words_of
 from .cnns import build_cnn, in_channels, own_cnns
+from .layers import unknown_name
 from .model import AntehocModel, evaluating, plain
 from .two_pass import antehoc_learner, plain_learner
 from .weight_net import weight_nets
@@ -117,25 +118,30 @@ class Captioner(nn.Module):
 
     def _fit(self, tokens, x, what='tokens'):
         "Tokens beside their images"
-        if tokens.ndim != 2 or len(tokens) != len(x) or tokens.is_floating_point():
+        if tokens.ndim != 2 or len(tokens) != len(x) or not tokens.numel() or tokens.is_floating_point() or tokens.dtype == torch.bool:
             raise ValueError(f'{what}: (B,T) of whole numbers for {len(x)} images, got {tuple(tokens.shape)} of {tokens.dtype}')
         top, known = tokens.max().item(), self.words.num_embeddings
         if top >= known: raise ValueError(f'{what}: number {top} is not in the vocabulary of {known} entries; they come from another tokenizer')
-        return plain(tokens).to(x.device)
-
+        return plain(tokens).long().to(x.device)
 
     def question(self,
                  target, # Words to ask about: one or more for all images, 'a dog', or for each, ['a dog', 'grass'], or tokens (B,T); None: all words
                  out: torch.Tensor, # What the captioner returned: logits, or the tokens it said
                  tokens: torch.Tensor | None = None, # The captions that it was told, (B,T)
                 ) -> torch.Tensor: # (B,T-1), in the place of each word; -1 where there is nothing to ask about
-        "The words that a map is asked about. `TypeError` for what are none, `ValueError` for unknown ones, or not one text per image"
-        if target is None: target = out if tokens is None else tokens
+        "The words that a map is asked about. `TypeError` for what are none, `ValueError` for unknown ones, a question without words, or not one per image"
+        given, target = target is not None, (out if tokens is None else tokens) if target is None else target
         if isinstance(target, str): target = [target] * len(out)
-        if isinstance(target, (list, tuple)) and all(isinstance(o, str) for o in target): target = encode_captions(self.tokenizer, target)
+        if isinstance(target, (list, tuple)) and target and all(isinstance(o, str) for o in target):
+            unknown = [w for o in target for w in words_of(self.tokenizer, o) if self.tokenizer.token_to_id(w) is None]
+            if unknown: raise ValueError(f'target: {unknown_name("word", unknown[0], list(self.tokenizer.get_vocab()))}')
+            target = encode_captions(self.tokenizer, target)
         if not isinstance(target, torch.Tensor): raise TypeError(f'target: a captioner is asked about words or tokens (B,T), not {type(target).__name__}')
-        target = self._fit(target, out, 'target')[:, 1:]
-        return target.masked_fill(target < len(SPECIAL), -1)
+        target = self._fit(target, out, 'target')
+        target = target.masked_fill(target < len(SPECIAL), -1)
+        if (target[:, 0] >= 0).any(): raise ValueError('target: tokens begin with <start>, as `encode_captions` makes them')
+        if given and (empty := (target < 0).all(1)).any(): raise ValueError(f'target: image {empty.nonzero()[0].item()} is asked about no word')
+        return target[:, 1:]
 
 
 @own_cnns.register

@@ -51,6 +51,10 @@ def caption_probability(model, x, tokens) -> torch.Tensor: # (B,) in [0,1]
     return _mean_log_prob(model, x, tokens).exp()
 
 
+def _check_word(word, tokens):
+    if word is not None and not 0 <= word < tokens.shape[1] - 1: raise ValueError(f'word={word}: the captions have words 0 to {tokens.shape[1] - 2}')
+
+
 class CaptionScore(nn.Module):
     "A captioner that is asked about a caption: images (B,C,H,W) -> log-probability (B,1). What explainers of classifiers can be given, with class 0."
     def __init__(self,
@@ -59,7 +63,7 @@ class CaptionScore(nn.Module):
                  word: int | None = None, # Ask about one word alone, 0 the first after <start>; None: the mean over the caption
                 ):
         super().__init__()
-        if word is not None and not 0 <= word < tokens.shape[1] - 1: raise ValueError(f'word={word}: the captions have words 0 to {tokens.shape[1] - 2}')
+        _check_word(word, tokens)
         self.captioner, self.tokens, self.word = captioner, tokens, word
 
     def forward(self, x):
@@ -68,13 +72,6 @@ class CaptionScore(nn.Module):
         return (_mean_log_prob(self.captioner, x, tokens) if self.word is None else word_log_probs(self.captioner, x, tokens)[:, self.word])[:, None]
 
 # %% ../nbs/12_captioner_maps.ipynb #cell0011
-def _only(tokens, word):
-    "Captions with all but one word taken out"
-    out = torch.zeros_like(tokens)
-    out[:, word + 1] = tokens[:, word + 1]
-    return out
-
-
 def caption_maps(explainer: str | Callable, # A name in `explainers`, 'plain average of layers', or a function that will be given a `CaptionScore` and class 0
                  model: AntehocModel, # Of a `Captioner`
                  x: torch.Tensor, # Images, (B,C,H,W), normalised
@@ -84,9 +81,10 @@ def caption_maps(explainer: str | Callable, # A name in `explainers`, 'plain ave
                 ) -> torch.Tensor: # (B,1,H,W) in [0,1]
     "Maps of captions by any explainer. Errors as of `explain_with`"
     f = plain_average if explainer == 'plain average of layers' else explainers[explainer] if isinstance(explainer, str) else explainer
+    _check_word(word, tokens)
     if f is explainers['ante-hoc'] and model.asks:
-        about = tokens if word is None else _only(tokens, word)
-        return torch.cat([model.explain(b, t.to(x.device), target=a.to(x.device)).map for b, t, a in zip(x.split(bs), tokens.split(bs), about.split(bs))])
+        only = tokens if word is None else torch.where(torch.arange(tokens.shape[1], device=tokens.device) == word + 1, tokens, 0)
+        return torch.cat([model.explain(b, t, target=None if word is None else o).map for b, t, o in zip(x.split(bs), tokens.split(bs), only.split(bs))])
     if f in (plain_average, *(explainers[k] for k in ('ante-hoc', *CONTROLS))): ask = lambda b, t: explain_with(f, model, b, 0)
     else:
         n = bs if f in (grad_cam, grad_cam_pp) else 1
@@ -223,20 +221,21 @@ def named_words(tokenizer, # Of the captions
 
 def word_pointing(model: AntehocModel, x: torch.Tensor, tokens: torch.Tensor, # As of `word_maps`
                   places: Sequence[dict], # As of `named_words`
+                  explainers: Sequence[str] = ('ante-hoc', 'grad-cam', 'plain average of layers', 'gaussian'), # Whose maps
                   **kwargs, # Of `word_maps`
                  ) -> dict[str, torch.Tensor]: # Kind of map -> (M,) hits in [0,1], in the order of `named_words`
     "The pointing game of the words whose place is known."
     rows, at, boxes = named_words(model.cnn.tokenizer, tokens, places)
-    names = {'ante-hoc': 'ante-hoc', 'grad-cam': 'grad-cam', 'plain average': 'plain average of layers'}
-    whole = {k: caption_maps(e, model, x, tokens) for k, e in names.items()}
+    whole = {e.removesuffix(' of layers'): caption_maps(e, model, x, tokens) for e in explainers}
     maps = {}
     for k, m in whole.items():
+        if k in CONTROLS: continue
         regions = word_maps(model, x, tokens, maps=m, **kwargs)
         maps[f'{k}, regions by word'] = torch.stack([regions[i].maps[t] for i, t in zip(rows, at)])
-    for e in ['ante-hoc'] * model.asks + ['grad-cam']:
+    for e in [e for e in explainers if e == 'grad-cam' or e == 'ante-hoc' and model.asks]:
         each = {t: caption_maps(e, model, x, tokens, t).cpu() for t in sorted({*at})}
         maps[f'{e} by word'] = torch.stack([each[t][i, 0] for i, t in zip(rows, at)])
-    for k, m in (whole | {'gaussian': caption_maps('gaussian', model, x, tokens)}).items(): maps[f'{k}, whole caption'] = m.cpu()[rows, 0]
+    for k, m in whole.items(): maps[f'{k}, whole caption'] = m.cpu()[rows, 0]
     return {k: pointing_game(m, boxes) for k, m in maps.items()}
 
 # %% ../nbs/12_captioner_maps.ipynb #cell0028
@@ -249,7 +248,7 @@ def score_captions(model: AntehocModel, # Of a `Captioner`
                    explainers: Sequence[str] = CAPTION_EXPLAINERS, # Names, as for `caption_maps`
                    metrics: Sequence[str] = ('faithfulness', 'insertion_deletion'), # Names in `benchmark_metrics`
                    bs: int = 32, # Images at a time
-                   told: dict[str, torch.Tensor] | None = None, # What the maps are told instead of `asked`, (N,T) each: a control
+                   told: dict[str, torch.Tensor] | None = None, # Captions that the maps are told instead of those in `asked`, (N,T) each: a control
                    **kwargs, # Of `Task`: fill, threshold, areas, steps
                   ) -> dict: # As `summarise` takes it: explainer -> values
     "Scores of every image for every explainer and every kind of caption."

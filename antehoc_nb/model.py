@@ -28,7 +28,7 @@ from .cnns import build_cnn, noise_images, own_cnns
 from .layers import as_inputs, choose_layers, layer_grids
 from .masking import masked
 from .sam import record_sams, resize_maps, soft_attentions
-from .weight_net import class_numbers, count_classes, interpretation_map, weight_nets
+from .weight_net import _own_seed, class_numbers, count_classes, interpretation_map, weight_nets
 
 # %% ../nbs/03_model.ipynb #cell0005
 def map_tensors(f: Callable, # tensor -> tensor
@@ -90,7 +90,7 @@ class Explanation:
     layers: tuple[str, ...] = () # Names of the tapped layers
     sizes: tuple[tuple[int, int], ...] = () # Their resolutions, (h,w)
     threshold: float = 0.8 # Where the map is binarised, in (0,1]
-    target: torch.Tensor | None = None # Classes that were asked about, (B,), or words, (B,T); None: the map explains the output as a whole
+    target: torch.Tensor | None = None # Classes that were asked about, (B,), or words, (B,Q) with -1 for none; None: the map explains the output as a whole
 
     @property
     def black(self) -> torch.Tensor:
@@ -136,14 +136,6 @@ class Explanation:
         return replace(self._each(torch.Tensor.cpu), mean=self.mean.cpu(), std=self.std.cpu())
 
 # %% ../nbs/03_model.ipynb #cell0010
-def _own_seed(f, salt=0x5eed): # Building the weight network must not shift the numbers that the training draws.
-    state = torch.random.get_rng_state()
-    try:
-        torch.default_generator.manual_seed((torch.initial_seed() ^ salt) % 2**63)
-        return f()
-    finally: torch.random.set_rng_state(state)
-
-
 class AntehocModel(nn.Module):
     """A CNN with a weight network that explains it (DESIGN of the method: the paper's section 3).
 
@@ -182,11 +174,12 @@ class AntehocModel(nn.Module):
         self.weight_net_name = weight_net
         make = weight_nets[weight_net]
         self.reads, self.asks, self.directs = (getattr(make, o, False) for o in ('reads_activations', 'asks', 'directs'))
+        self.cnn_asks = callable(getattr(cnn, 'question', None)) and hasattr(cnn, 'n_words')
         needs = ['channels'] * self.reads + ['classes'] * self.asks
         if sample is not False and (self.reads and channels is None or self.asks and classes is None):
             with torch.no_grad(), evaluating(cnn), torch.random.fork_rng([]):
                 out, channels = record_sams(cnn, self.layers, as_inputs(sample), attention=lambda t: t.shape[1])
-            if self.asks: classes = self.cnn.n_words if hasattr(cnn, 'question') else count_classes(out, classes)
+            if self.asks: classes = count_classes(torch.zeros(1, cnn.n_words) if self.cnn_asks else out, classes)
         self.channels, self.classes = list(channels) if channels and self.reads else None, classes if self.asks else None
         for k in needs:
             if getattr(self, k) is None: raise ValueError(f'weight_net={weight_net!r} has to know the {k}: give {k}=, or a sample to find them with')
@@ -229,22 +222,27 @@ class AntehocModel(nn.Module):
         more = ()
         if self.reads:
             sams, activations = zip(*sams)
-            more = (activations, self.grids) + (target,) * self.asks
+            more = activations, self.grids
         if self.asks and target is None: raise ValueError(f'interpret: weight_net={self.weight_net_name!r} is asked about a class, give target, (B,)')
-        if self.directs: sams = *sams, *self.weight_net.direct(activations, target)
+        asked = dict(target=target) if self.asks else {}
+        if self.directs: sams = *sams, *self.weight_net.direct(activations, target, self.temperature)
         sams, p = resize_maps(sams, size, self.grids * (1 + self.directs)), next(self.weight_net.parameters(), None)
-        m, w = interpretation_map(sams, self.weight_net(sams if p is None else sams.to(p.dtype), *more), self.scale)
+        m, w = interpretation_map(sams, self.weight_net(sams if p is None else sams.to(p.dtype), *more, **asked), self.scale)
         return m, w, sams
 
-    def question(self, target, out, *others, **kwargs): # As of `explain`, and what the CNN returned for which inputs beside the image
-        "What is asked about: classes, (B,), or several of each image, (B,Q), where the CNN has a method `question` that says which."
-        if hasattr(self.cnn, 'question'): return self.cnn.question(target, out, *others, **kwargs)
+    def question(self,
+                 target, # As of `explain`
+                 out, # What the CNN returned
+                 *others, **kwargs, # For which inputs beside the image
+                ) -> torch.Tensor: # Classes (B,), or several of each image, (B,Q) with -1 where there is none
+        "What is asked about. The CNN says, if it has a method `question` like this one, and `n_words`: how many things there are to ask about."
+        if self.cnn_asks: return self.cnn.question(target, out, *others, **kwargs)
         return plain(out).argmax(1) if target is None else class_numbers(target, len(out), self.classes, self.meta.get('vocab') or ())
 
     def explain(self,
                 *args, # The CNN's arguments; the first is the image batch, (B,C,H,W), normalised as the CNN expects
                 threshold: float = 0.8, # Where `binarised` cuts, in (0,1]
-                target=None, # Classes to ask about, one each or one for all, if the weight network is `conditional` or `directed`; None: what is predicted
+                target=None, # What to ask about, if the weight network can be: classes, or a captioner's words, for each or all; None: what it says
                 **kwargs) -> Explanation:
         "Prediction and map from one forward pass, in evaluation mode and without autograd."
         if not args: raise ValueError('explain: give the images as the first positional argument')
@@ -254,7 +252,7 @@ class AntehocModel(nn.Module):
                              + ('; add a batch dimension with x[None]' if x.ndim == 3 else ''))
         if not 0 < threshold <= 1: raise ValueError(f'threshold={threshold} must lie in (0,1]')
         if target is not None and not self.asks:
-            raise ValueError(f"target: a map by weight_net={self.weight_net_name!r} explains the output as a whole; 'conditional' can be asked about a class")
+            raise ValueError(f"target: weight_net={self.weight_net_name!r} explains the whole output; 'directed' or 'conditional' can be asked about a class")
         with torch.no_grad(), evaluating(self):
             out, sams = record_sams(self.cnn, self.layers, (x.clone(), *args[1:]), kwargs, self._summary) # some CNNs write to their input
             sizes = tuple(tuple((s[0] if self.reads else s).shape[2:]) for s in sams)

@@ -167,6 +167,9 @@ def _save(e: Explanation, own, digest, stem, threshold):
     return [(r, [round(b * s, 1) for b, s in zip(r.box, (sx, sy, sx, sy))]) for r in concept_regions(e.map, threshold)]
 
 
+def _no_classifier(model): return f'the model is a {type(model.cnn).__name__}, not a classifier: explain it in Python'
+
+
 def explain_files(model: AntehocModel, # A classifier; `meta` tells size and vocabulary
                   images: list[tuple[Path, str]], # Files, and the names they go by in the output
                   out: str | Path, # Folder to write to; images that its explanations.csv lists are skipped
@@ -182,7 +185,9 @@ def explain_files(model: AntehocModel, # A classifier; `meta` tells size and voc
     channels = in_channels(model.cnn)
     asked = {}
     if target is not None:  # complain before work is lost
-        target = int(model.explain(torch.zeros(1, channels, *size, device=model.mean.device), target=target).target)
+        target = model.explain(torch.zeros(1, channels, *size, device=model.mean.device), target=target).target
+        if target.shape != (1,): raise ValueError(_no_classifier(model))
+        target = int(target)
         asked = dict(asked=vocab[target] if vocab else target)
     claim(out, dict(model=cnn_digest(model), threshold=threshold, size=size) | asked, 'explanations.json')
     rows = _done(table, images, out)
@@ -204,7 +209,7 @@ def explain_files(model: AntehocModel, # A classifier; `meta` tells size and voc
             x = torch.from_numpy(np.stack([b[2] for b in batch])).to(model.mean.device).float() / 255
             e = model.explain((x - model.mean) / model.std, threshold=threshold, target=target)
             if getattr(e.pred, 'ndim', 0) != 2 or not e.pred.is_floating_point():
-                raise ValueError(f'the model is a {type(model.cnn).__name__}, not a classifier: explain it in Python')
+                raise ValueError(_no_classifier(model))
             p, c = e.pred.float().softmax(1).max(1)
             for k, (name, own, _, digest) in enumerate(batch):
                 label = [name, vocab[c[k]] if vocab else int(c[k]), round(p[k].item(), 4)]

@@ -50,7 +50,7 @@ def _batch(learn, items=None, n=9):
 def _asked(learn, target, n):
     "Classes by name or number as numbers, (n,), if the model can be asked about classes"
     m = _antehoc(learn)
-    if target is None or not m.asks or hasattr(m.cnn, 'question'): return target
+    if target is None or not m.asks or m.cnn_asks: return target
     return class_numbers(target, n, m.classes, getattr(learn.dls, 'vocab', None) or m.meta.get('vocab') or ())
 
 @patch
@@ -58,7 +58,7 @@ def explain(self:Learner,
     items=None, # None: the first `n` validation images; or validation indices, paths, PIL images, or a `DataLoader`
     n:int=9, # how many, if `items` is None or a `DataLoader`
     threshold:float=.8, # of the binarised map, in (0,1]
-    target=None, # classes to ask about, by name or number, as `AntehocModel.explain` takes them
+    target=None, # classes to ask about, by name or number, or a captioner's words, as `AntehocModel.explain` takes them
 ) -> Explanation: # a batch, in the order of `items`
     "Predictions and maps, one forward pass. `TypeError` if the model is not an `AntehocModel`; `IndexError` for an index out of range."
     model = _antehoc(self)

@@ -235,8 +235,8 @@ class TwoPass(Callback):
             i = (self.epoch * self.n_iter + self.iter) * len(x) * self._processes() + torch.arange(len(x))
             if self._processes() > 1: i = i + dist.get_rank() * len(x)
             if m.asks:
-                y1, label = plain(output_tensors(y1)[0]), plain(self.yb[0]) if len(self.yb) else None
-                y1 = questions(y1, m.question(None, y1, *others) if y1.ndim == 3 else label, i if self.training else None)
+                label = m.question(None, y1, *others) if m.cnn_asks else plain(self.yb[0]) if len(self.yb) else None
+                y1 = questions(plain(output_tensors(y1)[0]), label, i if self.training else None)
             i_map, *_ = m.interpret(sams, x.shape[2:], y1)
             y2 = m.cnn(m.mask(x, masks[mask](i_map, i), self.fill), *others)
         return int_loss(y2, y1, self.int_loss)

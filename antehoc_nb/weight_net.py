@@ -21,6 +21,14 @@ from .sam import minmax, resize, softmax, standardise
 weight_nets = Registry('weight network')
 
 
+def _own_seed(f, salt=0x5eed): # Building the weight network must not shift the numbers that the training draws.
+    state = torch.random.get_rng_state()
+    try:
+        torch.default_generator.manual_seed((torch.initial_seed() ^ salt) % 2**63)
+        return f()
+    finally: torch.random.set_rng_state(state)
+
+
 def _halve(t):
     "Means of 2 x 2 pixels, an odd last row or column alone: `avg_pool2d` in `ceil_mode`, several times faster on a CPU"
     t = F.pad(t, (0, t.shape[3] % 2, 0, t.shape[2] % 2), mode='replicate')
@@ -87,7 +95,7 @@ class informed(autoencoder):
 
 # %% ../nbs/02_weight_net.ipynb #cell0021
 def _row(rows, target, power=1.):
-    "What an embedding knows of the classes (B,) in question, or of several, (B,Q), those below 0 left out: their sum by their number to a power"
+    "What an embedding knows of the classes in question, (B,), or of n at a time, (B,Q) with -1 where there is none: their sum / n**power"
     if target.ndim == 1: return rows(target)
     known = (target >= 0)[..., None].to(rows.weight.dtype)
     return (rows(target.clamp_min(0)) * known).sum(1) / known.sum(1).clamp_min(1)**power
@@ -130,24 +138,23 @@ class directed(conditional):
                  classes: int, # How many there are to ask about
                  width: int = 16, # Channels at a quarter of the resolution; twice that at an eighth
                  views: int = 8, # Learned projections of each activation
-                 temperature: float = 3., # Of the second maps' soft attention
                 ):
         super().__init__(eta, channels, classes, width, views)
-        self.temperature, self.out = temperature, nn.Conv2d(width, 2 * eta, 3, padding=1)
+        self.out = nn.Conv2d(width, 2 * eta, 3, padding=1)
         for p in (self.out.weight, self.out.bias, *(e.weight for e in self.evidence)): nn.init.zeros_(p)
 
     see = informed.see
 
     def direct(self,
                activations: Sequence[torch.Tensor], # Of each layer, (B,C_i,h_i,w_i)
-               target: torch.Tensor, # Classes that are asked about, (B,), or several of each image, (B,Q), those below 0 left out
+               target: torch.Tensor, # Classes that are asked about, (B,), or several of each image, (B,Q) with -1 where there is none
+               temperature: float = 3., # Of the soft attention
               ) -> list[torch.Tensor]: # Of each layer, (B,1,h_i,w_i) in [0,1]
         "The second maps: before any training the soft attention maps by `softmax_l2`."
         maps = []
         for (norm, _), rows, a in zip(self.views, self.evidence, activations):
-            a = a.to(rows.weight.dtype)
-            towards = torch.einsum('bchw,bc->bhw', norm(a), _row(rows, target, .5))[:, None]
-            maps.append(softmax(standardise(a.square().mean(1, keepdim=True).sqrt()) + towards, self.temperature))
+            towards = torch.einsum('bchw,bc->bhw', norm(a.to(rows.weight.dtype)), _row(rows, target, .5))[:, None]
+            maps.append(softmax(standardise(a.float().square().mean(1, keepdim=True).sqrt()) + towards.float(), temperature))
         return maps
 
 # %% ../nbs/02_weight_net.ipynb #cell0024
@@ -159,7 +166,7 @@ def count_classes(out, # What a CNN returned
         if said in (None, out.shape[1]): return out.shape[1]
         raise ValueError(f'classes={said}: the CNN tells {out.shape[1]} apart')
     got = f'{tuple(out.shape)} of {out.dtype}' if isinstance(out, torch.Tensor) else type(out).__name__
-    raise ValueError(f'a conditional weight network is asked about a class: a CNN that gives logits (B,K), K > 1, is needed, got {got}')
+    raise ValueError(f'the weight network is asked about a class: a CNN that gives logits (B,K), K > 1, is needed, got {got}')
 
 
 def class_numbers(target, # One class per image, or one for all: numbers, or names

@@ -22,7 +22,7 @@ from antehoc_nb.caption_data import CaptionLoss
 from antehoc_nb.checkpoint import Checkpoint
 from antehoc_nb.explainers import explain_with
 from antehoc_nb.model import AntehocModel
-from antehoc_nb.second_pass import held, int_loss, questions
+from antehoc_nb.second_pass import held, int_loss, int_losses, questions
 from antehoc_nb.show import show_sams, show_weights
 from antehoc_nb.two_pass import Bf16, TwoPass, antehoc_learner
 from antehoc_nb.weight_net import weight_nets
@@ -235,18 +235,23 @@ def test_labels_that_are_not_one_class_per_image(labels):
     with learn.no_bar(), learn.no_logging(), pytest.raises(ValueError, match='asked about one class per image: labels must be class numbers'): learn.fit(1)
 
 
+both_nets = pytest.mark.parametrize('net', ['conditional', 'directed'])
+
+
+@both_nets
 @pytest.mark.parametrize('cbs', [[Bf16()], [GradientAccumulation(64)]], ids=['bf16', 'accumulation'])
-def test_it_trains_alike(cbs):
-    learn = antehoc_learner(scenes(64), small_cnn(), eta=3, weight_net='conditional', cbs=cbs)
+def test_it_trains_alike(cbs, net):
+    learn = antehoc_learner(scenes(64), small_cnn(), eta=3, weight_net=net, cbs=cbs)
     with learn.no_bar(), learn.no_logging(): learn.fit(2, 1e-3)
     assert learn.model.weight_net.out.weight.abs().max() > 0 and all(p.isfinite().all() for p in learn.model.parameters())
 
 
-def test_a_run_that_was_cut_asks_the_same_questions(tmp_path):
+@both_nets
+def test_a_run_that_was_cut_asks_the_same_questions(tmp_path, net):
     "Interrupted and resumed, the weights end the same to the bit."
     def run(*cbs):
         set_seed(0)
-        learn = antehoc_learner(scenes(64), small_cnn(), eta=3, weight_net='conditional', cbs=cbs)
+        learn = antehoc_learner(scenes(64), small_cnn(), eta=3, weight_net=net, cbs=cbs)
         with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(3, 1e-2)
         return learn.model.state_dict()
 
@@ -261,6 +266,75 @@ def test_a_run_that_was_cut_asks_the_same_questions(tmp_path):
     assert all(torch.equal(v, again[k]) for k, v in whole.items())
 
 
+@given(st.integers(1, 8), st.integers(1, 9), st.integers(0, 10**6), st.integers(0, 2**30))
+def test_questions_about_words(b, T, start, seed):
+    "All the words that can be asked about, or one of them; never what cannot."
+    g = torch.Generator().manual_seed(seed)
+    words = torch.randint(-1, 5, (b, T), generator=g)
+    asked = questions(torch.zeros(b, T, 5), words, torch.arange(start, start + b))
+    for row, w in zip(asked, words):
+        on = row >= 0
+        assert torch.equal(row[on], w[on]) and (on & (w < 0)).sum() == 0
+        assert torch.equal(row, w) or on.sum() == 1
+    assert torch.equal(questions(torch.zeros(b, T, 5), words, None), words)
+
+
+@given(st.integers(1, 4), st.integers(1, 6), st.integers(0, 2**30))
+def test_cross_entropy_of_words_written_out(b, T, seed):
+    torch.manual_seed(seed)
+    y2, asked = torch.randn(b, T, 7), torch.randint(-3, 7, (b, T), dtype=torch.int32)
+    lp = y2.log_softmax(2)
+    each = [[-lp[i, t, w].item() for t, w in enumerate(asked[i].tolist()) if w >= 0] for i in range(b)]
+    want = sum(sum(e) / len(e) for e in each if e) / b
+    assert int_losses['cross_entropy'](y2, asked).item() == pytest.approx(want, abs=1e-4)
+
+
+def test_an_image_without_a_response_spoils_nothing():
+    "Where a layer is flat, maps are 0 and gradients finite, those of the other images included."
+    m = AntehocModel(nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.ReLU(), nn.Conv2d(4, 4, 3, bias=False), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                                   nn.Linear(4, 3)), torch.rand(2, 3, 32, 32), eta=2, weight_net='directed')
+    nn.init.normal_(m.weight_net.out.weight)
+    x = torch.rand(3, 3, 32, 32)
+    x[1] = 0
+    m.listening = True
+    m(x)
+    asked = torch.tensor([0, 1, 2])
+    i_map, _, sams = m.interpret([(s.detach(), a.detach()) for s, a in m.take_sams()], (32, 32), asked)
+    assert (sams[1] == 0).all() and i_map.isfinite().all()
+    with held(m.cnn): int_loss(m.cnn(m.mask(x, i_map)), asked, 'cross_entropy').backward()
+    grads = [p.grad for p in m.weight_net.parameters() if p.grad is not None]
+    assert all(g.isfinite().all() for g in grads) and all(e.weight.grad[0].abs().sum() > 0 for e in m.weight_net.evidence)
+
+
+def test_the_second_maps_follow_the_models_settings():
+    x = torch.rand(2, 3, 32, 32)
+    for temperature in (1., 5.):
+        e = AntehocModel(small_cnn(), x, eta=3, weight_net='directed', temperature=temperature).explain(x)
+        torch.testing.assert_close(e.sams[:, 3:], e.sams[:, :3], atol=1e-5, rtol=1e-4)
+    m = AntehocModel(small_cnn(), x, eta=3, weight_net='directed').half()
+    assert m.explain(x.half() * 300).map.isfinite().all()
+
+
+def test_a_network_of_ones_own_is_asked_too():
+    "One that reads no activations, and a CNN with a submodule that is called `question`."
+    class two_moods(nn.Module):
+        asks = True
+        def __init__(self, eta, classes):
+            super().__init__()
+            self.mood = nn.Embedding(classes, eta)
+
+        def forward(self, sams, target): return self.mood(target)[:, :, None, None]
+
+    weight_nets.register(two_moods)
+    try:
+        cnn = small_cnn()
+        cnn.question = nn.Identity()
+        m = AntehocModel(cnn, torch.rand(2, 3, 32, 32), eta=3, weight_net='two_moods')
+        e = m.explain(torch.rand(2, 3, 32, 32), target=[3, 4])
+        assert (e.weights[0] - e.weights[1]).abs().max() > .01
+    finally: del weight_nets['two_moods']
+
+
 @given(st.integers(1, 8), st.integers(2, 12), st.integers(0, 10**6))
 def test_questions_are_classes(b, k, start):
     y1, label, i = torch.randn(b, k) * 5, torch.randint(0, k, (b,)), torch.arange(start, start + b)
@@ -273,8 +347,9 @@ def test_questions_are_classes(b, k, start):
     assert torch.equal(questions(y1, None, None), y1.argmax(1))
 
 
-def test_a_model_goes_through_files_and_copies(tmp_path):
-    m = AntehocModel(small_cnn(), torch.rand(2, 3, 32, 32), eta=3, weight_net='conditional')
+@both_nets
+def test_a_model_goes_through_files_and_copies(tmp_path, net):
+    m = AntehocModel(small_cnn(), torch.rand(2, 3, 32, 32), eta=3, weight_net=net)
     nn.init.normal_(m.weight_net.out.weight)
     x = torch.rand(2, 3, 32, 32)
     want = m.eval().explain(x, target=4).map
