@@ -48,7 +48,7 @@ class CaptionSet:
 CAPTION_SETS = {
     'photo-digits': CaptionSet('photo-digits', lambda path, c: digit_captions(c['n_train'], c['n_valid'], c['n_test'], c['size']), settings=dict(
         cpu=dict(backbone='small_cnn', encoder=None, size=48, eta=6, epochs=6, lr=6e-3, bs=32, emb=64, dropout=.1, n_train=4000, n_valid=300, n_test=300,
-                 min_freq=1, asked_epochs=3),
+                 min_freq=1, asked_epochs=2),
         paper=dict(pretrained=False, n_train=20000, n_valid=1000, n_test=1000, min_freq=1))),
     'flickr8k': CaptionSet('Flickr-8k', lambda path, c: flickr8k(path, lacking='drop'), 'flickr8k/flickr8k_1000.tar', 8000, True)}
 CAPTION_PROFILES = dict(
@@ -66,7 +66,7 @@ def caption_config(dataset: str, profile: str) -> dict: # What `run_captioning` 
     if profile not in CAPTION_PROFILES: raise ValueError(unknown_name('profile', profile, list(CAPTION_PROFILES)))
     c = dict(dataset=dataset, profile=profile, seed=0, beam=3, weight_net='informed', int_loss='mse_padded')
     c |= CAPTION_PROFILES[profile] | CAPTION_SETS[dataset].settings.get(profile, {})
-    return c | dict(asked=dict(weight_net='directed', int_loss='cross_entropy', mask='balanced', epochs=c.pop('asked_epochs')))
+    return c | dict(asked=dict(weight_net='directed', int_loss='cross_entropy', mask='balanced', lr=1e-3, epochs=c.pop('asked_epochs')))
 
 
 def _load(c, path):

@@ -111,7 +111,7 @@ def budget(m: torch.Tensor, # Interpretation maps, (B,1,H,W) in [0,1]
            i: torch.Tensor, # Running number of each image since the start of training, (B,)
           ) -> torch.Tensor: # (B,1,H,W) in [0,1]
     "A sweep over 2 to 65 % of the pixels, dimmed where it lets more of the image through than that."
-    mask, share = _sweep(m, i, 0.02, 0.65), _share(i, 0.02, 0.65).to(m.device, m.dtype)
+    mask, share = _sweep(m, i, 0.02, 0.65), _share(i, 0.02, 0.65).to(m.dtype).to(m.device)
     return mask * (share[:, None, None, None] / mask.mean((2, 3), keepdim=True)).clamp_max(1)
 
 
