@@ -219,6 +219,16 @@ def named_words(tokenizer, # Of the captions
     return rows, at, torch.stack(boxes)
 
 
+def _maps_by_word(explainer, model, x, tokens, rows, at):
+    "The map of word at[k] of image rows[k], (M,H,W) on the CPU"
+    out = torch.empty(len(rows), *x.shape[2:])
+    for t in {*at}:
+        k = [j for j, o in enumerate(at) if o == t]
+        i = [rows[j] for j in k]
+        out[k] = caption_maps(explainer, model, x[i], tokens[i], t)[:, 0].float().cpu()
+    return out
+
+
 def word_pointing(model: AntehocModel, x: torch.Tensor, tokens: torch.Tensor, # As of `word_maps`
                   places: Sequence[dict], # As of `named_words`
                   explainers: Sequence[str] = ('ante-hoc', 'grad-cam', 'plain average of layers', 'gaussian'), # Whose maps
@@ -232,9 +242,8 @@ def word_pointing(model: AntehocModel, x: torch.Tensor, tokens: torch.Tensor, # 
         if k in CONTROLS: continue
         regions = word_maps(model, x, tokens, maps=m, **kwargs)
         maps[f'{k}, regions by word'] = torch.stack([regions[i].maps[t] for i, t in zip(rows, at)])
-    for e in [e for e in explainers if e == 'grad-cam' or e == 'ante-hoc' and model.asks]:
-        each = {t: caption_maps(e, model, x, tokens, t).cpu() for t in sorted({*at})}
-        maps[f'{e} by word'] = torch.stack([each[t][i, 0] for i, t in zip(rows, at)])
+    for e in explainers:
+        if e == 'grad-cam' or e == 'ante-hoc' and model.asks: maps[f'{e} by word'] = _maps_by_word(e, model, x, tokens, rows, at)
     for k, m in whole.items(): maps[f'{k}, whole caption'] = m.cpu()[rows, 0]
     return {k: pointing_game(m, boxes) for k, m in maps.items()}
 
