@@ -79,7 +79,7 @@ def test_shapes_and_ranges(models, b, c, h, w, eta, kind, scale):
 @pytest.mark.parametrize('weight_net', list(weight_nets))
 def test_every_choice(models, attention, weight_net):
     m = models(3, 2, attention, weight_net)
-    for x in (images(2, 3, 33, 50), images(1, 3, 16, 9, 'black')): check(m.explain(x), x, 2)
+    for x in (images(2, 3, 33, 50), images(1, 3, 16, 9, 'black')): check(m.explain(x), x, 2 * (1 + m.directs))
 
 
 @FEW
@@ -88,8 +88,9 @@ def test_every_choice(models, attention, weight_net):
 def test_equation_1(b, eta, h, w, name, spread):
     "Against the sum written out; weight networks take any size, down to a pixel."
     torch.manual_seed(1)
-    sams, make = torch.rand(b, eta, h, w), weight_nets[name]
-    made, told = {}, {}
+    make = weight_nets[name]
+    n = eta * (1 + getattr(make, 'directs', False))  # maps to blend
+    sams, made, told = torch.rand(b, n, h, w), {}, {}
     if getattr(make, 'reads_activations', False):
         made['channels'], told['activations'] = [3] * eta, [torch.randn(b, 3, max(1, h // 2), max(1, w // 3)) for _ in range(eta)]
     if getattr(make, 'asks', False): made['classes'], told['target'] = 4, torch.arange(b) % 4
@@ -98,7 +99,7 @@ def test_equation_1(b, eta, h, w, name, spread):
     logits = w_net(sams, **told)
     m, weights = interpretation_map(sams, logits, scale=False)
     torch.testing.assert_close(weights.sum(1), torch.ones(b, h, w), atol=1e-5, rtol=0)
-    torch.testing.assert_close(m[:, 0], sum(weights[:, i]*sams[:, i] for i in range(eta)))
+    torch.testing.assert_close(m[:, 0], sum(weights[:, i]*sams[:, i] for i in range(n)))
     assert m.min() >= sams.min() - 1e-6 and m.max() <= sams.max() + 1e-6  # a weighted mean stays between its parts
 
 
