@@ -133,8 +133,10 @@ class Captioner(nn.Module):
         given, target = target is not None, (out if tokens is None else tokens) if target is None else target
         if isinstance(target, str): target = [target] * len(out)
         if isinstance(target, (list, tuple)) and target and all(isinstance(o, str) for o in target):
-            unknown = [w for o in target for w in words_of(self.tokenizer, o) if self.tokenizer.token_to_id(w) is None]
-            if unknown: raise ValueError(f'target: {unknown_name("word", unknown[0], list(self.tokenizer.get_vocab()))}')
+            words = [words_of(self.tokenizer, o) for o in target]
+            if [] in words: raise ValueError(f'target: image {words.index([])} is asked about no word')
+            unknown = [w for o in words for w in o if self.tokenizer.token_to_id(w) is None]
+            if unknown: raise ValueError(f'target: {unknown_name("word", unknown[0], sorted({*self.tokenizer.get_vocab()} - {*SPECIAL}))}')
             target = encode_captions(self.tokenizer, target)
         if not isinstance(target, torch.Tensor): raise TypeError(f'target: a captioner is asked about words or tokens (B,T), not {type(target).__name__}')
         target = self._fit(target, out, 'target')

@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .benchmark import Task, benchmark_metrics
-from .caption_data import encode_captions, images_of
+from .caption_data import SPECIAL, encode_captions, images_of
 from .captioner import Captioner
 from .classification import plain_average
 from .explainers import CONTROLS, explain_with, explainers, grad_cam, grad_cam_pp, score_cam
@@ -79,10 +79,12 @@ def caption_maps(explainer: str | Callable, # A name in `explainers`, 'plain ave
                  word: int | None = None, # As of `CaptionScore`; the controls do not depend on it, nor the model's own map unless it is asked about words
                  bs: int = 64, # Images at a time
                 ) -> torch.Tensor: # (B,1,H,W) in [0,1]
-    "Maps of captions by any explainer. Errors as of `explain_with`"
+    "Maps of captions by any explainer. Errors as of `explain_with`; `ValueError` where a model that is asked about words is asked about one that is not there"
     f = plain_average if explainer == 'plain average of layers' else explainers[explainer] if isinstance(explainer, str) else explainer
     _check_word(word, tokens)
     if f is explainers['ante-hoc'] and model.asks:
+        missing = [] if word is None else (tokens[:, word + 1] < len(SPECIAL)).nonzero().flatten().tolist()
+        if missing: raise ValueError(f'word={word}: caption {missing[0]} has none there')
         only = tokens if word is None else torch.where(torch.arange(tokens.shape[1], device=tokens.device) == word + 1, tokens, 0)
         return torch.cat([model.explain(b, t, target=None if word is None else o).map for b, t, o in zip(x.split(bs), tokens.split(bs), only.split(bs))])
     if f in (plain_average, *(explainers[k] for k in ('ante-hoc', *CONTROLS))): ask = lambda b, t: explain_with(f, model, b, 0)

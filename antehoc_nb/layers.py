@@ -25,7 +25,8 @@ def unknown_name(kind: str, # What is being named, e.g. "layer"
                 ) -> str: # The message
     "A message for a name that is not known, with the nearest ones that are."
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    return f'unknown {kind} {name!r}' + (f': did you mean {" or ".join(map(repr, near))}?' if near else f'. Known: {", ".join(known)}')
+    names = ', '.join(known[:40]) + ', ...' * (len(known) > 40)
+    return f'unknown {kind} {name!r}' + (f': did you mean {" or ".join(map(repr, near))}?' if near else f'. Known: {names}')
 
 
 class Registry(dict):

@@ -59,7 +59,7 @@ cross_entropy.asks = True
 
 
 def int_loss(y2, # Outputs for the masked images: a tensor, or tensors in a tuple, list, dict or dataclass
-             y1, # Outputs for the images, the same; class numbers (B,) for a loss that `asks`
+             y1, # Outputs for the images, the same; what was asked about, (B,) or (B,T), for a loss that `asks`
              loss: str = 'mse', # A name in `int_losses`
             ) -> torch.Tensor: # Scalar
     "The interpretation loss: the mean of `loss` over all output tensors. No gradient reaches `y1`."

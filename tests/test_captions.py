@@ -383,6 +383,7 @@ def test_a_captioner_is_asked_through_its_learner(asking, tok, tmp_path):
     for bad, error, why in (('zebra', ValueError, "target: unknown word 'zebra'"), (3, TypeError, 'asked about words or tokens'),
                             ([w], ValueError, 'for 3 images'), (torch.full((3, 4), 999), ValueError, 'target: number 999 is not in the vocabulary'),
                             (torch.full((3, 4), 7), ValueError, 'target: tokens begin with <start>'), ([], TypeError, 'not list'),
+                            (' ', ValueError, 'image 0 is asked about no word'),
                             (torch.zeros(3, 0).long(), ValueError, r'got \(3, 0\)'), (torch.ones(3, 4).bool(), ValueError, 'of torch.bool'),
                             (torch.full((3, 4), 2), ValueError, 'image 0 is asked about no word')):
         with pytest.raises(error, match=why): asking.explain(n=3, target=bad)
