@@ -181,8 +181,8 @@ class AntehocModel(nn.Module):
                 out, channels = record_sams(cnn, self.layers, as_inputs(sample), attention=lambda t: t.shape[1])
             if self.asks: classes = count_classes(torch.zeros(1, cnn.n_words) if self.cnn_asks else out, classes)
         self.channels, self.classes = list(channels) if channels and self.reads else None, classes if self.asks else None
-        for k in needs:
-            if getattr(self, k) is None: raise ValueError(f'weight_net={weight_net!r} has to know the {k}: give {k}=, or a sample to find them with')
+        if lacks := next((k for k in needs if getattr(self, k) is None), None):
+            raise ValueError(f'weight_net={weight_net!r} has to know the {lacks}: give {lacks}=, or a sample to find them with')
         make = partial(make, **{k: getattr(self, k) for k in needs})
         self.weight_net = _own_seed(lambda: make(self.eta)).to(p.device)
         channel = lambda v, default: torch.tensor(default if v is None else v, dtype=torch.float32, device=p.device).view(1, -1, 1, 1)
@@ -205,8 +205,7 @@ class AntehocModel(nn.Module):
             out, self._sams = record_sams(self.cnn, self.layers, args, kwargs, self._summary)
         return out
 
-    def _summary(self, t): # what is kept of an activation; a copy, since the CNN may go on to write to it
-        return (self.attention(t), t.clone()) if self.reads else self.attention(t)
+    def _summary(self, t): return (self.attention(t), t.clone()) if self.reads else self.attention(t) # a copy, since the CNN may go on to write to it
 
     def take_sams(self) -> list: # One per layer, (B,1,h_i,w_i) in [0,1]; with its activation if the weight network reads them
         "The soft attention maps of the `forward` that was listened to, or None; they are handed over, not kept."
@@ -231,8 +230,7 @@ class AntehocModel(nn.Module):
         return m, w, sams
 
     def question(self,
-                 target, # As of `explain`
-                 out, # What the CNN returned
+                 target, out, # As of `explain`, and what the CNN returned
                  *others, **kwargs, # For which inputs beside the image
                 ) -> torch.Tensor: # Classes (B,), or several of each image, (B,Q) with -1 where there is none
         "What is asked about. The CNN says, if it has a method `question` like this one, and `n_words`: how many things there are to ask about."

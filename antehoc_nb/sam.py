@@ -28,8 +28,7 @@ def standardise(t: torch.Tensor, # (B,1,h,w), any range
                ) -> torch.Tensor: # Same shape; mean 0 and standard deviation 1 over space
     "Mean 0 and standard deviation 1 over the pixels of each map; a constant map becomes 0."
     t = t - t.mean((-2, -1), keepdim=True)
-    v = t.square().mean((-2, -1), keepdim=True)
-    return t * (v > 1e-12) / v.clamp_min(1e-12).sqrt()  # a constant map has no gradient
+    return t / t.square().mean((-2, -1), keepdim=True).clamp_min(1e-12).sqrt()  # in this order a constant map has finite gradients
 
 
 soft_attentions = Registry('soft attention')

@@ -154,7 +154,9 @@ class directed(conditional):
         maps = []
         for (norm, _), rows, a in zip(self.views, self.evidence, activations):
             towards = torch.einsum('bchw,bc->bhw', norm(a.to(rows.weight.dtype)), _row(rows, target, .5))[:, None]
-            maps.append(softmax(standardise(a.float().square().mean(1, keepdim=True).sqrt()) + towards.float(), temperature))
+            z = standardise(a.float().square().mean(1, keepdim=True).sqrt()) + towards.float()
+            flat = z.detach().var((2, 3), correction=0, keepdim=True) < 1e-8  # nothing to learn from, and gradients without end
+            maps.append(softmax(torch.where(flat, z.detach(), z), temperature))
         return maps
 
 # %% ../nbs/02_weight_net.ipynb #cell0024
