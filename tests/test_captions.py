@@ -403,6 +403,8 @@ def test_table4_from_one_command(tmp_path, monkeypatch):
     rec = T.read_captioning('flickr8k', 'smoke')
     assert rec['command'] == 'antehoc reproduce table4 --dataset flickr8k --profile smoke'
     assert rec['config']['title'] == 'Flickr-8k (12 images: 8/2/2)' and rec['results']['n_test'] == 2 and 'pointing' not in rec['results']
+    own, asked = (C.load_captioner(tmp_path/f'runs/captioning/flickr8k-smoke/{o}/model') for o in ('captioner', 'asked'))
+    assert cnn_digest(own.cnn) == cnn_digest(asked.cnn) and not own.asks and asked.directs  # the asked network learned beside a captioner that stayed as it was
     t = T.table4({'flickr8k': rec})
     assert list(t.index) == ["ante-hoc", T.ASKED, T.OTHER_CAPTION, *M.CAPTION_EXPLAINERS[1:]]
     assert (t.loc['ones'].xs('area', level=2) == '1.00').all() and (t.loc['ones'].xs('drop', level=2) == '–').all()
