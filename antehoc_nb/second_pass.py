@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['int_losses', 'masks', 'mse', 'mse_prob', 'mse_padded', 'cross_entropy', 'int_loss', 'soft', 'sweep', 'focus',
-           'budget', 'balanced', 'both', 'questions', 'held']
+           'budget', 'balanced', 'binarised', 'mixed', 'both', 'questions', 'held']
 
 # %% ../nbs/04_second_pass.ipynb #cell0002
 from contextlib import contextmanager
@@ -121,6 +121,23 @@ def balanced(m: torch.Tensor, # Interpretation maps, (B,1,H,W) in [0,1]
             ) -> torch.Tensor: # (B,1,H,W) in [0,1]
     "`soft` for even images, `budget` for odd ones."
     return torch.where((i % 2 == 0)[:, None, None, None].to(m.device), m, budget(m, i))
+
+
+@masks.register
+def binarised(m: torch.Tensor, # Interpretation maps, (B,1,H,W) in [0,1]
+              i: torch.Tensor, # Running number of each image since the start of training, (B,)
+             ) -> torch.Tensor: # (B,1,H,W) in (0,1)
+    "A steep sigmoid around 0.8, where a map is binarised."
+    return ((m - 0.8) / 0.05).sigmoid()
+
+
+@masks.register
+def mixed(m: torch.Tensor, # Interpretation maps, (B,1,H,W) in [0,1]
+          i: torch.Tensor, # Running number of each image since the start of training, (B,)
+         ) -> torch.Tensor: # (B,1,H,W) in [0,1]
+    "`soft`, `budget` and `binarised` in turn, each for every third image."
+    turn = (i % 3)[:, None, None, None].to(m.device)
+    return torch.where(turn == 0, m, torch.where(turn == 1, budget(m, i), binarised(m, i)))
 
 
 @masks.register

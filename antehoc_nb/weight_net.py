@@ -101,6 +101,11 @@ def _row(rows, target, power=1.):
     return (rows(target.clamp_min(0)) * known).sum(1) / known.sum(1).clamp_min(1)**power
 
 
+def _along(a, row):
+    "How far activations (B,C,h,w) reach along a direction (B,C): (B,1,h,w), several times faster on a CPU than `einsum`"
+    return (row[:, None] @ a.flatten(2)).unflatten(2, a.shape[2:])
+
+
 @weight_nets.register
 class conditional(informed):
     "The informed network, asked about one class per image, or several; (B,eta,H,W), eta x (B,C_i,h_i,w_i), (B,) or (B,Q) -> (B,eta,H/4,W/4) logits."
@@ -122,7 +127,7 @@ class conditional(informed):
     def see(self, i, a, target):
         norm, view = self.views[i]
         a = norm(a)
-        return torch.cat([view(a), torch.einsum('bchw,bc->bhw', a, _row(self.evidence[i], target))[:, None]], 1)
+        return torch.cat([view(a), _along(a, _row(self.evidence[i], target))], 1)
 
     def gist(self, a, target): return self.whole(a) + _row(self.question, target)
 
@@ -153,8 +158,8 @@ class directed(conditional):
         "The second maps: before any training the soft attention maps by `softmax_l2`."
         maps = []
         for (norm, _), rows, a in zip(self.views, self.evidence, activations):
-            towards = torch.einsum('bchw,bc->bhw', norm(a.to(rows.weight.dtype)), _row(rows, target, .5))[:, None]
-            z = standardise(a.float().square().mean(1, keepdim=True).sqrt()) + towards.float()
+            towards = _along(norm(a.to(rows.weight.dtype)), _row(rows, target, .5)).float()
+            z = standardise(a.float().square().mean(1, keepdim=True).sqrt()) + towards
             flat = z.detach().var((2, 3), correction=0, keepdim=True) < 1e-8  # nothing to learn from, and gradients without end
             maps.append(softmax(torch.where(flat, z.detach(), z), temperature))
         return maps
