@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['PACKS', 'ASKED_NET', 'PROFILES', 'EPOCHS', 'VARIANTS', 'ASKED', 'ASKED_WRONG', 'TABLES', 'CRITERIA', 'Pack',
-           'pack_dls', 'pack_boxes', 'profile_config', 'cnn_config', 'plain_average', 'train_asked', 'explain_asked',
-           'run_classification', 'read_classification', 'verdict', 'paper_table', 'trained_model', 'figure1', 'figure3']
+           'pack_dls', 'pack_boxes', 'profile_config', 'cnn_config', 'shared_inc', 'plain_average', 'train_asked',
+           'explain_asked', 'run_classification', 'read_classification', 'verdict', 'paper_table', 'trained_model',
+           'figure1', 'figure3']
 
 # %% ../nbs/10_classification.ipynb #cell0002
 import json
@@ -17,6 +18,7 @@ from functools import partial
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import torch
 from fastai.callback.channelslast import ChannelsLast
@@ -127,6 +129,18 @@ def cnn_config(c:dict, # From `profile_config`
     config = {k: c[k] for k in ('arch', 'eta', 'weight_net', 'epochs', 'lr', 'size')}
     return config | dict(seed=seed, channels_last=True, aug=PACKS[c['dataset']].archive is not None, data=c['dataset'])
 
+# %% ../nbs/10_classification.ipynb #cell0046
+def shared_inc(b:Benchmark, # With the values of its images, as `benchmark` returns it
+               ours:str, rival:str, # Two explainers
+               masks:str='energy', # 'energy' or 'binarised'
+              )->dict: # `n`: how many images; `inc` of ours on them and `rival_inc`, in percent, None for no image
+    "Inc, by the CNN, on the images whose probability rises under both maps."
+    p = b.values[ours]['cnn', '', 'p_x']
+    both = np.stack([b.values[e]['cnn', masks, 'p_e'] for e in (ours, rival)])
+    on = (both > p).all(0)
+    inc, rival_inc = (100 * (1 - p[on] / both[:, on])).mean(1).tolist() if on.any() else (None, None)
+    return dict(ours=ours, rival=rival, masks=masks, n=int(on.sum()), inc=inc, rival_inc=rival_inc)
+
 # %% ../nbs/10_classification.ipynb #cell0011
 def plain_average(model:AntehocModel, x, target=None):
     "The SAMs of the tapped layers, averaged: what the weight network starts from."
@@ -189,7 +203,8 @@ def run_classification(dataset:str, # A name in `PACKS`
         facts.append(dict(seed=seed, accuracy=float(learn.recorder.values[-1][2]), judge_accuracy=float(judge.recorder.values[-1][-1]),
                           benchmark_accuracy=b.record['results']['accuracy'], n_train=len(dls.train_ds), n_test=len(dls.valid_ds),
                           train_seconds=round(learn.checkpoint.seconds), asked_seconds=round(asked.checkpoint.seconds),
-                          asked_epochs=len(asked.recorder.values), layers=list(learn.model.layers)))
+                          asked_epochs=len(asked.recorder.values), layers=list(learn.model.layers),
+                          shared_inc=[shared_inc(b, o, r, k) for o in ('ante-hoc', ASKED) for r in RIVALS[1:] for k in TABLES.values()]))
     config = c | dict(images=fingerprint(dls), title=PACKS[dataset].title, stands_for=PACKS[dataset].stands_for)
     found = dict(runs=facts, n=runs[0].record['results']['n'], **as_results(pool(runs, aside=(ASKED_WRONG, *CONTROLS, *VARIANTS))))
     rec = run_record(config, list(c['seeds']), found, experiment='classification', command=command)

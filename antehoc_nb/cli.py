@@ -52,7 +52,8 @@ def _main(version: Annotated[bool, typer.Option('--version', callback=_version, 
 # %% ../nbs/15_cli.ipynb #cell0007
 def _one_of(module, registry):
     "Check an option against a registry while the command line is read."
-    def check(value: str):
+    def check(value: str | None):
+        if value is None: return None
         try: getattr(importlib.import_module(f'antehoc_nb.{module}'), registry)[value]
         except ValueError as e: raise typer.BadParameter(str(e)) from None
         return value
@@ -85,7 +86,8 @@ def train(data: Annotated[str, typer.Argument(help='Class folders (`train/<class
           soft_attention: Annotated[str, _opt('How an activation becomes a map.', callback=_one_of('sam', 'soft_attentions'))] = 'softmax_l2',
           temperature: Annotated[float, _opt('Of the soft attention; above 1 softens.')] = 3.,
           weight_net: Annotated[str, _opt('How the layers are blended.', callback=_one_of('weight_net', 'weight_nets'))] = 'autoencoder',
-          mask: Annotated[str, _opt('What pass 2 multiplies the image with.', callback=_one_of('second_pass', 'masks'))] = 'both',
+          mask: Annotated[str | None, _opt('What pass 2 multiplies the image with. Default: `mixed` with --weight-net directed, else `both`.',
+                                           callback=_one_of('second_pass', 'masks'))] = None,
           fill: Annotated[str, _opt('What masked pixels become: `black`, `mean` or `blur`.')] = 'black',
           bf16: Annotated[bool, _opt('bfloat16 mixed precision; fast on recent CPUs and GPUs.')] = False,
           channels_last: Annotated[bool, _opt('Channels-last memory format.')] = False,
@@ -118,7 +120,7 @@ def explain(model: Annotated[Path, typer.Argument(help='A folder that `antehoc t
             out: Annotated[Path, _opt('Where maps, overlays and explanations.csv go.')] = Path('explanations'),
             bs: Annotated[int, _opt('Images at a time.', min=1)] = 32,
             threshold: Annotated[float, _opt('Where the map is cut into concept regions, in (0,1].')] = 0.8,
-            ask: Annotated[str, _opt('The class to ask about, by name or number, of a model with --weight-net conditional. Default: what is predicted.')] = ''):
+            ask: Annotated[str, _opt('The class to ask about, by name or number, of a model that can be asked. Default: what is predicted.')] = ''):
     "Predict and explain images: overlays, maps, and a table of concept regions."
     with _in_one_line():
         from antehoc_nb.files import IMAGES

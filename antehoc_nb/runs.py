@@ -175,7 +175,7 @@ def explain_files(model: AntehocModel, # A classifier; `meta` tells size and voc
                   out: str | Path, # Folder to write to; images that its explanations.csv lists are skipped
                   bs: int = 32, # Images at a time
                   threshold: float = 0.8, # Of the concept regions, in (0,1]
-                  target: str | int | None = None, # The class to ask about, if the weight network is `conditional`; None: what is predicted
+                  target: str | int | None = None, # The class to ask about, if the weight network can be asked; None: what is predicted
                  ) -> tuple[int, int, list[tuple[str, str]]]: # How many explained now, how many before, and (name, reason) of those that can't be read
     """Explain image files in batches, past unreadable ones, and past what an earlier run has done.
 

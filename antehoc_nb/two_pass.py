@@ -85,19 +85,19 @@ class TwoPass(Callback):
     fp16_scale = 2.**10  # of the interpretation loss, so that small gradients survive half precision
 
     def __init__(self,
-                 mask: str = 'both', # A name in `masks`
+                 mask: str | None = None, # A name in `masks`; None: 'mixed' for a weight network whose maps may bend, `directed`, else 'both'
                  fill: str | float | Sequence[float] = 'black', # What masked pixels become: 'black', 'mean', 'blur' or a colour in [0,1]
                  loss: str | None = None, # A name in `int_losses`; None: 'cross_entropy' for a weight network that is asked about a class, else 'mse'
                  train_cnn: bool = True, # False: the CNN is already trained; train the weight network alone
                  keep_maps: int = 0, # Keep the maps of so many validation images after every epoch, in `film`
                  **model_kwargs, # For `AntehocModel`: eta, layers, soft_attention, temperature, weight_net, scale
                 ):
-        masks[mask], int_losses[loss or 'mse']
+        masks[mask or 'both'], int_losses[loss or 'mse']
         known = list(inspect.signature(AntehocModel).parameters)[2:]
         for k in model_kwargs:
             if k not in known: raise TypeError(f'TwoPass: {unknown_name("argument", k, known)}')
         check_fill(fill)
-        self.mask, self.fill, self.wanted, self.train_cnn, self.keep_maps, self.model_kwargs = mask, fill, loss, train_cnn, keep_maps, model_kwargs
+        self.wanted, self.fill, self.train_cnn, self.keep_maps, self.model_kwargs = (mask, loss), fill, train_cnn, keep_maps, model_kwargs
         self.int_losses, self.film, self.film_images, self._aside, self._seen = [], [], None, None, None
         self._mean, self._attached, self._begun = dict(train=[], valid=[]), None, False # (loss, batch size) of each batch
 
@@ -115,7 +115,8 @@ class TwoPass(Callback):
         elif self.model_kwargs: raise ValueError(f'{", ".join(self.model_kwargs)}: the learner already has an AntehocModel; set these there')
         else: self._adopt(learn.model)
         check_fill(self.fill, learn.model.mean.shape[1] if learn.model.mean.shape[1] > 1 else None)
-        self.int_loss = self.wanted or ('cross_entropy' if learn.model.asks else 'mse')
+        self.mask = self.wanted[0] or ('mixed' if learn.model.directs else 'both')
+        self.int_loss = self.wanted[1] or ('cross_entropy' if learn.model.asks else 'mse')
         if learn.model.asks != getattr(int_losses[self.int_loss], 'asks', False):
             raise ValueError(f'int_loss={self.int_loss!r} (of TwoPass: loss) cannot train weight_net={learn.model.weight_net_name!r}; leave it out')
         self._join(learn)
@@ -312,7 +313,7 @@ def antehoc_learner(dls, # fastai DataLoaders with images (B,C,H,W) as first inp
                     temperature: float = 3., # Of the soft attention
                     weight_net: str = 'autoencoder', # A name in `weight_nets`
                     scale: bool = True, # Min-max scale the map
-                    mask: str = 'both', # A name in `masks`: what pass 2 multiplies the image with
+                    mask: str | None = None, # A name in `masks`: what pass 2 multiplies the image with; None: 'mixed' for `directed`, else 'both'
                     fill: str | float | Sequence[float] = 'black', # What masked pixels become in pass 2
                     int_loss: str | None = None, # A name in `int_losses`; None: 'cross_entropy' for a weight network that is asked about a class, else 'mse'
                     train_cnn: bool = True, # False: `arch` is trained; train the weight network alone
