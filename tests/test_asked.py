@@ -25,7 +25,7 @@ from antehoc_nb.model import AntehocModel
 from antehoc_nb.second_pass import held, int_loss, int_losses, questions
 from antehoc_nb.show import show_sams, show_weights
 from antehoc_nb.two_pass import Bf16, TwoPass, antehoc_learner
-from antehoc_nb.weight_net import weight_nets
+from antehoc_nb.weight_net import _along, weight_nets
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -131,6 +131,20 @@ def test_what_no_choice_of_layers_can_show():
             here = (west if c == 0 else ~west)[:, None, None, None] == (torch.arange(32) < 16)
             share[net, c] = ((m * here).sum() / m.sum()).item()
     assert min(share['directed', c] for c in (0, 1)) > .7 and max(share['conditional', c] for c in (0, 1)) < .55, share
+
+
+def test_a_map_that_may_bend_is_trained_with_all_its_uses():
+    "Unless another mask is asked for, or the learner's model cannot bend."
+    loader = lambda: DataLoader([(torch.rand(3, 32, 32), torch.tensor(i % 10)) for i in range(4)], bs=2, num_workers=0)
+    def mask(**kw): return Learner(DataLoaders(loader(), loader()), small_cnn(), loss_func=CrossEntropyLossFlat(), cbs=TwoPass(eta=2, **kw)).two_pass.mask
+    assert [mask(weight_net=o) for o in ('directed', 'conditional', 'autoencoder')] == ['mixed', 'both', 'both']
+    assert mask(weight_net='directed', mask='balanced') == 'balanced' and mask(mask='soft') == 'soft'
+
+
+@pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
+def test_reaching_along_a_direction(layout):
+    a, row = torch.randn(3, 5, 7, 4).to(memory_format=layout), torch.randn(3, 5)
+    torch.testing.assert_close(_along(a, row), (a * row[:, :, None, None]).sum(1, keepdim=True))
 
 
 def test_the_second_maps_are_named():
