@@ -204,7 +204,7 @@ def run_classification(dataset:str, # A name in `PACKS`
                           benchmark_accuracy=b.record['results']['accuracy'], n_train=len(dls.train_ds), n_test=len(dls.valid_ds),
                           train_seconds=round(learn.checkpoint.seconds), asked_seconds=round(asked.checkpoint.seconds),
                           asked_epochs=len(asked.recorder.values), layers=list(learn.model.layers),
-                          shared_inc=[shared_inc(b, o, r, k) for o in ('ante-hoc', ASKED) for r in RIVALS[1:] for k in TABLES.values()]))
+                          shared_inc=[shared_inc(b, o, r, k) for o in ('ante-hoc', ASKED) for r in RIVALS[1:] for k in ('energy', 'binarised')]))
     config = c | dict(images=fingerprint(dls), title=PACKS[dataset].title, stands_for=PACKS[dataset].stands_for)
     found = dict(runs=facts, n=runs[0].record['results']['n'], **as_results(pool(runs, aside=(ASKED_WRONG, *CONTROLS, *VARIANTS))))
     rec = run_record(config, list(c['seeds']), found, experiment='classification', command=command)
