@@ -119,7 +119,7 @@ def profile_config(dataset:str, profile:str)->dict: # What `run_classification` 
     if dataset not in PACKS: raise ValueError(unknown_name('dataset', dataset, list(PACKS)))
     if profile not in PROFILES: raise ValueError(unknown_name('profile', profile, list(PROFILES)))
     e = EPOCHS.get(profile, {}).get(dataset, 1)
-    return dict(dataset=dataset, profile=profile, weight_net='informed', asked_net=ASKED_NET, epochs=e, judge_epochs=e) | PROFILES[profile]
+    return dict(dataset=dataset, profile=profile, weight_net='informed', asked_net=dict(ASKED_NET), epochs=e, judge_epochs=e) | PROFILES[profile]
 
 
 def cnn_config(c:dict, # From `profile_config`
@@ -136,9 +136,9 @@ def shared_inc(b:Benchmark, # With the values of its images, as `benchmark` retu
               )->dict: # `n`: how many images; `inc` of ours on them and `rival_inc`, in percent, None for no image
     "Inc, by the CNN, on the images whose probability rises under both maps."
     p = b.values[ours]['cnn', '', 'p_x']
-    both = np.stack([b.values[e]['cnn', masks, 'p_e'] for e in (ours, rival)])
-    on = (both > p).all(0)
-    inc, rival_inc = (100 * (1 - p[on] / both[:, on])).mean(1).tolist() if on.any() else (None, None)
+    p_e = np.stack([b.values[e]['cnn', masks, 'p_e'] for e in (ours, rival)])
+    on = (p_e > p).all(0)
+    inc, rival_inc = (100 * (1 - p[on] / p_e[:, on])).mean(1).tolist() if on.any() else (None, None)
     return dict(ours=ours, rival=rival, masks=masks, n=int(on.sum()), inc=inc, rival_inc=rival_inc)
 
 # %% ../nbs/10_classification.ipynb #cell0011
@@ -161,7 +161,7 @@ def train_asked(model:AntehocModel, # Trained
                 seed:int, # Of the run
                 out:str|Path, # Folder to write to
                )->Learner: # Of the same CNN, with a weight network that can be asked about a class
-    "Train a `directed` weight network alone, on a finished CNN, until it has seen about `asked_images` images. Errors as of `train_run`"
+    "Train the weight network of `c['asked_net']` alone, on a finished CNN, until it has seen about `asked_images` images. Errors as of `train_run`"
     cnn = deepcopy(model.cnn)
     cnn.build = model.meta.get('cnn')
     epochs = max(1, round(c['asked_images'] / len(dls.train_ds)))

@@ -120,7 +120,7 @@ def explain(model: Annotated[Path, typer.Argument(help='A folder that `antehoc t
             out: Annotated[Path, _opt('Where maps, overlays and explanations.csv go.')] = Path('explanations'),
             bs: Annotated[int, _opt('Images at a time.', min=1)] = 32,
             threshold: Annotated[float, _opt('Where the map is cut into concept regions, in (0,1].')] = 0.8,
-            ask: Annotated[str, _opt('The class to ask about, by name or number, of a model that can be asked. Default: what is predicted.')] = ''):
+            ask: Annotated[str, _opt('The class to ask about, by name or number, for --weight-net directed or conditional. Default: what is predicted.')] = ''):
     "Predict and explain images: overlays, maps, and a table of concept regions."
     with _in_one_line():
         from antehoc_nb.files import IMAGES

@@ -102,7 +102,8 @@ def train_run(dls, # fastai DataLoaders
     results = {names[2]: epochs[-1][names[2]]} | dict(epochs=epochs, cnn_sha256=cnn_digest(learn.model.cnn if explains else learn.model),
                    n_train=len(dls.train_ds), n_valid=len(dls.valid_ds), seconds=round(checkpoint.seconds))
     if explains:
-        results |= dict(layers=list(learn.model.layers), int_losses=[round(o, 5) for o in learn.two_pass.int_losses[::10]])
+        results |= dict(layers=list(learn.model.layers), mask=learn.two_pass.mask, int_loss=learn.two_pass.int_loss,
+                        int_losses=[round(o, 5) for o in learn.two_pass.int_losses[::10]])
         learn.model.save_pretrained(out/'model')
         spread = np.linspace(0, len(dls.valid_ds) - 1, min(16, len(dls.valid_ds))).astype(int).tolist()  # folders are read class by class
         for f, draw in (('losses.png', plot_losses), ('maps.png', lambda o: o.show_maps(items=spread))):

@@ -95,7 +95,10 @@ def _sweep(m, i, least, most):
     share = _share(i, least, most)
     ranked = m.detach().flatten(1).sort(1, descending=True).values
     q = ranked.gather(1, (share * (ranked.shape[1] - 1)).round().long()[:, None].to(m.device))
-    return ((m - q[:, :, None, None]) / 0.05).sigmoid()
+    return _steep(m, q[:, :, None, None])
+
+
+def _steep(m, q): return ((m - q) / 0.05).sigmoid()
 
 
 @masks.register
@@ -128,7 +131,7 @@ def binarised(m: torch.Tensor, # Interpretation maps, (B,1,H,W) in [0,1]
               i: torch.Tensor, # Running number of each image since the start of training, (B,)
              ) -> torch.Tensor: # (B,1,H,W) in (0,1)
     "A steep sigmoid around 0.8, where a map is binarised."
-    return ((m - 0.8) / 0.05).sigmoid()
+    return _steep(m, 0.8)
 
 
 @masks.register

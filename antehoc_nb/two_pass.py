@@ -85,7 +85,7 @@ class TwoPass(Callback):
     fp16_scale = 2.**10  # of the interpretation loss, so that small gradients survive half precision
 
     def __init__(self,
-                 mask: str | None = None, # A name in `masks`; None: 'mixed' for a weight network whose maps may bend, `directed`, else 'both'
+                 mask: str | None = None, # A name in `masks`; None: what the weight network names as its `mask`, 'mixed' for `directed`, else 'both'
                  fill: str | float | Sequence[float] = 'black', # What masked pixels become: 'black', 'mean', 'blur' or a colour in [0,1]
                  loss: str | None = None, # A name in `int_losses`; None: 'cross_entropy' for a weight network that is asked about a class, else 'mse'
                  train_cnn: bool = True, # False: the CNN is already trained; train the weight network alone
@@ -97,7 +97,7 @@ class TwoPass(Callback):
         for k in model_kwargs:
             if k not in known: raise TypeError(f'TwoPass: {unknown_name("argument", k, known)}')
         check_fill(fill)
-        self.wanted, self.fill, self.train_cnn, self.keep_maps, self.model_kwargs = (mask, loss), fill, train_cnn, keep_maps, model_kwargs
+        self.mask, self.wanted, self.fill, self.train_cnn, self.keep_maps, self.model_kwargs = mask, loss, fill, train_cnn, keep_maps, model_kwargs
         self.int_losses, self.film, self.film_images, self._aside, self._seen = [], [], None, None, None
         self._mean, self._attached, self._begun = dict(train=[], valid=[]), None, False # (loss, batch size) of each batch
 
@@ -115,8 +115,8 @@ class TwoPass(Callback):
         elif self.model_kwargs: raise ValueError(f'{", ".join(self.model_kwargs)}: the learner already has an AntehocModel; set these there')
         else: self._adopt(learn.model)
         check_fill(self.fill, learn.model.mean.shape[1] if learn.model.mean.shape[1] > 1 else None)
-        self.mask = self.wanted[0] or ('mixed' if learn.model.directs else 'both')
-        self.int_loss = self.wanted[1] or ('cross_entropy' if learn.model.asks else 'mse')
+        self.mask = self.mask or getattr(learn.model.weight_net, 'mask', 'both')
+        self.int_loss = self.wanted or ('cross_entropy' if learn.model.asks else 'mse')
         if learn.model.asks != getattr(int_losses[self.int_loss], 'asks', False):
             raise ValueError(f'int_loss={self.int_loss!r} (of TwoPass: loss) cannot train weight_net={learn.model.weight_net_name!r}; leave it out')
         self._join(learn)

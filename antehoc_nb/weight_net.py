@@ -83,7 +83,7 @@ class informed(autoencoder):
                 sams: torch.Tensor,
                 activations: Sequence[torch.Tensor],
                 grids: Sequence | None = None, # Where in the image the cells are, as `layer_grids` has it
-                target: torch.Tensor | None = None, # Classes that are asked about, (B,), or several of each image, (B,Q); for `conditional`
+                target: torch.Tensor | None = None, # Classes that are asked about, (B,), or several of each image, (B,Q); for networks that can be asked
                ) -> torch.Tensor:
         z, p = _halve(sams) - 0.5, self.down1.weight
         half = [g and tuple(((o - 0.5) / 2, s / 2) for o, s in g) for g in grids or [None] * len(activations)]  # in pixels of half the size
@@ -135,7 +135,7 @@ class conditional(informed):
 @weight_nets.register
 class directed(conditional):
     "As `conditional`, with a second map of each layer that is turned towards what is asked: (B,2 eta,H,W), ... -> (B,2 eta,H/4,W/4) logits."
-    directs = True
+    directs, mask = True, 'mixed'  # the mask that pass 2 trains it with, unless told otherwise
 
     def __init__(self,
                  eta: int, # How many layers are blended, each twice
