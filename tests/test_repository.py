@@ -73,3 +73,15 @@ def test_module_is_small_and_imports_earlier_pages_only(module):
     page = {m.stem: n[1] for m in MODULES if (n := re.search(r'File to edit: \S*?(\d\d_\w+)\.ipynb', m.read_text(encoding='utf-8')))}
     later = [o for o in re.findall(r'^\s*from \.(\w+) import', code, flags=re.M) if page.get(o, '') >= page.get(module.stem, '~')]
     assert not later
+
+
+@pytest.mark.parametrize('record', sorted(Path(__file__).parents[1].glob('results/classification/*-cpu.json')), ids=lambda o: o.stem)
+def test_readme_has_the_numbers_of_the_records(record):
+    "The page that becomes the README was executed after the last measurement."
+    from antehoc_nb.classification import ASKED, CRITERIA, read_classification, verdict
+    dataset = record.stem.removesuffix('-cpu')
+    b = read_classification(dataset, 'cpu', record.parents[1])
+    drop = b.pivot(('average_drop',), ('top 20%',), ('cnn',)).iloc[:, 0]
+    ahead = [int((verdict(b, o).ahead == 3).sum()) for o in ('ante-hoc', ASKED)]
+    row = next(o for o in (record.parents[2]/'README.md').read_text().splitlines() if o.startswith(f"| {b.record['config']['title']} | ") and f'of {len(CRITERIA)}' in o)
+    assert [o.strip() for o in row.split('|')][3:5] == [f'{drop[o]:.1f}' for o in ('ante-hoc', ASKED)] and f'| {ahead[0]} and {ahead[1]} of {len(CRITERIA)} |' in row
