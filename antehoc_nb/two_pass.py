@@ -97,7 +97,7 @@ class TwoPass(Callback):
         for k in model_kwargs:
             if k not in known: raise TypeError(f'TwoPass: {unknown_name("argument", k, known)}')
         check_fill(fill)
-        self.mask, self.wanted, self.fill, self.train_cnn, self.keep_maps, self.model_kwargs = mask, loss, fill, train_cnn, keep_maps, model_kwargs
+        self.wanted_mask, self.wanted_loss, self.fill, self.train_cnn, self.keep_maps, self.model_kwargs = mask, loss, fill, train_cnn, keep_maps, model_kwargs
         self.int_losses, self.film, self.film_images, self._aside, self._seen = [], [], None, None, None
         self._mean, self._attached, self._begun = dict(train=[], valid=[]), None, False # (loss, batch size) of each batch
 
@@ -115,8 +115,8 @@ class TwoPass(Callback):
         elif self.model_kwargs: raise ValueError(f'{", ".join(self.model_kwargs)}: the learner already has an AntehocModel; set these there')
         else: self._adopt(learn.model)
         check_fill(self.fill, learn.model.mean.shape[1] if learn.model.mean.shape[1] > 1 else None)
-        self.mask = self.mask or getattr(learn.model.weight_net, 'mask', 'both')
-        self.int_loss = self.wanted or ('cross_entropy' if learn.model.asks else 'mse')
+        self.mask = self.wanted_mask or getattr(learn.model.weight_net, 'mask', 'both')
+        self.int_loss = self.wanted_loss or ('cross_entropy' if learn.model.asks else 'mse')
         if learn.model.asks != getattr(int_losses[self.int_loss], 'asks', False):
             raise ValueError(f'int_loss={self.int_loss!r} (of TwoPass: loss) cannot train weight_net={learn.model.weight_net_name!r}; leave it out')
         self._join(learn)

@@ -139,6 +139,11 @@ def test_a_map_that_may_bend_is_trained_with_all_its_uses():
     def mask(**kw): return Learner(DataLoaders(loader(), loader()), small_cnn(), loss_func=CrossEntropyLossFlat(), cbs=TwoPass(eta=2, **kw)).two_pass.mask
     assert [mask(weight_net=o) for o in ('directed', 'conditional', 'autoencoder')] == ['mixed', 'both', 'both']
     assert mask(weight_net='directed', mask='balanced') == 'balanced' and mask(mask='soft') == 'soft'
+    two = TwoPass()  # goes from a learner of one network to one of another
+    for net, want in (('directed', ('mixed', 'cross_entropy')), ('autoencoder', ('both', 'mse'))):
+        m = AntehocModel(small_cnn(), torch.rand(2, 3, 32, 32), eta=2, weight_net=net)
+        Learner(DataLoaders(loader(), loader()), m, loss_func=CrossEntropyLossFlat(), cbs=two)
+        assert (two.mask, two.int_loss) == want
 
 
 @pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
