@@ -86,7 +86,7 @@ def train(data: Annotated[str, typer.Argument(help='Class folders (`train/<class
           soft_attention: Annotated[str, _opt('How an activation becomes a map.', callback=_one_of('sam', 'soft_attentions'))] = 'softmax_l2',
           temperature: Annotated[float, _opt('Of the soft attention; above 1 softens.')] = 3.,
           weight_net: Annotated[str, _opt('How the layers are blended.', callback=_one_of('weight_net', 'weight_nets'))] = 'autoencoder',
-          mask: Annotated[str | None, _opt('What pass 2 multiplies the image with. Default: `mixed` with --weight-net directed, else `both`.',
+          mask: Annotated[str | None, _opt('What pass 2 multiplies the image with. Default: `mixed` with --weight-net turned or directed, else `both`.',
                                            callback=_one_of('second_pass', 'masks'))] = None,
           fill: Annotated[str, _opt('What masked pixels become: `black`, `mean` or `blur`.')] = 'black',
           bf16: Annotated[bool, _opt('bfloat16 mixed precision; fast on recent CPUs and GPUs.')] = False,

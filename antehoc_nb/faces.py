@@ -25,6 +25,7 @@ from fasttransform import Transform
 from PIL import Image
 from scipy.io import loadmat
 from torch import nn
+from tqdm import tqdm
 
 from .data import Fit, OpenImage, PhotoDigits
 from .drawings import draw_faces
@@ -121,6 +122,13 @@ class Landmarks:
     def at(self, size: int) -> np.ndarray: # (N,P,2) x, y in pixels of the squished images
         "The points in images of `size` x `size`."
         return (self.points * size / self.sizes[:, None]).astype(np.float32)
+
+    def squished(self, size: int) -> 'Landmarks': # Itself
+        "Read all images, and keep them as `size` x `size` pixels: so that no epoch decodes them again. `ValueError` for an unreadable one"
+        images, self.points = [], self.at(size)
+        for o in tqdm(self.images, desc='reading', unit='image', disable=None): images.append(np.asarray(Fit(size)(OpenImage()(o))))
+        self.images, self.sizes = images, np.full((len(self), 2), size)
+        return self
 
 
 def _size(o):

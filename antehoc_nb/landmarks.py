@@ -111,10 +111,11 @@ def score_maps(model: AntehocModel, # A detector
                scheme: Scheme, # What they are
                group: str, # What the model detects
                bs: int = 64, # Images per forward pass
+               regions: dict | None = None, # What `group_regions` makes of the points; None: made here
                 ) -> dict: # Means: own, pointing, area, errors nme (energy maps), nme_blur, nme_top20; energy and density by group; `each`: own by image
     "Where maps look, and what the detector makes of the images they leave. `ValueError` for an unknown group, or one that no image shows"
     size, maps, idx = x.shape[3], maps.cpu(), scheme.points(group)
-    regions = group_regions(points, scheme, size)
+    regions = regions or group_regions(points, scheme, size)
     own = torch.stack(list(regions.values())).any(0) if group == 'all' else regions[group]
     truth = torch.from_numpy(np.asarray(points)).float() * 2 / size - 1
 
@@ -156,9 +157,9 @@ FACES = {'photo-digits': Faces('photo-digits', lambda p, s, n, m: digit_points(n
 
 SETTINGS = dict(
     smoke=dict(size=32, epochs=1, n_train=64, n_test=16, n_cam=4, bs=32),
-    cpu=dict(size=64, epochs=5, n_train=None, n_test=300, n_cam=32, bs=32),
+    cpu=dict(size=64, epochs=8, n_train=None, n_test=300, n_cam=32, bs=32),
     paper=dict(size=128, epochs=60, n_train=None, n_test=1000, n_cam=100, bs=64))  # n_cam: training images that choose Grad-CAM's layer
-TWO_PASS = dict(eta=8, weight_net='informed', mask='focus', fill='blur', temperature=1.)  # of the detectors
+TWO_PASS = dict(eta=8, weight_net='turned', mask='focus', fill='blur', temperature=.5)  # of the detectors
 
 
 def landmark_config(dataset: str, profile: str) -> dict: # What `run_landmarks` runs
@@ -183,8 +184,9 @@ def _detector(lm, group, c, out, **changes):
     "A trained detector, resumably"
     dls = landmark_dls(lm, group, c['size'], c['bs'])
     aug = dict(degrees=lm.scheme.degrees, **{k: v.default for k, v in inspect.signature(TurnFaces).parameters.items() if k in ('zoom', 'p_mirror')})
-    config = {k: c[k] for k in ('arch', 'epochs', 'lr', 'seed', 'size', 'bs', *METHOD) if k in c} | dict(group=group, data=c['dataset'], channels_last=True)
-    config = {k: v for k, v in (config | dict(aug=aug) | changes).items() if v is not None}
+    keys = 'arch', 'epochs', 'lr', 'seed', 'size', 'bs', *(() if 'plain' in changes else METHOD)
+    config = {k: c[k] for k in keys if k in c} | dict(group=group, data=c['dataset'], channels_last=True, aug=aug) | changes
+    config = {k: v for k, v in config.items() if v is not None}
     return train_run(dls, config, out, metric=nme_metric(lm.scheme, group))
 
 
@@ -200,11 +202,12 @@ def run_landmarks(dataset: str, # A name in `FACES`
                  ) -> dict: # The record
     "Train the detectors and their plain twins, score their maps, and write `results/landmarks/<dataset>-<profile>.json`."
     c = landmark_config(dataset, profile)
-    lm, work, found = _load(c, data), Path(work)/'landmarks'/f'{dataset}-{profile}', {}
+    lm, work, found = _load(c, data).squished(c['size']), Path(work)/'landmarks'/f'{dataset}-{profile}', {}
     ids = _spread_out(int(lm.test.sum()), c['n_test'])
-    points = lm.at(c['size'])[lm.test][ids]
+    points = lm.points[lm.test][ids]
+    regions = group_regions(points, lm.scheme, c['size'])
     for group in c['groups']:
-        learn, twin = (_detector(lm, group, c, work/group/k, plain=k == 'plain' or None) for k in ('ante-hoc', 'plain'))
+        learn, twin = _detector(lm, group, c, work/group/'ante-hoc'), _detector(lm, group, c, work/group/'plain', plain=True)
         model, x = learn.model.eval(), _pictures(learn.dls, learn.dls.valid_ds, ids)
         best = _best_cam_layer(model, learn, lm, group, c['n_cam'])
         ask = {'ante-hoc': 'ante-hoc', 'plain average of layers': plain_average, 'grad-cam': regression_cam,
@@ -217,7 +220,7 @@ def run_landmarks(dataset: str, # A name in `FACES`
         nmes = [[float(v[2]) for v in o.recorder.values] for o in (learn, twin)]
         found[group] = dict(nme=nmes[0][-1], nme_plain=nmes[1][-1], epochs=nmes[0], cnn_sha256=cnn_digest(model.cnn), plain_sha256=cnn_digest(twin.model),
                             layers=list(model.layers), cam_layer=best, seconds=round(learn.checkpoint.seconds), plain_seconds=round(twin.checkpoint.seconds),
-                            maps={k: score_maps(model, x, m, points, lm.scheme, group) for k, m in maps.items()})
+                            maps={k: score_maps(model, x, m, points, lm.scheme, group, regions=regions) for k, m in maps.items()})
     people = np.unique(lm.people[lm.test][ids], return_inverse=True)[1]
     config = c | dict(images=fingerprint(learn.dls), title=FACES[dataset].title)
     facts = dict(detectors=found, n_train=int((~lm.test).sum()), n_test=int(lm.test.sum()), n_scored=len(ids), n_dropped=lm.dropped, people=people)
@@ -228,10 +231,9 @@ def run_landmarks(dataset: str, # A name in `FACES`
 
 def _best_cam_layer(model, learn, lm, group, n):
     "The tapped layer whose Grad-CAM has most energy on the group, on training images"
-    ds, size = learn.dls.train_ds, learn.dls.valid.one_batch()[0].shape[3]
-    ids = _spread_out(len(ds), n)
-    x = _pictures(learn.dls, ds, ids)
-    own = group_regions(lm.at(size)[~lm.test][ids], lm.scheme, size, groups=None if group == 'all' else [group])
+    ids = _spread_out(len(learn.dls.train_ds), n)
+    x = _pictures(learn.dls, learn.dls.train_ds, ids)
+    own = group_regions(lm.points[~lm.test][ids], lm.scheme, x.shape[3], groups=None if group == 'all' else [group])
     own = torch.stack(list(own.values())).any(0)
     on = own.flatten(1).any(1)
     maps = {o: torch.cat([regression_cam(model, b, layer=o) for b in x.split(50)]).cpu() for o in model.layers}

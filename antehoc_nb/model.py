@@ -82,7 +82,7 @@ class Explanation:
     "The prediction for a batch of images, and the map of the pixels it rests on, from one forward pass."
     pred: Any # What the CNN returned
     map: torch.Tensor # Interpretation map, (B,1,H,W) in [0,1]
-    sams: torch.Tensor # Soft attention maps, (B,eta,H,W) in [0,1]; of a `directed` network (B,2 eta,H,W), as are the weights
+    sams: torch.Tensor # Soft attention maps, (B,eta,H,W) in [0,1]; of a `turned` or `directed` network (B,2 eta,H,W), as are the weights
     weights: torch.Tensor # Weight maps, (B,eta,H,W), sum 1 over eta at every pixel
     image: torch.Tensor # The images as the CNN got them, (B,C,H,W)
     mean: torch.Tensor # What the images were normalised with: pixel = image * std + mean, (1,C,1,1)
@@ -216,7 +216,7 @@ class AntehocModel(nn.Module):
                   sams: list, # As `take_sams` gives them
                   size: tuple[int, int], # (H,W) of the image
                   target: torch.Tensor | None = None, # Classes that are asked about, (B,) or (B,Q), if the weight network `asks`
-                 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: # Map (B,1,H,W); weights and SAMs, (B,eta,H,W), or twice as many of `directed`
+                 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: # Map (B,1,H,W); weights and SAMs, (B,eta,H,W), or twice as many if it `directs`
         "Resize the soft attention maps, weigh them and blend them (Eq. 1); differentiable in the weight network."
         more = ()
         if self.reads:
@@ -256,7 +256,7 @@ class AntehocModel(nn.Module):
             sizes = tuple(tuple((s[0] if self.reads else s).shape[2:]) for s in sams)
             if self.asks: target = self.question(target, out, *args[1:], **kwargs).to(x.device)
             m, w, sams = self.interpret(sams, x.shape[2:], target)
-        names, sizes = self.layers + tuple(f'{o}, asked' for o in self.layers * self.directs), sizes * (1 + self.directs)
+        names, sizes = self.layers + tuple(f'{o}, {"asked" if self.asks else "turned"}' for o in self.layers * self.directs), sizes * (1 + self.directs)
         return Explanation(map_tensors(plain, out), m, sams, w, x, self.mean, self.std, names, sizes, threshold, target)
 
 # %% ../nbs/03_model.ipynb #cell0023

@@ -92,7 +92,8 @@ def train_run(dls, # fastai DataLoaders
     arch = build() if build else c['arch']
     learn = plain_learner(dls, arch, **kw) if c.get('plain') else antehoc_learner(dls, arch, **kw, **{k: c[k] for k in METHOD if k in c})
     claim(out, config | dict(images=fingerprint(dls)))
-    with learn.no_bar() if not sys.stdout.isatty() else nullcontext():  # lines, not bars, in a log file
+    quiet = learn.no_bar() if not sys.stdout.isatty() else nullcontext()  # lines, not bars, in a log file
+    with quiet, torch.backends.cudnn.flags(torch.backends.cudnn.enabled, deterministic=True):  # the same run, the same weights, on a GPU too
         if kw['pretrained']: learn.unfreeze()
         learn.fit_one_cycle(c['epochs'], c['lr'])
     if not checkpoint.epochs and (out/'record.json').exists(): return learn  # it was finished before

@@ -85,7 +85,7 @@ class TwoPass(Callback):
     fp16_scale = 2.**10  # of the interpretation loss, so that small gradients survive half precision
 
     def __init__(self,
-                 mask: str | None = None, # A name in `masks`; None: what the weight network names as its `mask`, 'mixed' for `directed`, else 'both'
+                 mask: str | None = None, # A name in `masks`; None: what the weight network names, 'mixed' for `turned` and `directed`, else 'both'
                  fill: str | float | Sequence[float] = 'black', # What masked pixels become: 'black', 'mean', 'blur' or a colour in [0,1]
                  loss: str | None = None, # A name in `int_losses`; None: 'cross_entropy' for a weight network that is asked about a class, else 'mse'
                  train_cnn: bool = True, # False: the CNN is already trained; train the weight network alone
@@ -313,7 +313,7 @@ def antehoc_learner(dls, # fastai DataLoaders with images (B,C,H,W) as first inp
                     temperature: float = 3., # Of the soft attention
                     weight_net: str = 'autoencoder', # A name in `weight_nets`
                     scale: bool = True, # Min-max scale the map
-                    mask: str | None = None, # A name in `masks`: what pass 2 multiplies the image with; None: 'mixed' for `directed`, else 'both'
+                    mask: str | None = None, # A name in `masks`: what pass 2 multiplies the image with; None: 'mixed' for `turned` and `directed`, else 'both'
                     fill: str | float | Sequence[float] = 'black', # What masked pixels become in pass 2
                     int_loss: str | None = None, # A name in `int_losses`; None: 'cross_entropy' for a weight network that is asked about a class, else 'mse'
                     train_cnn: bool = True, # False: `arch` is trained; train the weight network alone

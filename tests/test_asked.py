@@ -133,14 +133,35 @@ def test_what_no_choice_of_layers_can_show():
     assert min(share['directed', c] for c in (0, 1)) > .7 and max(share['conditional', c] for c in (0, 1)) < .55, share
 
 
+class Reddest(Everywhere):
+    "Answers with red's amount alone, one number, though both of its layers respond to blue alike."
+    def forward(self, x): return super().forward(x)[:, :1]
+
+
+def test_a_turned_map_leaves_out_what_does_not_count():
+    "The blue patch is as bright in both layers as the red one, and of no account: no choice of layers can darken it, a turned map can."
+    x, _ = patches(512)
+    loader = lambda: DataLoader([(o, torch.zeros(1)) for o in x], bs=16, num_workers=0)
+    t, west = patches(64, seed=1)
+    share = {}
+    for net in ('informed', 'turned'):
+        set_seed(0)
+        learn = Learner(DataLoaders(loader(), loader()), Reddest(), loss_func=nn.MSELoss(),
+                        cbs=TwoPass(layers=['a.1', 'b.1'], weight_net=net, mask='mixed', train_cnn=False))
+        with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(3, 1e-2)
+        m = learn.model.explain(t).map
+        share[net] = ((m * (west[:, None, None, None] == (torch.arange(32) < 16))).sum() / m.sum()).item()
+    assert share['turned'] > .75 and share['informed'] < .55, share
+
+
 def test_a_map_that_may_bend_is_trained_with_all_its_uses():
     "Unless another mask is asked for, or the learner's model cannot bend."
     loader = lambda: DataLoader([(torch.rand(3, 32, 32), torch.tensor(i % 10)) for i in range(4)], bs=2, num_workers=0)
     def mask(**kw): return Learner(DataLoaders(loader(), loader()), small_cnn(), loss_func=CrossEntropyLossFlat(), cbs=TwoPass(eta=2, **kw)).two_pass.mask
-    assert [mask(weight_net=o) for o in ('directed', 'conditional', 'autoencoder')] == ['mixed', 'both', 'both']
+    assert [mask(weight_net=o) for o in ('directed', 'turned', 'conditional', 'autoencoder')] == ['mixed', 'mixed', 'both', 'both']
     assert mask(weight_net='directed', mask='balanced') == 'balanced' and mask(mask='soft') == 'soft'
     two = TwoPass()  # goes from a learner of one network to one of another
-    for net, want in (('directed', ('mixed', 'cross_entropy')), ('autoencoder', ('both', 'mse'))):
+    for net, want in (('directed', ('mixed', 'cross_entropy')), ('turned', ('mixed', 'mse')), ('autoencoder', ('both', 'mse'))):
         m = AntehocModel(small_cnn(), torch.rand(2, 3, 32, 32), eta=2, weight_net=net)
         Learner(DataLoaders(loader(), loader()), m, loss_func=CrossEntropyLossFlat(), cbs=two)
         assert (two.mask, two.int_loss) == want
@@ -152,16 +173,17 @@ def test_reaching_along_a_direction(layout):
     torch.testing.assert_close(_along(a, row), (a * row[:, :, None, None]).sum(1, keepdim=True))
 
 
-def test_the_second_maps_are_named():
-    m = AntehocModel(small_cnn(), torch.rand(2, 3, 32, 32), eta=3, weight_net='directed')
-    e = m.explain(torch.rand(2, 3, 40, 32), target=[1, 9])
-    assert e.sams.shape == e.weights.shape == (2, 6, 40, 32) and e.layers == (*m.layers, *(f'{o}, asked' for o in m.layers))
+@pytest.mark.parametrize('net, what, target', [('directed', 'asked', [1, 9]), ('turned', 'turned', None)])
+def test_the_second_maps_are_named(net, what, target):
+    m = AntehocModel(small_cnn(), torch.rand(2, 3, 32, 32), eta=3, weight_net=net)
+    e = m.explain(torch.rand(2, 3, 40, 32), target=target)
+    assert e.sams.shape == e.weights.shape == (2, 6, 40, 32) and e.layers == (*m.layers, *(f'{o}, {what}' for o in m.layers))
     assert len(e.sizes) == 6 and e.sizes[3:] == e.sizes[:3]
     torch.testing.assert_close(e.weights.sum(1), torch.ones(2, 40, 32))
     torch.testing.assert_close(e.sams[:, 3:], e.sams[:, :3], atol=1e-5, rtol=1e-4)  # before it is trained
     show_sams(e[0]), show_weights(e[0])
     titles = [ax.get_title() for ax in plt.gcf().axes]
-    assert sum(f'{m.layers[-1]}, asked' in o for o in titles) == 1, titles
+    assert sum(f'{m.layers[-1]}, {what}' in o for o in titles) == 1, titles
     plt.close('all')
 
 

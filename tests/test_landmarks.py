@@ -167,6 +167,7 @@ def test_scores_by_hand(lm):
     assert all(v == pytest.approx(1, rel=1e-5) for v in ones['density'].values()) and ones['area'] == 1
     with torch.no_grad(): want = F.nme(model(x), torch.from_numpy(points) / 16 - 1, F.FACE68.groups['nose'], (36, 45)).mean().item()
     nose = L.score_maps(model, x, torch.ones(4, 1, 32, 32), points, F.FACE68, 'nose')
+    assert L.score_maps(model, x, torch.ones(4, 1, 32, 32), points, F.FACE68, 'nose', regions=r)['each'] == nose['each']
     assert nose['nme'] == pytest.approx(want, rel=1e-4) == nose['nme_blur'] and nose['nme_top20'] != nose['nme']
 
 
@@ -302,6 +303,19 @@ def test_files_in_every_state(tmp_path):
         F.face_table(tmp_path)
     (tmp_path/'landmarks.npz').write_bytes(b'PK, perhaps')
     with pytest.raises(ValueError, match='landmarks.npz: not an .npz file of plain arrays, or damaged'): F.face_table(tmp_path)
+
+
+def test_images_are_read_once_as_they_would_be_every_time(tmp_path):
+    "The same pixels and points reach the CNN; a file that cannot be read is named at once."
+    face_folder(tmp_path)
+    a, b = F.face_table(tmp_path), F.face_table(tmp_path).squished(32)
+    assert all(o.shape == (32, 32, 3) and o.dtype == np.uint8 for o in b.images) and (b.sizes == 32).all() and np.array_equal(b.points, a.at(32))
+    for x, y in zip(*(F.landmark_dls(o, 'eyes', 32, 2, aug=False).valid for o in (a, b))):
+        assert torch.equal(x[0], y[0])
+        torch.testing.assert_close(x[1], y[1], atol=1e-6, rtol=1e-6)
+    f = tmp_path/'2.png'
+    f.write_bytes(f.read_bytes()[:400])
+    with pytest.raises(ValueError, match='2.png'): F.face_table(tmp_path).squished(32)
 
 
 def test_scores_leave_the_model_alone(lm):

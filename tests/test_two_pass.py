@@ -58,6 +58,7 @@ CASES = dict(
     informed=dict(two=dict(weight_net='informed')),
     conditional=dict(two=dict(weight_net='conditional')),
     directed=dict(two=dict(weight_net='directed')),
+    turned=dict(two=dict(weight_net='turned', mask='focus')),
     informed_bf16=dict(two=dict(weight_net='informed'), cbs=[Bf16()]),
     film=dict(two=dict(keep_maps=4, soft_attention='softmax_max')),
 )
