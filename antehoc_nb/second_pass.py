@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['int_losses', 'masks', 'mse', 'mse_prob', 'mse_padded', 'cross_entropy', 'int_loss', 'soft', 'sweep', 'budget',
-           'focus', 'balanced', 'binarised', 'mixed', 'both', 'questions', 'held']
+           'focus', 'balanced', 'binarised', 'mixed', 'both', 'shown', 'questions', 'held']
 
 # %% ../nbs/04_second_pass.ipynb #cell0002
+from collections.abc import Sequence
 from contextlib import contextmanager
 
 import torch
@@ -121,8 +122,11 @@ def _turn(i, n, m): return (i % n)[:, None, None, None].to(m.device)
 def focus(m: torch.Tensor, # Interpretation maps, (B,1,H,W) in [0,1]
           i: torch.Tensor, # Running number of each image since the start of training, (B,)
          ) -> torch.Tensor: # (B,1,H,W) in [0,1]
-    "`soft` for every fourth image, else `budget` over 1 to 12 % of the pixels: for what is small in its image."
-    return torch.where(_turn(i, 4, m) == 0, m, _budget(m, i, 0.01, 0.12))
+    "`budget` over 1 to 12 % of the pixels, for what is small in its image; one image in 48 is its energy map, on black whatever the fill."
+    return torch.where(_turn(i, 48, m) == 0, m, _budget(m, i, 0.01, 0.12))
+
+
+focus.black = lambda i: i % 48 == 0  # of which images, (B,), the rest is black
 
 
 @masks.register
@@ -156,6 +160,19 @@ def both(m: torch.Tensor, # Interpretation maps, (B,1,H,W) in [0,1]
         ) -> torch.Tensor: # (B,1,H,W) in [0,1]
     "`soft` for even images, `sweep` for odd ones."
     return torch.where(_turn(i, 2, m) == 0, m, sweep(m, i))
+
+# %% ../nbs/04_second_pass.ipynb #cell0021
+def shown(model: nn.Module, # An `AntehocModel`, for its normalisation
+          x: torch.Tensor, # Images, (B,C,H,W), normalised as the CNN expects
+          i_map: torch.Tensor, # Their interpretation maps, (B,1,H,W) in [0,1]
+          i: torch.Tensor, # Running number of each image since the start of training, (B,)
+          mask: str = 'soft', # A name in `masks`
+          fill: str | float | Sequence[float] = 'black', # What masked pixels become, as for `masked`
+         ) -> torch.Tensor: # (B,C,H,W), normalised
+    "What pass 2 shows the CNN."
+    m, black = masks[mask](i_map, i), getattr(masks[mask], 'black', None)
+    if black is None: return model.mask(x, m, fill)
+    return torch.where(black(i)[:, None, None, None].to(x.device), model.mask(x, m), model.mask(x, m, fill))
 
 # %% ../nbs/04_second_pass.ipynb #cell0016
 def questions(y1: torch.Tensor, # Logits for the images, (B,K), or of the words of their captions, (B,T,K)

@@ -34,7 +34,7 @@ from .cnns import build_cnn, find_arch, own_cnns
 from .layers import unknown_name
 from .masking import check_fill
 from .model import AntehocModel, output_tensors, plain
-from .second_pass import held, int_loss, int_losses, masks, questions
+from .second_pass import held, int_loss, int_losses, masks, questions, shown
 
 # %% ../nbs/04_two_pass.ipynb #cell0011
 def sample_inputs(dls, # fastai DataLoaders
@@ -239,7 +239,7 @@ class TwoPass(Callback):
                 label = m.question(None, y1, *others) if m.cnn_asks else plain(self.yb[0]) if len(self.yb) else None
                 y1 = questions(plain(output_tensors(y1)[0]), label, i if self.training else None)
             i_map, *_ = m.interpret(sams, x.shape[2:], y1)
-            y2 = m.cnn(m.mask(x, masks[mask](i_map, i), self.fill), *others)
+            y2 = m.cnn(shown(m, x, i_map, i, mask, self.fill), *others)
         return int_loss(y2, y1, self.int_loss)
 
     def before_step(self):
