@@ -45,5 +45,5 @@ from .weight_net import *
 _modules = (data, files, layers, sam, masking, weight_net, cnns, model, checkpoint, second_pass, two_pass, show, show_learner, metrics, records, road, sanity,
             stability, explainers_page, scoreboard, benchmark_page, judge, concept_models, concept_training, drawings, faces,
             caption_data, captioner_page, captioner_maps)
-_by_name = {*sam.soft_attentions, *weight_net.weight_nets, *second_pass.masks, *second_pass.int_losses, 'plain', 'resize', 'masked'}
+_by_name = {*sam.soft_attentions, *weight_net.weight_nets, *second_pass.masks, *second_pass.int_losses, 'plain', 'resize', 'masked', 'shown'}
 __all__ = sorted({n for m in _modules for n in m.__all__} - _by_name)

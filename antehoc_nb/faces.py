@@ -124,10 +124,12 @@ class Landmarks:
         return (self.points * size / self.sizes[:, None]).astype(np.float32)
 
     def squished(self, size: int) -> 'Landmarks': # Itself
-        "Read all images, and keep them as `size` x `size` pixels: so that no epoch decodes them again. `ValueError` for an unreadable one"
-        images, self.points = [], self.at(size)
-        for o in tqdm(self.images, desc='reading', unit='image', disable=None): images.append(np.asarray(Fit(size)(OpenImage()(o))))
-        self.images, self.sizes = images, np.full((len(self), 2), size)
+        "Read all images, and keep them as `size` x `size` pixels, so that no epoch decodes them again. `ValueError` for an unreadable one"
+        images, fit = [], Fit(size)
+        for i, o in enumerate(tqdm(self.images, desc='reading', unit='image', disable=None)):
+            try: images.append(np.asarray(fit(OpenImage()(o))))
+            except OSError as e: raise ValueError(f'{o if isinstance(o, Path) else self.name(i)}: cannot be read ({e}); repair or delete it') from e
+        self.points, self.images, self.sizes = self.at(size), images, np.full((len(self), 2), size)
         return self
 
 

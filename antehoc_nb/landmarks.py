@@ -111,11 +111,11 @@ def score_maps(model: AntehocModel, # A detector
                scheme: Scheme, # What they are
                group: str, # What the model detects
                bs: int = 64, # Images per forward pass
-               regions: dict | None = None, # What `group_regions` makes of the points; None: made here
+               regions: dict | None = None, # Of all groups, (N,S,S) bool, if `group_regions` has made them of the points before
                 ) -> dict: # Means: own, pointing, area, errors nme (energy maps), nme_blur, nme_top20; energy and density by group; `each`: own by image
     "Where maps look, and what the detector makes of the images they leave. `ValueError` for an unknown group, or one that no image shows"
     size, maps, idx = x.shape[3], maps.cpu(), scheme.points(group)
-    regions = regions or group_regions(points, scheme, size)
+    regions = group_regions(points, scheme, size) if regions is None else regions
     own = torch.stack(list(regions.values())).any(0) if group == 'all' else regions[group]
     truth = torch.from_numpy(np.asarray(points)).float() * 2 / size - 1
 
@@ -159,7 +159,7 @@ SETTINGS = dict(
     smoke=dict(size=32, epochs=1, n_train=64, n_test=16, n_cam=4, bs=32),
     cpu=dict(size=64, epochs=8, n_train=None, n_test=300, n_cam=32, bs=32),
     paper=dict(size=128, epochs=20, n_train=None, n_test=1000, n_cam=50, bs=64))  # n_cam: training images that choose Grad-CAM's layer
-TWO_PASS = dict(eta=8, weight_net='turned', mask='focus', fill='blur', temperature=.5)  # of the detectors
+TWO_PASS = dict(eta=8, weight_net='turned', mask='focus', fill='blur', temperature=.3)  # of the detectors
 
 
 def landmark_config(dataset: str, profile: str) -> dict: # What `run_landmarks` runs

@@ -93,7 +93,8 @@ def train_run(dls, # fastai DataLoaders
     learn = plain_learner(dls, arch, **kw) if c.get('plain') else antehoc_learner(dls, arch, **kw, **{k: c[k] for k in METHOD if k in c})
     claim(out, config | dict(images=fingerprint(dls)))
     quiet = learn.no_bar() if not sys.stdout.isatty() else nullcontext()  # lines, not bars, in a log file
-    with quiet, torch.backends.cudnn.flags(torch.backends.cudnn.enabled, deterministic=True):  # the same run, the same weights, on a GPU too
+    cudnn = torch.backends.cudnn
+    with quiet, cudnn.flags(cudnn.enabled, deterministic=True, allow_tf32=cudnn.allow_tf32):  # cuDNN's part in making a run repeatable
         if kw['pretrained']: learn.unfreeze()
         learn.fit_one_cycle(c['epochs'], c['lr'])
     if not checkpoint.epochs and (out/'record.json').exists(): return learn  # it was finished before

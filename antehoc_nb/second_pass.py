@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .layers import Registry
-from .model import evaluating, output_tensors
+from .model import AntehocModel, evaluating, output_tensors
 
 # %% ../nbs/04_second_pass.ipynb #cell0005
 int_losses = Registry('interpretation loss')
@@ -122,11 +122,11 @@ def _turn(i, n, m): return (i % n)[:, None, None, None].to(m.device)
 def focus(m: torch.Tensor, # Interpretation maps, (B,1,H,W) in [0,1]
           i: torch.Tensor, # Running number of each image since the start of training, (B,)
          ) -> torch.Tensor: # (B,1,H,W) in [0,1]
-    "`budget` over 1 to 12 % of the pixels, for what is small in its image; one image in 48 is its energy map, on black whatever the fill."
-    return torch.where(_turn(i, 48, m) == 0, m, _budget(m, i, 0.01, 0.12))
+    "`budget` over 1 to 12 % of the pixels, for what is small in its image; one image in 24 as it is, which `shown` puts on black whatever the fill."
+    return torch.where(_turn(i, 24, m) == 0, m, _budget(m, i, 0.01, 0.12))
 
 
-focus.black = lambda i: i % 48 == 0  # of which images, (B,), the rest is black
+focus.black = lambda i: i % 24 == 0  # (B,) -> (B,) bool: images whose hidden pixels are black
 
 
 @masks.register
@@ -162,14 +162,14 @@ def both(m: torch.Tensor, # Interpretation maps, (B,1,H,W) in [0,1]
     return torch.where(_turn(i, 2, m) == 0, m, sweep(m, i))
 
 # %% ../nbs/04_second_pass.ipynb #cell0021
-def shown(model: nn.Module, # An `AntehocModel`, for its normalisation
+def shown(model: AntehocModel, # For its normalisation
           x: torch.Tensor, # Images, (B,C,H,W), normalised as the CNN expects
           i_map: torch.Tensor, # Their interpretation maps, (B,1,H,W) in [0,1]
           i: torch.Tensor, # Running number of each image since the start of training, (B,)
           mask: str = 'soft', # A name in `masks`
           fill: str | float | Sequence[float] = 'black', # What masked pixels become, as for `masked`
          ) -> torch.Tensor: # (B,C,H,W), normalised
-    "What pass 2 shows the CNN."
+    "What pass 2 shows the CNN. `ValueError` for an unknown mask or fill, or maps of another size."
     m, black = masks[mask](i_map, i), getattr(masks[mask], 'black', None)
     if black is None: return model.mask(x, m, fill)
     return torch.where(black(i)[:, None, None, None].to(x.device), model.mask(x, m), model.mask(x, m, fill))

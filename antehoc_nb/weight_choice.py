@@ -36,7 +36,7 @@ from .layers import Listener
 from .model import AntehocModel, plain
 from .records import run_record, write_record
 from .runs import centred_blob
-from .second_pass import held, int_loss, masks
+from .second_pass import held, int_loss, shown
 from .two_pass import TwoPass, normalisation, sample_inputs
 
 # %% ../nbs/14_weight_choice.ipynb #cell0005
@@ -117,7 +117,7 @@ class Trials(Callback):
             with amp, held(self.learn.model):
                 sams = [s[m.soft_attention, m.temperature] for s in seen]
                 i_map, *_ = m.interpret([(a, s['activation']) for a, s in zip(sams, seen)] if m.reads else sams, x.shape[2:])
-                y2 = self.learn.model(m.mask(x, masks[kw.get('mask', 'soft')](i_map, i), kw.get('fill', 'black')))
+                y2 = self.learn.model(shown(m, x, i_map, i, kw.get('mask', 'soft'), kw.get('fill', 'black')))
             loss = int_loss(y2, y1)
             ps = list(m.weight_net.parameters())
             for p, g in zip(ps, torch.autograd.grad(loss, ps)): p.grad = g

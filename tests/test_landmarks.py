@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 import torch
 from fastai.learner import load_learner
+from fastai.metrics import AvgMetric
 from fastai.torch_core import set_seed
 from fastai.vision.core import TensorImage, TensorPoint
 from hypothesis import given
@@ -26,7 +27,7 @@ from antehoc_nb.cli import app
 from antehoc_nb.cnns import build_cnn
 from antehoc_nb.explainers import explain_with
 from antehoc_nb.model import AntehocModel
-from antehoc_nb.runs import cnn_digest
+from antehoc_nb.runs import cnn_digest, train_run
 from antehoc_nb.sam import minmax, resize
 from antehoc_nb.two_pass import TwoPass, antehoc_learner, plain_learner
 
@@ -167,7 +168,8 @@ def test_scores_by_hand(lm):
     assert all(v == pytest.approx(1, rel=1e-5) for v in ones['density'].values()) and ones['area'] == 1
     with torch.no_grad(): want = F.nme(model(x), torch.from_numpy(points) / 16 - 1, F.FACE68.groups['nose'], (36, 45)).mean().item()
     nose = L.score_maps(model, x, torch.ones(4, 1, 32, 32), points, F.FACE68, 'nose')
-    assert L.score_maps(model, x, torch.ones(4, 1, 32, 32), points, F.FACE68, 'nose', regions=r)['each'] == nose['each']
+    where = {g: torch.zeros(4, 32, 32, dtype=torch.bool) for g in r} | dict(nose=~r['nose'])
+    assert L.score_maps(model, x, r['nose'].float()[:, None], points, F.FACE68, 'nose', regions=where)['own'] == 0
     assert nose['nme'] == pytest.approx(want, rel=1e-4) == nose['nme_blur'] and nose['nme_top20'] != nose['nme']
 
 
@@ -306,16 +308,19 @@ def test_files_in_every_state(tmp_path):
 
 
 def test_images_are_read_once_as_they_would_be_every_time(tmp_path):
-    "The same pixels and points reach the CNN; a file that cannot be read is named at once."
+    "The same pixels and points reach the CNN; a file that is cut short is named, and nothing is changed by half."
     face_folder(tmp_path)
     a, b = F.face_table(tmp_path), F.face_table(tmp_path).squished(32)
     assert all(o.shape == (32, 32, 3) and o.dtype == np.uint8 for o in b.images) and (b.sizes == 32).all() and np.array_equal(b.points, a.at(32))
     for x, y in zip(*(F.landmark_dls(o, 'eyes', 32, 2, aug=False).valid for o in (a, b))):
         assert torch.equal(x[0], y[0])
         torch.testing.assert_close(x[1], y[1], atol=1e-6, rtol=1e-6)
-    f = tmp_path/'2.png'
-    f.write_bytes(f.read_bytes()[:400])
-    with pytest.raises(ValueError, match='2.png'): F.face_table(tmp_path).squished(32)
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 60, 3), np.uint8)).save(tmp_path/'cut.jpg')
+    (tmp_path/'cut.jpg').write_bytes((tmp_path/'cut.jpg').read_bytes()[:900])
+    cut = F.Landmarks([b.images[0], tmp_path/'cut.jpg'], b.points[:2], [False, True], F.FACE68)
+    before = cut.points.copy()
+    with pytest.raises(ValueError, match='cut.jpg: cannot be read .*; repair or delete it'): cut.squished(16)
+    assert np.array_equal(cut.points, before) and cut.images[1] == tmp_path/'cut.jpg'
 
 
 def test_scores_leave_the_model_alone(lm):
@@ -327,3 +332,15 @@ def test_scores_leave_the_model_alone(lm):
         L.score_maps(model, torch.rand(4, 3, 32, 32), torch.rand(4, 1, 32, 32), lm.points[:4], F.FACE68, 'noose')
     with pytest.raises(ValueError, match='none of the 4 images shows nose'):
         L.score_maps(model, torch.rand(4, 3, 32, 32), torch.rand(4, 1, 32, 32), lm.points[:4] + 90, F.FACE68, 'nose')
+
+
+def test_a_run_keeps_to_deterministic_algorithms(lm, tmp_path, monkeypatch):
+    "While it trains, and no longer; whether cuDNN is used at all, and with TF32, stays as it was."
+    flags = ('enabled', 'allow_tf32', 'deterministic', 'benchmark')
+    seen, was = [], torch.backends.cudnn.deterministic
+    def algorithms(pred, target):
+        seen.append(tuple(getattr(torch.backends.cudnn, o) for o in flags))
+        return pred.mean()
+    for o in flags[:2]: monkeypatch.setattr(torch.backends.cudnn, o, False)
+    train_run(F.landmark_dls(lm, 'eyes', 32, 8), dict(arch='landmark_cnn', epochs=1, lr=1e-3, seed=0, plain=True), tmp_path, metric=AvgMetric(algorithms))
+    assert set(seen) == {(False, False, True, False)} and torch.backends.cudnn.deterministic == was

@@ -19,7 +19,7 @@ from torch import nn
 from workers import OPTS, bare_cnn, checkpointed, halves, run, scenes, small_cnn, small_resnet, together
 
 from antehoc_nb.checkpoint import Checkpoint
-from antehoc_nb.model import AntehocModel
+from antehoc_nb.model import AntehocModel, plain
 from antehoc_nb.two_pass import Bf16, TwoPass, antehoc_learner
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -90,6 +90,18 @@ def test_cnn_is_bit_identical(case):
     assert len(learn.two_pass.int_losses) == len(losses)
     assert not any(m._forward_hooks for m in learn.model.modules()) and not learn.model.listening
     assert all(p.requires_grad for p in learn.model.parameters())
+
+
+def test_pass_2_shows_what_the_mask_asks_for():
+    "Number 0 of `focus` is on black, which is reached where its map is 0; the others are blurred, and black nowhere."
+    set_seed(7)
+    seen, learn = [], Learner(scenes(n=16, bs=16), small_cnn(), cbs=TwoPass(eta=3, mask='focus', fill='blur'))
+    handle = learn.model.cnn.register_forward_pre_hook(lambda m, args: seen.append(plain(args[0]).clone()))
+    run(learn, lambda o: o.fit(1, 1e-2))
+    handle.remove()
+    model = learn.model
+    darkest = (seen[1] * model.std + model.mean).abs().amax(1).flatten(1).amin(1)
+    assert seen[1].shape == seen[0].shape and darkest[0] < 1e-6 and darkest[1:].min() > 1e-3, darkest
 
 
 def test_order_of_callbacks_does_not_matter():
