@@ -123,7 +123,7 @@ def focus(m: torch.Tensor, # Interpretation maps, (B,1,H,W) in [0,1]
           i: torch.Tensor, # Running number of each image since the start of training, (B,)
          ) -> torch.Tensor: # (B,1,H,W) in [0,1]
     "`budget` over 1 to 12 % of the pixels, for what is small in its image; one image in 24 as it is, which `shown` puts on black whatever the fill."
-    return torch.where(_turn(i, 24, m) == 0, m, _budget(m, i, 0.01, 0.12))
+    return torch.where(focus.black(i)[:, None, None, None].to(m.device), m, _budget(m, i, 0.01, 0.12))
 
 
 focus.black = lambda i: i % 24 == 0  # (B,) -> (B,) bool: images whose hidden pixels are black
