@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FACES', 'SETTINGS', 'TWO_PASS', 'MAPS', 'regression_cam', 'gaussian_of_area', 'group_regions', 'score_maps', 'Faces',
-           'landmark_config', 'run_landmarks', 'read_landmarks', 'detector_table', 'confusion', 'figure4']
+           'landmark_config', 'run_landmarks', 'read_landmarks', 'detector_table', 'confusion', 'one_part', 'figure4']
 
 # %% ../nbs/11_landmarks.ipynb #cell0002
 import inspect
@@ -217,10 +217,12 @@ def run_landmarks(dataset: str, # A name in `FACES`
             ask['ante-hoc, default settings'] = lambda m, x, t, usual=usual: usual.model.explain(x).map
         maps = {k: explain_with(f, model, x, torch.zeros(len(x), dtype=torch.long), bs=64) for k, f in ask.items()}
         maps['gaussian of the same area'] = gaussian_of_area(maps['ante-hoc'])
+        score = partial(score_maps, model, x, points=points, scheme=lm.scheme, group=group, regions=regions)
         nmes = [[float(v[2]) for v in o.recorder.values] for o in (learn, twin)]
         found[group] = dict(nme=nmes[0][-1], nme_plain=nmes[1][-1], epochs=nmes[0], cnn_sha256=cnn_digest(model.cnn), plain_sha256=cnn_digest(twin.model),
                             layers=list(model.layers), cam_layer=best, seconds=round(learn.checkpoint.seconds), plain_seconds=round(twin.checkpoint.seconds),
-                            maps={k: score_maps(model, x, m, points, lm.scheme, group, regions=regions) for k, m in maps.items()})
+                            maps={k: score(m) for k, m in maps.items()},
+                            alone={g: {k: v for k, v in score(r[:, None].float()).items() if k in ('nme', 'nme_blur')} for g, r in regions.items()})
     people = np.unique(lm.people[lm.test][ids], return_inverse=True)[1]
     config = c | dict(images=fingerprint(learn.dls), title=FACES[dataset].title)
     facts = dict(detectors=found, n_train=int((~lm.test).sum()), n_test=int(lm.test.sum()), n_scored=len(ids), n_dropped=lm.dropped, people=people)
@@ -277,8 +279,22 @@ def confusion(record: dict, # As `run_landmarks` makes it
     known = [k for k in next(iter(maps.values())) if all(k in m for m in maps.values())]
     if explainer not in known: raise ValueError(unknown_name('explainer', explainer, known))
     if what not in ('density', 'energy'): raise ValueError(unknown_name('what', what, ['density', 'energy']))
-    t = pd.DataFrame({g: m[explainer][what] for g, m in maps.items()}).T
-    return t[[*(g for g in maps if g in t), *(g for g in t if g not in maps)]]
+    return _matrix({g: m[explainer][what] for g, m in maps.items()})
+
+
+def one_part(record: dict, # As `run_landmarks` makes it
+             fill: str = 'blur', # What the rest is: 'blur' or 'black'
+            ) -> pd.DataFrame: # Rows: detectors; columns: groups, those with a detector first
+    "A detector's error where only a group's region is left as it is, as a multiple of its error on the images. `ValueError` for another fill"
+    nme = dict(blur='nme_blur', black='nme')
+    if fill not in nme: raise ValueError(unknown_name('fill', fill, list(nme)))
+    return _matrix({g: {k: s[nme[fill]] / o['maps']['ones']['nme'] for k, s in o['alone'].items()} for g, o in _detectors(record).items()})
+
+
+def _matrix(rows):
+    "Detectors by groups, those with a detector first"
+    t = pd.DataFrame(rows).T
+    return t[[*(g for g in rows if g in t), *(g for g in t if g not in rows)]]
 
 
 def figure4(dataset: str, profile: str = 'cpu', work='runs', data=None, # As for `run_landmarks`

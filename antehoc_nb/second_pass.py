@@ -107,12 +107,12 @@ def budget(m: torch.Tensor, # Interpretation maps, (B,1,H,W) in [0,1]
            i: torch.Tensor, # Running number of each image since the start of training, (B,)
           ) -> torch.Tensor: # (B,1,H,W) in [0,1]
     "A sweep over 2 to 65 % of the pixels, dimmed where it lets more of the image through than that."
-    return _budget(m, i, 0.02, 0.65)
+    return _dimmed(_sweep(m, i, 0.02, 0.65), _share(i, 0.02, 0.65))
 
 
-def _budget(m, i, least, most):
-    mask, share = _sweep(m, i, least, most), _share(i, least, most).to(m.dtype).to(m.device)
-    return mask * (share[:, None, None, None] / mask.mean((2, 3), keepdim=True)).clamp_max(1)
+def _dimmed(mask, share):
+    share = share.to(mask)[:, None, None, None]
+    return mask * (share / mask.mean((2, 3), keepdim=True).clamp_min(share))
 
 
 def _turn(i, n, m): return (i % n)[:, None, None, None].to(m.device)
@@ -122,8 +122,8 @@ def _turn(i, n, m): return (i % n)[:, None, None, None].to(m.device)
 def focus(m: torch.Tensor, # Interpretation maps, (B,1,H,W) in [0,1]
           i: torch.Tensor, # Running number of each image since the start of training, (B,)
          ) -> torch.Tensor: # (B,1,H,W) in [0,1]
-    "`budget` over 1 to 12 % of the pixels, for what is small in its image; one image in 24 as it is, which `shown` puts on black whatever the fill."
-    return torch.where(focus.black(i)[:, None, None, None].to(m.device), m, _budget(m, i, 0.01, 0.12))
+    "The map, dimmed where it lets more than 3 to 30 % of the light through; for one image in 24 as it is, which `shown` puts on black whatever the fill."
+    return torch.where(focus.black(i)[:, None, None, None].to(m.device), m, _dimmed(m, _share(i, 0.03, 0.3)))
 
 
 focus.black = lambda i: i % 24 == 0  # (B,) -> (B,) bool: images whose hidden pixels are black

@@ -268,6 +268,9 @@ def test_figure4_from_one_command(tmp_path, monkeypatch):
     assert not L.confusion(rec, 'grad-cam, best layer').equals(L.confusion(rec, 'ones'))
     with pytest.raises(ValueError, match="unknown explainer 'gradcam'"): L.confusion(rec, 'gradcam')
     with pytest.raises(ValueError, match="unknown what 'mass'"): L.confusion(rec, what='mass')
+    blur, black = (L.one_part(rec, fill) for fill in ('blur', 'black'))
+    assert list(blur.index) == list(c.index) and list(blur) == list(c) and (blur > 0).all(None) and not blur.equals(black)
+    with pytest.raises(ValueError, match="unknown fill 'white'"): L.one_part(rec, 'white')
     assert ('mouth', 'ante-hoc, default settings') in t.index and rec['results']['n_dropped'] == 0
     assert "unknown dataset 'cifar10'" in antehoc('reproduce', 'figure4', '--dataset', 'cifar10', code=1)
     with pytest.raises(FileNotFoundError, match='run `antehoc reproduce figure4 --dataset drawn-faces --profile smoke`'): L.figure4('drawn-faces', 'smoke')
