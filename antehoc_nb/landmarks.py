@@ -104,6 +104,13 @@ def _pictures(dls, ds, ids):
     return torch.cat([plain(b[0]) for b in dls.test_dl([ds.items[i] for i in ids])])
 
 
+def _errors(model, x, maps, fill, points, idx, ends, bs=64):
+    "The detector's error on each image under its map"
+    truth = torch.from_numpy(np.asarray(points)).float() * 2 / x.shape[3] - 1
+    with torch.no_grad(), evaluating(model): out = [plain(model(model.mask(b, m.to(b), fill))).cpu() for b, m in zip(x.split(bs), maps.split(bs))]
+    return nme(torch.cat(out), truth, idx, ends)
+
+
 def score_maps(model: AntehocModel, # A detector
                x: torch.Tensor, # Images, (N,C,S,S), normalised as the CNN expects
                maps: torch.Tensor, # (N,1,S,S) in [0,1]
@@ -117,11 +124,7 @@ def score_maps(model: AntehocModel, # A detector
     size, maps, idx = x.shape[3], maps.cpu(), scheme.points(group)
     regions = group_regions(points, scheme, size) if regions is None else regions
     own = torch.stack(list(regions.values())).any(0) if group == 'all' else regions[group]
-    truth = torch.from_numpy(np.asarray(points)).float() * 2 / size - 1
-
-    def error(m, fill):
-        with torch.no_grad(), evaluating(model): out = [plain(model(model.mask(xb, mb.to(xb), fill))).cpu() for xb, mb in zip(x.split(bs), m.split(bs))]
-        return nme(torch.cat(out), truth, idx, scheme.ends).mean().item()
+    error = lambda m, fill: _errors(model, x, m, fill, points, idx, scheme.ends, bs).mean().item()
     there = lambda r: r.flatten(1).any(1)  # a part may lie outside the image
     seen = {g: r for g, r in regions.items() if there(r).any()}
     energy = {g: energy_in_region(maps[there(r)], r[there(r)]) for g, r in seen.items()}
@@ -217,18 +220,23 @@ def run_landmarks(dataset: str, # A name in `FACES`
             ask['ante-hoc, default settings'] = lambda m, x, t, usual=usual: usual.model.explain(x).map
         maps = {k: explain_with(f, model, x, torch.zeros(len(x), dtype=torch.long), bs=64) for k, f in ask.items()}
         maps['gaussian of the same area'] = gaussian_of_area(maps['ante-hoc'])
-        score = partial(score_maps, model, x, points=points, scheme=lm.scheme, group=group, regions=regions)
         nmes = [[float(v[2]) for v in o.recorder.values] for o in (learn, twin)]
         found[group] = dict(nme=nmes[0][-1], nme_plain=nmes[1][-1], epochs=nmes[0], cnn_sha256=cnn_digest(model.cnn), plain_sha256=cnn_digest(twin.model),
                             layers=list(model.layers), cam_layer=best, seconds=round(learn.checkpoint.seconds), plain_seconds=round(twin.checkpoint.seconds),
-                            maps={k: score(m) for k, m in maps.items()},
-                            alone={g: {k: v for k, v in score(r[:, None].float()).items() if k in ('nme', 'nme_blur')} for g, r in regions.items()})
+                            maps={k: score_maps(model, x, m, points, lm.scheme, group, regions=regions) for k, m in maps.items()},
+                            alone=_alone(model, x, regions, points, lm.scheme, group))
     people = np.unique(lm.people[lm.test][ids], return_inverse=True)[1]
     config = c | dict(images=fingerprint(learn.dls), title=FACES[dataset].title)
     facts = dict(detectors=found, n_train=int((~lm.test).sum()), n_test=int(lm.test.sum()), n_scored=len(ids), n_dropped=lm.dropped, people=people)
     rec = run_record(config, c['seed'], facts, experiment='landmarks', command=command)
     write_record(rec, Path(results)/'landmarks'/f'{dataset}-{profile}.json')
     return rec
+
+
+def _alone(model, x, regions, points, scheme, group):
+    "Errors with one group's region left as it is, the rest black (nme) and blurred (nme_blur), where the image shows the group"
+    error = lambda r, fill: _errors(model, x, r[:, None].float(), fill, points, scheme.points(group), scheme.ends)[r.flatten(1).any(1)].mean().item()
+    return {g: dict(nme=error(r, 'black'), nme_blur=error(r, 'blur')) for g, r in regions.items() if r.any()}
 
 
 def _best_cam_layer(model, learn, lm, group, n):
@@ -286,9 +294,9 @@ def one_part(record: dict, # As `run_landmarks` makes it
              fill: str = 'blur', # What the rest is: 'blur' or 'black'
             ) -> pd.DataFrame: # Rows: detectors; columns: groups, those with a detector first
     "A detector's error where only a group's region is left as it is, as a multiple of its error on the images. `ValueError` for another fill"
-    nme = dict(blur='nme_blur', black='nme')
-    if fill not in nme: raise ValueError(unknown_name('fill', fill, list(nme)))
-    return _matrix({g: {k: s[nme[fill]] / o['maps']['ones']['nme'] for k, s in o['alone'].items()} for g, o in _detectors(record).items()})
+    key = dict(blur='nme_blur', black='nme')
+    if fill not in key: raise ValueError(unknown_name('fill', fill, list(key)))
+    return _matrix({g: {k: s[key[fill]] / o['maps']['ones']['nme'] for k, s in o['alone'].items()} for g, o in _detectors(record).items()})
 
 
 def _matrix(rows):

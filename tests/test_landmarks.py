@@ -26,7 +26,7 @@ from antehoc_nb import landmarks as L
 from antehoc_nb.cli import app
 from antehoc_nb.cnns import build_cnn
 from antehoc_nb.explainers import explain_with
-from antehoc_nb.model import AntehocModel
+from antehoc_nb.model import AntehocModel, plain
 from antehoc_nb.runs import cnn_digest, train_run
 from antehoc_nb.sam import minmax, resize
 from antehoc_nb.two_pass import TwoPass, antehoc_learner, plain_learner
@@ -271,6 +271,13 @@ def test_figure4_from_one_command(tmp_path, monkeypatch):
     blur, black = (L.one_part(rec, fill) for fill in ('blur', 'black'))
     assert list(blur.index) == list(c.index) and list(blur) == list(c) and (blur > 0).all(None) and not blur.equals(black)
     with pytest.raises(ValueError, match="unknown fill 'white'"): L.one_part(rec, 'white')
+    where = tmp_path/'runs'/'landmarks'/'faces68-smoke'/'nose'/'ante-hoc'/'model'
+    lm, model = L._load(L.landmark_config('faces68', 'smoke'), tmp_path/'data').squished(32), AntehocModel.from_pretrained(where)
+    dls, points = F.landmark_dls(lm, 'nose', 32, 8), lm.points[lm.test]
+    x, eyes = L._pictures(dls, dls.valid_ds, range(len(points))), L.group_regions(points, lm.scheme, 32)['eyes']
+    error = lambda o: F.nme(plain(o), torch.from_numpy(points).float() / 16 - 1, lm.scheme.points('nose'), lm.scheme.ends)
+    with torch.no_grad(): part, whole = error(model(model.mask(x, eyes[:, None].float())))[eyes.any((1, 2))].mean(), error(model(x)).mean()
+    assert black.loc['nose', 'eyes'] == pytest.approx((part / whole).item(), rel=1e-4)
     assert ('mouth', 'ante-hoc, default settings') in t.index and rec['results']['n_dropped'] == 0
     assert "unknown dataset 'cifar10'" in antehoc('reproduce', 'figure4', '--dataset', 'cifar10', code=1)
     with pytest.raises(FileNotFoundError, match='run `antehoc reproduce figure4 --dataset drawn-faces --profile smoke`'): L.figure4('drawn-faces', 'smoke')
