@@ -199,7 +199,7 @@ def reproduce(experiment: Annotated[Experiment, typer.Argument(help='Which table
               dataset: Annotated[str, _opt('`photo-digits`, `cifar10`, `tinyimagenet20`, `food101-10`, `tinyimagenet200`; or the originals '
                                            '`cifar10-original`, `animals10`, `food11`, `tinyimagenet`. For figure4: `photo-digits`, `drawn-faces`, '
                                            '`faces68`, `aflw2000`; for table4: `photo-digits`, `flickr8k`.')] = 'photo-digits',
-              profile: Annotated[str, _opt('`smoke` (seconds), `cpu` (under an hour) or `paper` (a GPU).')] = 'cpu',
+              profile: Annotated[str, _opt('`smoke` (seconds), `cpu` (an hour or two) or `paper` (a GPU).')] = 'cpu',
               data: Annotated[Path | None, _opt('The data set, if it is not under $ANTEHOC_DATA.')] = None,
               results: Annotated[Path, _opt('Folder of the records and figures.')] = Path('results'),
               work: Annotated[Path, _opt('Folder of checkpoints and models; an interrupted run goes on from there.')] = Path('runs')):

@@ -160,7 +160,7 @@ FACES = {'photo-digits': Faces('photo-digits', lambda p, s, n, m: digit_points(n
 
 SETTINGS = dict(
     smoke=dict(size=32, epochs=1, n_train=64, n_test=16, n_cam=4, bs=32),
-    cpu=dict(size=64, epochs=8, n_train=None, n_test=300, n_cam=32, bs=32),
+    cpu=dict(size=96, epochs=8, n_train=None, n_test=300, n_cam=32, bs=32),
     paper=dict(size=128, epochs=20, n_train=None, n_test=1000, n_cam=50, bs=64))  # n_cam: training images that choose Grad-CAM's layer
 TWO_PASS = dict(eta=8, weight_net='turned', mask='focus', fill='blur', temperature=.3)  # of the detectors
 
