@@ -43,7 +43,8 @@ def learner(arch, size, bs, a, two_pass, n=4):
     from fastai.learner import Learner
     from torch.utils.data import TensorDataset
 
-    from antehoc_nb.two_pass import Bf16, TwoPass
+    from antehoc_nb.train.learner import Bf16
+    from antehoc_nb.train.two_pass import TwoPass
     torch.manual_seed(0)
     cnn = getattr(torchvision.models, arch)(num_classes=10).to(a.device)
     data = TensorDataset(torch.randn(n*bs, 3, size, size), torch.randint(0, 10, (n*bs,)))
@@ -85,7 +86,7 @@ def forwards(arch, size, a):
     import torch
     import torchvision
 
-    from antehoc_nb.model import AntehocModel
+    from antehoc_nb.core.model import AntehocModel
     torch.manual_seed(0)
     model = AntehocModel(getattr(torchvision.models, arch)(num_classes=10).to(a.device), weight_net=a.weight_net).eval()
     x = torch.randn(a.bs, 3, size, size, device=a.device)
@@ -215,8 +216,8 @@ def main():
     if a.threads: torch.set_num_threads(a.threads)
     if a.peak: return print(json.dumps(peak(a.arch[0], a.size[0], a, a.peak == 'two-pass')))
 
-    from antehoc_nb.records import run_record, write_record
-    start, cases, rows = time.time(), {}, [['case', 'ratio of', 'wall', 'quartiles', 'CPU time', 'ours / plain', 'budget']]
+    from antehoc_nb.evaluate.scoreboard import run_record, write_record
+    start, cases, rows = time.time(), {}, [['case', 'ratio of', 'wall', 'quartiles', 'CPU time', 'ours / plain', 'capped']]
     for arch in a.arch:
         for size in a.size:
             name, r = f'{arch} {size}px bs{a.bs}' + f', {a.weight_net}' * (a.weight_net != 'autoencoder'), {}

@@ -9,7 +9,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from antehoc_nb.cli import app
-from antehoc_nb.data import PhotoDigits
+from antehoc_nb.data.photo_digits import PhotoDigits
 
 
 @pytest.fixture
@@ -61,15 +61,15 @@ def test_records_name_no_folder_of_this_machine(folders, monkeypatch):
 def test_a_class_by_name(folders):
     train = ('train', 'a/photos', '--arch', 'small_cnn', '--size', 32, '--epochs', 1, '--bs', 8, '--eta', 4)
     antehoc(*train, '--out', 'usual')
-    assert "'conditional' can be asked about a class" in antehoc('explain', 'usual', 'a/photos', '--ask', 'odd', '--out', 'm', code=1)
+    assert "a map of one class takes 'directed' or 'conditional'" in antehoc('explain', 'usual', 'a/photos', '--target', 'odd', '--out', 'm', code=1)
     antehoc(*train, '--out', 'asked', '--weight-net', 'conditional')
     records = [json.loads((folders/o/'record.json').read_text())['results']['cnn_sha256'] for o in ('usual', 'asked')]
     assert records[0] == records[1]
-    assert "unknown class 'od': did you mean 'odd'?" in antehoc('explain', 'asked', 'a/photos', '--ask', 'od', '--out', 'm', code=1)
-    assert 'target must lie in 0..1 for this model, got 2' in antehoc('explain', 'asked', 'a/photos', '--ask', 2, '--out', 'm', code=1)
+    assert "unknown class 'od': did you mean 'odd'?" in antehoc('explain', 'asked', 'a/photos', '--target', 'od', '--out', 'm', code=1)
+    assert 'target must lie in 0..1 for this model, got 2' in antehoc('explain', 'asked', 'a/photos', '--target', 2, '--out', 'm', code=1)
     assert not (folders/'m').exists()
-    assert '24 images explained' in antehoc('explain', 'asked', 'a/photos', '--ask', 'odd', '--out', 'm')
-    assert '0 images explained, 24 were done already' in antehoc('explain', 'asked', 'a/photos', '--ask', 'odd', '--out', 'm')
-    assert '0 images explained, 24 were done already' in antehoc('explain', 'asked', 'a/photos', '--ask', 1, '--out', 'm')  # the same class by its number
+    assert '24 images explained' in antehoc('explain', 'asked', 'a/photos', '--target', 'odd', '--out', 'm')
+    assert '0 images explained, 24 were done already' in antehoc('explain', 'asked', 'a/photos', '--target', 'odd', '--out', 'm')
+    assert '0 images explained, 24 were done already' in antehoc('explain', 'asked', 'a/photos', '--target', 1, '--out', 'm')  # the same class by its number
     assert np.load(next((folders/'m').rglob('*.npz')))['target'] == 1
-    assert 'asked: odd there, even now' in antehoc('explain', 'asked', 'a/photos', '--ask', 'even', '--out', 'm', code=1)
+    assert 'target: odd there, even now' in antehoc('explain', 'asked', 'a/photos', '--target', 'even', '--out', 'm', code=1)

@@ -22,10 +22,11 @@ from fastai.vision.models.xresnet import XResNet
 from fastcore.foundation import L
 from torch.utils.data import TensorDataset
 
-from antehoc_nb.checkpoint import Checkpoint
-from antehoc_nb.data import photo_digits_dls
-from antehoc_nb.model import AntehocModel
-from antehoc_nb.two_pass import Bf16, TwoPass
+from antehoc_nb.core.model import AntehocModel
+from antehoc_nb.data.photo_digits import photo_digits_dls
+from antehoc_nb.train.checkpoint import Checkpoint
+from antehoc_nb.train.learner import Bf16
+from antehoc_nb.train.two_pass import TwoPass
 
 # a large eps, since Adam divides by the size of the gradient and turns the rounding of a tiny one into a step
 OPTS = dict(adam=partial(Adam, eps=1e-3), adamw=partial(OptimWrapper, opt=torch.optim.AdamW, eps=1e-3), sgd=SGD)
@@ -95,7 +96,7 @@ def checkpointed(folder, opt='adam', kill=None, checkpoint=True):
     folder = Path(folder)
     if not (folder/'run.ckpt').exists(): set_seed(7)  # a resumed run has no right to another start
     else: set_seed(99)
-    cbs = [TwoPass(eta=3, mask='both', keep_maps=2)]
+    cbs = [TwoPass(eta=3, mask='soft+top_area', keep_maps=2)]
     if opt == 'adamw': cbs.append(Bf16())
     if checkpoint: cbs.append(Checkpoint(folder/'run.ckpt'))
     if kill == 'epoch': cbs.append(Stop(2, folder/'now'))
@@ -103,7 +104,7 @@ def checkpointed(folder, opt='adam', kill=None, checkpoint=True):
     learn = Learner(scenes(), small_cnn(), opt_func=OPTS[opt], splitter=halves, metrics=accuracy, cbs=cbs)
     run(learn, lambda o: o.fit_one_cycle(4, slice(1e-3, 1e-2)))
     moments = [v for k, v in tensors(learn.opt.state_dict()).items()]
-    torch.save(dict(model=learn.model.state_dict(), film=learn.two_pass.film, moments=moments, int_losses=learn.two_pass.int_losses,
+    torch.save(dict(model=learn.model.state_dict(), map_history=learn.two_pass.map_history, moments=moments, int_losses=learn.two_pass.int_losses,
                     losses=[float(o) for o in learn.recorder.losses], values=[[float(v) for v in o] for o in learn.recorder.values],
                     next=torch.randn(3)), folder/'end.pt')
 
@@ -153,7 +154,7 @@ def together(folder, n, bs, opt, mask, accumulate=0, rank=0, world=1, port=0):
         with learn.distrib_ctx(sync_bn=False): run(learn, lambda o: o.fit(3, .02))
         torch.distributed.destroy_process_group()
     else: run(learn, lambda o: o.fit(3, .02))
-    torch.save(dict(model=learn.model.state_dict(), int_losses=learn.two_pass.int_losses, film=learn.two_pass.film), folder/f'{world}-{rank}.pt')
+    torch.save(dict(model=learn.model.state_dict(), int_losses=learn.two_pass.int_losses, map_history=learn.two_pass.map_history), folder/f'{world}-{rank}.pt')
 
 
 # --- Elsewhere

@@ -1,0 +1,180 @@
+"""What fastai users do before, between and after fits, and what goes wrong half-way."""
+import copy
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from fastai.learner import Learner, load_learner
+from fastai.metrics import accuracy
+from fastai.optimizer import OptimWrapper
+from fastai.torch_core import set_seed
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from workers import OPTS, bare_cnn, halves, run, scenes, small_cnn
+
+from antehoc_nb.core.model import AntehocModel
+from antehoc_nb.data.photo_digits import photo_digits_dls
+from antehoc_nb.train.checkpoint import Checkpoint
+from antehoc_nb.train.learner import antehoc_learner
+from antehoc_nb.train.two_pass import TwoPass
+
+pytestmark = pytest.mark.usefixtures('one_thread')
+
+
+def same(a, b): return a.keys() == b.keys() and all(torch.equal(v, b[k]) for k, v in a.items())
+def state(m): return copy.deepcopy(m.state_dict())
+def digits(**kw): return photo_digits_dls(**dict(n_train=64, n_valid=16, size=32, bs=32) | kw)
+
+
+def test_validating_leaves_the_history_alone(tmp_path):
+    learn = Learner(digits(), small_cnn(), metrics=accuracy, path=tmp_path, cbs=TwoPass(eta=3, keep_maps=2))
+    run(learn, lambda o: o.fit(2, 1e-2))
+    map_history, losses = list(learn.two_pass.map_history), list(learn.two_pass.int_losses)
+    assert len(map_history) == 3 and len(losses) == 4
+    with learn.no_bar(), learn.no_logging():
+        want = learn.predict(learn.dls.valid_ds[0][0])[2]
+        learn.validate(), learn.get_preds()
+    assert learn.two_pass.int_losses == losses and len(learn.two_pass.map_history) == 3
+    learn.export('l.pkl')
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        loaded = load_learner(tmp_path/'l.pkl')
+    with loaded.no_bar(): assert torch.equal(loaded.predict(learn.dls.valid_ds[0][0])[2], want)
+
+
+@pytest.mark.parametrize('opt', ['adam', 'adamw'])
+@pytest.mark.parametrize('late', ['add_cb', 'fit'])
+def test_joins_a_trained_learner_and_trains_the_weight_network_alone(opt, late):
+    set_seed(0)
+    learn = Learner(digits(), small_cnn(), splitter=halves, opt_func=OPTS[opt])
+    run(learn, lambda o: o.fit(1, slice(1e-3, 1e-2)))
+    net, two = learn.model, TwoPass(eta=3, train_cnn=False)
+    before = state(net)
+    if late == 'add_cb': learn.add_cb(two)
+    run(learn, lambda o: o.fit_one_cycle(1, slice(1e-3, 1e-2), cbs=two if late == 'fit' else None))
+    assert same(before, net.state_dict()) and learn.model.weight_net.out.weight.abs().max() > 0
+    assert isinstance(learn.opt, OptimWrapper) == (opt == 'adamw') and len(learn.opt.hypers) == 2
+    assert all(p.requires_grad for p in net.parameters())
+
+
+def test_one_two_pass_after_another():
+    set_seed(0)
+    learn = Learner(digits(), small_cnn())
+    run(learn, lambda o: o.fit(1, 1e-2, cbs=TwoPass(eta=3)))
+    first = learn.recorder.values[-1][-1]
+    run(learn, lambda o: o.fit(1, 1e-2, cbs=TwoPass()))
+    assert first > 0 and learn.recorder.values[-1][-1] not in (first, None) and len(learn.metrics) == 2
+    before, w = state(learn.model.cnn), state(learn.model.weight_net)
+    run(learn, lambda o: o.fit(1, 1e-2, cbs=TwoPass(train_cnn=False)))
+    assert same(before, learn.model.cnn.state_dict()) and not same(w, learn.model.weight_net.state_dict())
+    run(learn, lambda o: o.fit(1, 1e-2))
+    assert np.isnan(learn.recorder.values[-1][-1]) and not same(before, learn.model.cnn.state_dict())
+    with pytest.raises(ValueError, match='two TwoPass callbacks on one learner'): run(learn, lambda o: o.fit(1, cbs=[TwoPass(), TwoPass()]))
+
+
+@pytest.mark.parametrize('train_cnn', [True, False])
+def test_interrupted_and_started_again(train_cnn):
+    class Interrupt(TwoPass):
+        def after_pred(self):
+            super().after_pred()
+            if self.training and self.iter == 1: raise KeyboardInterrupt
+    set_seed(0)
+    learn = Learner(digits(), small_cnn())
+    with pytest.raises(KeyboardInterrupt): run(learn, lambda o: o.fit(1, 1e-2, cbs=Interrupt(eta=3, train_cnn=train_cnn)))
+    assert all(p.requires_grad for p in learn.model.parameters())
+    learn.model(torch.rand(2, 3, 32, 32))
+    assert learn.model.take_sams() is None
+    run(learn, lambda o: o.fit(1, 1e-2, cbs=TwoPass(train_cnn=train_cnn)))
+    assert all(p.requires_grad for p in learn.model.parameters())
+
+
+class Recomputing(nn.Module):
+    "Half of it is computed again in the backward pass, to save memory."
+    def __init__(self):
+        super().__init__()
+        net = small_cnn()
+        self.stem, self.rest = net[:2], net[2:]
+
+    def forward(self, x): return self.rest(checkpoint(self.stem, x, use_reentrant=False))
+
+
+class AlwaysDropping(nn.Module):
+    "Draws random numbers in evaluation mode too."
+    def __init__(self):
+        super().__init__()
+        self.body = small_cnn(16)
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, x): return self.head(nn.functional.dropout(self.body(x), .5))
+
+
+@pytest.mark.parametrize('kind', [Recomputing, AlwaysDropping])
+def test_unusual_cnns_are_left_alone_too(kind):
+    def trained(*cbs):
+        set_seed(3)
+        net = kind()
+        return state(net), run(Learner(scenes(), net, metrics=accuracy, cbs=cbs), lambda o: o.fit(2, 1e-2)), state(net)
+    (_, _, plain), (start, learn, ours) = trained(), trained(TwoPass(eta=2, keep_maps=2))
+    assert same(plain, ours) and not same(start, ours) and learn.model.weight_net.out.weight.abs().max() > 0
+
+
+def test_a_model_made_by_hand_learns_the_normalisation():
+    net = bare_cnn()
+    learn = antehoc_learner(digits(), AntehocModel(net, torch.rand(2, 3, 32, 32), eta=2))
+    m = learn.model
+    torch.testing.assert_close(m.mean.flatten(), torch.tensor([.485, .456, .406]))
+    assert m.meta['size'] == [32, 32] and m.meta['vocab'] == list('0123456789')
+    black = m.mask(torch.zeros(1, 3, 32, 32), torch.zeros(1, 1, 32, 32))
+    torch.testing.assert_close(black * m.std + m.mean, torch.zeros(1, 3, 32, 32), atol=1e-6, rtol=0)
+    run(learn, lambda o: o.fit(1, 1e-2))
+    other = AntehocModel(net, torch.rand(2, 3, 32, 32), eta=2, mean=[.5]*3, std=[.5]*3)
+    with pytest.raises(ValueError, match='the DataLoaders normalise with mean .* give both the same'): antehoc_learner(digits(), other)
+    with pytest.raises(ValueError, match='eta: the learner already has an AntehocModel'): antehoc_learner(digits(), other, eta=3)
+
+
+def test_bad_fill_is_refused_before_training():
+    with pytest.raises(ValueError, match="unknown fill 'green'"): TwoPass(fill='green')
+    with pytest.raises(ValueError, match='a colour must lie in'): TwoPass(fill=[0, 2, 0])
+    with pytest.raises(ValueError, match='give one number, or one for each of the 3 channels'): antehoc_learner(digits(), small_cnn(), eta=3, fill=[.1, .2])
+
+
+def test_a_spoilt_model_is_not_called_good():
+    class BadGradient(TwoPass):
+        def after_backward(self):
+            super().after_backward()
+            if self.iter == 0: next(self.learn.model.cnn.parameters()).grad.fill_(float('nan'))
+    with pytest.raises(FloatingPointError, match='batch 1.*an earlier step has spoilt the weights'):
+        run(Learner(digits(), small_cnn(), cbs=BadGradient(eta=3)), lambda o: o.fit(1, 1e-3))
+
+
+def test_the_mean_loss_counts_images():
+    class Fixed(TwoPass):
+        def _second_pass(self, mask): return torch.tensor(float(len(self.x)))
+    learn = Learner(digits(n_valid=40), small_cnn(), cbs=Fixed(eta=3, train_cnn=False))
+    for p in learn.model.weight_net.parameters(): p.requires_grad_(False)
+    run(learn, lambda o: o.validate())
+    assert learn.two_pass.mean_int_loss('valid') == (32*32 + 8*8)/40
+
+
+def test_starting_at_a_later_epoch(tmp_path):
+    learn = Learner(digits(), small_cnn(), cbs=[TwoPass(keep_maps=2), Checkpoint(tmp_path/'c')])
+    run(learn, lambda o: o.fit(3, 1e-2, start_epoch=1))
+    assert len(learn.two_pass.map_history) == 3 and len(learn.two_pass.int_losses) == 4
+    assert torch.load(tmp_path/'c', weights_only=True)['fit'] == 0
+
+
+def test_joining_late_is_the_same_weight_network():
+    def trained(late):
+        set_seed(0)
+        learn = Learner(digits(), small_cnn(), cbs=[] if late else TwoPass())
+        learn.create_opt()
+        if late: learn.add_cb(TwoPass())
+        return run(learn, lambda o: o.fit(2, 1e-2)).model.state_dict()
+    assert same(trained(False), trained(True))
+
+
+def test_a_model_that_knows_its_normalisation_still_learns_its_size():
+    mean, std = [.485, .456, .406], [.229, .224, .225]
+    learn = Learner(digits(), AntehocModel(small_cnn(), torch.rand(2, 3, 32, 32), mean=mean, std=std), cbs=TwoPass())
+    assert learn.model.meta['size'] == [32, 32] and learn.model.eta == 3
