@@ -70,7 +70,7 @@ class Explanation:
         "The images where the map reaches the threshold, black elsewhere, (B,C,H,W), normalised likewise."
         return torch.where(self.binary_map, self.image, self.black)
 
-# %% ../../nbs/core/07_model.ipynb #3df9d879
+# %% ../../nbs/core/07_model.ipynb #f4df67a1
 @patch
 def _each(self: Explanation, f):
     "A copy, with `f` applied to everything that has one entry per image"
@@ -157,7 +157,7 @@ class AntehocModel(nn.Module):
         names = [f'weight_net.{name}' for name, _ in self.weight_net.named_parameters()]
         self._ddp_params_and_buffers_to_ignore = names
 
-# %% ../../nbs/core/07_model.ipynb #359a980a
+# %% ../../nbs/core/07_model.ipynb #01eafa28
 @patch
 def _choose_layers(self: AntehocModel, sample, eta, layers, grids):
     "The layers, and where in the image their cells lie"
@@ -204,7 +204,7 @@ def _build_weight_net(self: AntehocModel):
                              f'give {name}=, or a sample to find them with')
     return own_seed(lambda: weight_nets[self.weight_net_name](self.eta, **sizes))
 
-# %% ../../nbs/core/07_model.ipynb #0eadc81e
+# %% ../../nbs/core/07_model.ipynb #4de22cee
 @patch(as_prop=True)
 def attention(self: AntehocModel) -> Callable:
     "The soft attention at this model's temperature, (B,C,h,w) -> (B,1,h,w)."
@@ -236,7 +236,7 @@ def take_sams(self: AntehocModel) -> list | None: # Per layer (B,1,h_i,w_i) in [
     self._sams = None
     return sams
 
-# %% ../../nbs/core/07_model.ipynb #4ba89e25
+# %% ../../nbs/core/07_model.ipynb #94bd0040
 @patch
 def interpret(self: AntehocModel,
               sams: list, # As `take_sams` gives them
@@ -274,7 +274,7 @@ def find_target(self: AntehocModel,
     if target is None: return plain_tensor(out).argmax(1)
     return class_numbers(target, len(out), self.classes, self.meta.get('vocab') or ())
 
-# %% ../../nbs/core/07_model.ipynb #b860a60e
+# %% ../../nbs/core/07_model.ipynb #a2cc77fa
 @patch
 def _check_explain(self: AntehocModel, args, threshold, target):
     if not args: raise ValueError('explain: give the images as the first positional argument')
@@ -359,7 +359,7 @@ def save_pretrained(self: AntehocModel,
     (folder/'config.json').write_text(json.dumps(self.config, indent=1) + '\n')
     return folder
 
-# %% ../../nbs/core/07_model.ipynb #e24997fa
+# %% ../../nbs/core/07_model.ipynb #a4604324
 def _read_config(folder):
     "The configuration of a saved model; errors if the folder holds something else"
     for name in ('config.json', 'model.safetensors'):

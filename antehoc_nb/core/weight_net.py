@@ -38,7 +38,7 @@ def _init_zero(convolution):
     nn.init.zeros_(convolution.weight)
     nn.init.zeros_(convolution.bias)
 
-# %% ../../nbs/core/04_weight_net.ipynb #71425a35
+# %% ../../nbs/core/04_weight_net.ipynb #0d008959
 @weight_nets.register(name='autoencoder')
 class Autoencoder(nn.Module):
     "Pixel-wise weights by a convolutional autoencoder (paper, section 2): maps (B,eta,H,W) -> logits (B,eta,H/4,W/4)."
@@ -136,11 +136,11 @@ def project_channels(activation: torch.Tensor, # (B,C,h,w)
     "The scalar product of each pixel's channels with a direction: several times faster on a CPU than `einsum`."
     return (direction[:, None] @ activation.flatten(2)).unflatten(2, activation.shape[2:])
 
-# %% ../../nbs/core/04_weight_net.ipynb #79b398e9
+# %% ../../nbs/core/04_weight_net.ipynb #a95bf2d6
 class _Modulated:
     "Makes a second map of each layer. For networks with `views`, and with a method `direction`."
     modulates = True
-    mask = 'soft+capped+threshold'  # the mask of pass 2, unless told otherwise
+    mask = 'soft+capped+threshold'  # the default mask of pass 2
 
     def modulated_maps(self,
                        activations: Sequence[torch.Tensor], # Of each layer, (B,C_i,h_i,w_i)
