@@ -64,7 +64,8 @@ class Autoencoder(nn.Module):
         "Logits from maps at half resolution, (B,n,H/2,W/2); `context`, (B,2 * width,1,1), is added in the bottleneck"
         quarter = F.relu(self.down1(maps))
         eighth = F.relu(self.down2(quarter))
-        decoded = self.up(F.relu(self.mid(eighth + context)))
+        bottleneck = F.relu(self.mid(eighth) + context)
+        decoded = self.up(bottleneck)
         features = F.relu(F.interpolate(decoded, size=quarter.shape[2:], mode='nearest') + quarter)
         return self.out(F.group_norm(features, 1)) / self.out.weight[0].numel()**.5
 
