@@ -32,7 +32,7 @@ def small_cnn(n_out: int, # How many numbers it predicts
     head = [nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.BatchNorm1d(128), nn.Linear(128, n_out)]
     return nn.Sequential(*layers, *head)
 
-# %% ../../nbs/train/10_archs.ipynb #c25d442e
+# %% ../../nbs/train/10_archs.ipynb #b79800af
 @own_cnns.register
 def landmark_cnn(n_out: int, # How many numbers it predicts
                  n_in: int = 3, # Channels of the images
@@ -48,7 +48,7 @@ def landmark_cnn(n_out: int, # How many numbers it predicts
     head = [nn.Linear(256 * 16, 256), nn.ReLU(inplace=True), nn.Linear(256, n_out)]
     return nn.Sequential(*layers, *grid, *head)
 
-# %% ../../nbs/train/10_archs.ipynb #ca2670fa
+# %% ../../nbs/train/10_archs.ipynb #c3a60f93
 def _half_block(before, after, stride):
     "A residual block; its shortcut is a 1 x 1 convolution where the shape changes"
     shortcut = None
@@ -73,7 +73,7 @@ def resnet18_half(n_out: int, # How many numbers it predicts
         if isinstance(module, nn.Conv2d): nn.init.kaiming_normal_(module.weight, mode='fan_out', nonlinearity='relu')
     return cnn
 
-# %% ../../nbs/train/10_archs.ipynb #ce439bb2
+# %% ../../nbs/train/10_archs.ipynb #18c14f02
 def _is_timm_model(name):
     "Whether timm knows the name; None if timm is not installed"
     try: import timm
@@ -93,7 +93,7 @@ def find_arch(arch: str, # torchvision's ("resnet18"), timm's ("timm/resnet18") 
     hint = ' (timm, which has many more, is not installed)' if in_timm is None else ''
     raise ValueError(unknown_name('arch', arch, [*own_cnns, *torchvision_names]) + hint)
 
-# %% ../../nbs/train/10_archs.ipynb #155bb40e
+# %% ../../nbs/train/10_archs.ipynb #36a236de
 @cnn_builders.register
 def build_cnn(arch: str, # As for `find_arch`
               n_out: int, # How many numbers it predicts

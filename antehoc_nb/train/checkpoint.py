@@ -21,7 +21,7 @@ from fastcore.foundation import L
 from ..core.utils import plain_tensor
 from .two_pass import process_rank, rng_state, set_rng_state
 
-# %% ../../nbs/train/13_checkpoint.ipynb #a1b3209c
+# %% ../../nbs/train/13_checkpoint.ipynb #cea9cce0
 def _plain(state):
     "fastai's `L` and tensor classes and NumPy's scalars as plain ones, in nested dicts and lists"
     if isinstance(state, torch.Tensor): return plain_tensor(state)
@@ -37,7 +37,7 @@ def _float_tensors(state):
     if not isinstance(state, (list, tuple, L)): return []
     return [tensor for value in state for tensor in _float_tensors(value)]
 
-# %% ../../nbs/train/13_checkpoint.ipynb #e3acae0d
+# %% ../../nbs/train/13_checkpoint.ipynb #f177977d
 def _recorder_state(recorder):
     "Losses, learning rates and metrics so far"
     values = [[float('nan') if value is None else float(value) for value in row] for row in recorder.values]
@@ -84,7 +84,7 @@ class Checkpoint(Callback):
         self._saved = None  # the file's content, if it is of the current fit
         self._epoch_trained = False
 
-# %% ../../nbs/train/13_checkpoint.ipynb #272be7b5
+# %% ../../nbs/train/13_checkpoint.ipynb #adead09c
 def _unwrapped_model(learn): return getattr(learn.model, 'module', learn.model)
 
 
@@ -100,7 +100,7 @@ def _run_state(self: Checkpoint):
                 int_losses=two_pass.int_losses if two_pass else [],
                 map_history=two_pass.map_history if two_pass else [])
 
-# %% ../../nbs/train/13_checkpoint.ipynb #9b6f222e
+# %% ../../nbs/train/13_checkpoint.ipynb #c3716fbb
 @patch
 def _check_finite(self: Checkpoint, state):
     "`FloatingPointError` if weights or optimiser are not finite"
@@ -109,7 +109,7 @@ def _check_finite(self: Checkpoint, state):
     raise FloatingPointError(f'epoch {self.epoch} left NaN or infinity in the weights or the optimiser: lower the '
                              f'learning rate, or clip gradients with GradientClip(). {self.path} {on_file}')
 
-# %% ../../nbs/train/13_checkpoint.ipynb #31718aa2
+# %% ../../nbs/train/13_checkpoint.ipynb #deb1d8fb
 @patch
 def _write(self: Checkpoint, state):
     "Replace the file in one step."
@@ -129,7 +129,7 @@ def _finish_epoch(self: Checkpoint):
     self._check_finite(state)
     if process_rank() == 0: self._write(state)
 
-# %% ../../nbs/train/13_checkpoint.ipynb #20a47870
+# %% ../../nbs/train/13_checkpoint.ipynb #8bb23268
 def _read(path):
     "What is in a file; `ValueError` if it is not a checkpoint"
     try: saved = torch.load(path, map_location='cpu', weights_only=True)
@@ -172,7 +172,7 @@ def _load(self: Checkpoint, saved):
     self._saved = saved
     self.seconds = saved['seconds']
 
-# %% ../../nbs/train/13_checkpoint.ipynb #095dcf01
+# %% ../../nbs/train/13_checkpoint.ipynb #face1a39
 @patch
 def _pause_callbacks(self: Checkpoint):
     "Keep the other callbacks from running."
@@ -194,7 +194,7 @@ def _begin_fit(self: Checkpoint):
     elif saved['fit'] > self._fit_number: self._first_epoch = self.n_epoch  # this fit was finished
     if self._first_epoch: self._pause_callbacks()
 
-# %% ../../nbs/train/13_checkpoint.ipynb #fe0398ea
+# %% ../../nbs/train/13_checkpoint.ipynb #71696446
 @patch
 def _go_on(self: Checkpoint):
     "Let the other callbacks go on, and put back history and random states."
@@ -209,7 +209,7 @@ def _go_on(self: Checkpoint):
         learn.two_pass.int_losses = saved['int_losses']
         learn.two_pass.map_history = saved['map_history']
 
-# %% ../../nbs/train/13_checkpoint.ipynb #74d74787
+# %% ../../nbs/train/13_checkpoint.ipynb #6f4f848b
 @patch
 def before_fit(self: Checkpoint):
     self._first_epoch = 0

@@ -68,7 +68,7 @@ def plain_learner(dls, # fastai DataLoaders
         learn.model.meta['cnn'] = dict(arch=name, n_out=get_c(dls) if whole else learn.n_out, **head)
     return learn
 
-# %% ../../nbs/train/12_learner.ipynb #de88060b
+# %% ../../nbs/train/12_learner.ipynb #d0b4b77b
 def _without_defaults(arguments):
     "Those arguments of `AntehocModel` that differ from its defaults"
     parameters = inspect.signature(AntehocModel).parameters
@@ -84,7 +84,7 @@ def antehoc_learner(dls, # fastai DataLoaders with images (B,C,H,W) as first inp
                     temperature: float = 3., # Of the soft attention: above 1 softens
                     weight_net: str = 'autoencoder', # A name in `weight_nets`
                     scale: bool = True, # Min-max scale the map to [0,1]
-                    mask: str | Mask | None = None, # Of pass 2: a name in `masks`, or a mask; None: see `TwoPass.attach`
+                    mask: str | Mask | None = None, # Of pass 2, a name in `masks` or a mask; None: see `TwoPass.attach`
                     fill: str | float | Sequence[float] = 'black', # What masked pixels become in pass 2
                     int_loss: str | None = None, # A name in `int_losses`; None: see `TwoPass.attach`
                     train_cnn: bool = True, # False: `arch` is trained already; train the weight network alone
