@@ -417,5 +417,6 @@ def test_table4_from_one_command(tmp_path, monkeypatch):
         warnings.simplefilter('ignore', UserWarning)
         antehoc(*args)  # nothing is scored again
     assert (tmp_path/'runs/captioning/flickr8k-smoke/scores/score-cam.npz').stat().st_mtime_ns == before
+    assert T.read_captioning('flickr8k', 'smoke')['results']['rows'] == rec['results']['rows']
     assert "unknown dataset 'cifar10'" in antehoc('reproduce', 'table4', '--dataset', 'cifar10', code=1)
     with pytest.raises(FileNotFoundError, match='antehoc reproduce table4 --dataset flickr8k --profile cpu'): T.read_captioning('flickr8k', results=tmp_path)
