@@ -39,7 +39,6 @@ def conditional_model(cnn=None, **kwargs):
 # --- Maps learn where their target is
 
 RED, BLUE = 0, 1
-N_IMAGES, LR = 512, 1e-2
 
 
 def one_by_one(n_in, rgb):
@@ -101,15 +100,15 @@ def patches(n, seed=0):
     return x, red_left
 
 
-def trained_on_patches(cnn, label, loss, epochs=3, n_inputs=1, n=N_IMAGES, **two_pass):
+def trained_on_patches(cnn, label, loss, epochs=3, n_inputs=1, **two_pass):
     "A model whose weight network has been trained on patches; `label` gives what follows each image in its item."
-    x, _ = patches(n)
+    x, _ = patches(256)
     items = [(image, *label(i)) for i, image in enumerate(x)]
     set_seed(0)
     dls = DataLoaders(DataLoader(items, bs=16, num_workers=0), DataLoader(items[:16], bs=16, num_workers=0))
     dls.n_inp = n_inputs
     learn = Learner(dls, cnn, loss_func=loss, cbs=TwoPass(train_cnn=False, **two_pass))
-    return quiet_fit(learn, epochs, LR).model
+    return quiet_fit(learn, epochs, 2e-2).model
 
 
 def share_of_map(model, colour, *inputs, **kwargs):
