@@ -255,7 +255,7 @@ def test_a_learner_is_asked_by_name():
     assert e.target.tolist() == [7] * 4 and torch.equal(e.map, learn.explain(n=4, target=[7] * 4).map)
     assert (e.map - learn.explain(n=4).map).abs().max() > 1e-3
     titles = [ax.get_title(side) for ax in learn.show_maps(n=4, target='7').flat for side in ('left', 'center')]
-    assert sum(t.endswith('asked 7') for t in titles) == 4, titles
+    assert sum(t.endswith('target 7') for t in titles) == 4, titles
     with pytest.raises(ValueError, match="unknown class 'seven'"): learn.explain(n=4, target='seven')
 
 
