@@ -34,7 +34,7 @@ from .evaluate.robustness import max_sensitivity, noise_stability, salt_and_pepp
 from .evaluate.sanity import model_randomisation, plot_randomisation, rank_correlation
 from .evaluate.scoreboard import Benchmark, read_record, run_record, write_record
 from .show.explain_files import explain_files
-from .show.learner import map_history_strip, plot_losses
+from .show.learner import plot_losses, plot_map_history
 from antehoc_nb.show.plots import (
     concept_regions, draw_regions, show_concepts, show_energy, show_explanation, show_map, show_maps, show_sams, show_weights
 )

@@ -9,6 +9,7 @@ __all__ = ['COLUMNS', 'explain_files']
 import csv
 import hashlib
 import io
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,96 +21,169 @@ from tqdm import tqdm
 from ..core.model import AntehocModel, Explanation
 from ..core.utils import check_config, in_channels, weights_digest
 from ..data.images import open_rgb
-from .plots import concept_regions
+from .plots import MAP_COLOURS, concept_regions
 
 # %% ../../nbs/show/33_explain_files.ipynb #cell0005
+@dataclass
+class _ImageFile:
+    "An image that has been read."
+    name: str # in the output
+    rgb: Image.Image # at its own size
+    pixels: np.ndarray # (C,H,W) of uint8, at the model's size
+    digest: str # SHA-256 of the file
+
+
+def _read_image(path, name, size, channels):
+    "An image file at its own size and at the model's"
+    data = Path(path).read_bytes()
+    rgb = open_rgb(io.BytesIO(data))
+    resized = rgb.resize(size[::-1], Image.Resampling.BILINEAR, reducing_gap=2.)
+    pixels = np.asarray(resized.convert('L' if channels == 1 else 'RGB')).reshape(*size, channels).transpose(2, 0, 1)
+    return _ImageFile(name, rgb, pixels, hashlib.sha256(data).hexdigest())
+
+
+def _read_batch(images, size, channels):
+    "The images that can be read, and `(name, reason)` of the others"
+    batch, failed = [], []
+    for path, name in images:
+        try: batch.append(_read_image(path, name, size, channels))
+        except Exception as e: failed.append((name, f'{type(e).__name__}: {e}'))
+    return batch, failed
+
+# %% ../../nbs/show/33_explain_files.ipynb #31476de8
 COLUMNS = ['image', 'prediction', 'probability', 'concept', 'x0', 'y0', 'x1', 'y1', 'area_share', 'energy_share']
 
 
-def _open(f, size, channels):
-    "An image file at its own size, as an array (C,H,W) of uint8 at the model's, and the SHA-256 of its bytes."
-    data = Path(f).read_bytes()
-    own, digest = open_rgb(io.BytesIO(data)), hashlib.sha256(data).hexdigest()
-    small = np.asarray(own.resize(size[::-1], Image.Resampling.BILINEAR, reducing_gap=2.).convert('L' if channels == 1 else 'RGB'))
-    return own, small.reshape(*size, channels).transpose(2, 0, 1), digest
+def _write_pictures(map, rgb, stem):
+    "Map and overlay at the size of the image"
+    grey = Image.fromarray((map * 255).round().astype('uint8')).resize(rgb.size, Image.Resampling.BILINEAR)
+    coloured = colormaps[MAP_COLOURS](np.asarray(grey) / 255.)[..., :3]
+    grey.save(f'{stem}.map.png')
+    Image.blend(rgb, Image.fromarray((coloured * 255).astype('uint8')), .5).save(f'{stem}.overlay.png')
 
 
-def _done(table, images, out):
-    "Rows of the images that an earlier run has finished: not the last one, if it was cut in the middle of a line, nor files that are others now."
+def _half(maps): return maps[0].cpu().numpy().astype('float16')
+
+
+def _write_arrays(e: Explanation, digest, stem):
+    "Everything in the explanation of one image"
+    arrays = dict(map=e.map[0, 0].cpu().numpy(), sams=_half(e.sams), weights=_half(e.weights))
+    arrays |= dict(pred=e.pred[0].float().cpu().numpy(), layers=np.array(e.layers), sha256=np.array(digest))
+    if e.target is not None: arrays['target'] = e.target[0].cpu().numpy()
+    np.savez_compressed(f'{stem}.npz', **arrays)
+
+
+def _region_rows(e: Explanation, rgb, threshold):
+    "The columns from `concept` on, a row per concept region of one image"
+    height, width = e.map.shape[2:]
+    scale_x, scale_y = rgb.width / width, rgb.height / height
+    rows = []
+    for region in concept_regions(e.map, threshold):
+        box = [round(b * s, 1) for b, s in zip(region.box, (scale_x, scale_y, scale_x, scale_y))]
+        rows.append([region.label, *box, round(region.area, 4), round(region.energy, 4)])
+    return rows or [[''] * 7]
+
+
+def _write_image(e: Explanation, image: _ImageFile, out, threshold, vocab):
+    "Write the files of one image; its rows of the table"
+    stem = out/image.name
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    _write_pictures(e.map[0, 0].cpu().numpy(), image.rgb, stem)
+    _write_arrays(e, image.digest, stem)
+    probability, number = e.pred.float().softmax(1).max(1)
+    prediction = vocab[int(number)] if vocab else int(number)
+    label = [image.name, prediction, round(probability.item(), 4)]
+    return [label + row for row in _region_rows(e, image.rgb, threshold)]
+
+# %% ../../nbs/show/33_explain_files.ipynb #23b52b9b
+def _is_current(name, files, out):
+    "Whether the explanation of an image is there, and of the file as it is now"
+    arrays = out/f'{name}.npz'
+    if not arrays.exists(): return False
+    if name not in files: return True
+    return str(np.load(arrays)['sha256']) == hashlib.sha256(files[name].read_bytes()).hexdigest()
+
+
+def _finished_rows(table, images, out):
+    "Rows of the table that need not be written again"
     text = table.open(newline='').read() if table.exists() else ''
     rows = list(csv.DictReader(io.StringIO(text, newline='')))
-    cut = set() if text.endswith('\n') else {r['image'] for r in rows[-2:]}  # the last name may be cut itself
-    files, same = {name: path for path, name in images}, {}
-    for name in {r['image'] for r in rows} - cut:
-        npz = out/f'{name}.npz'
-        if not npz.exists(): continue
-        same[name] = name not in files or str(np.load(npz)['sha256']) == hashlib.sha256(files[name].read_bytes()).hexdigest()
-    return [r for r in rows if same.get(r['image'])]
+    torn = set() if text.endswith('\n') else {row['image'] for row in rows[-2:]}  # the last name may be cut itself
+    files = {name: path for path, name in images}
+    current = {name for name in {row['image'] for row in rows} - torn if _is_current(name, files, out)}
+    return [row for row in rows if row['image'] in current]
 
 
-def _save(e: Explanation, own, digest, stem, threshold):
-    "Write the files of one image; its concept regions with boxes in pixels of `own`."
-    def half(t): return t[0].cpu().numpy().astype('float16')
-    m = e.map[0, 0].cpu().numpy()
-    grey = Image.fromarray((m * 255).round().astype('uint8')).resize(own.size, Image.Resampling.BILINEAR)
-    heat = Image.fromarray((colormaps['inferno'](np.asarray(grey) / 255.)[..., :3] * 255).astype('uint8'))
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    grey.save(f'{stem}.map.png')
-    Image.blend(own, heat, .5).save(f'{stem}.overlay.png')
-    np.savez_compressed(f'{stem}.npz', map=m, sams=half(e.sams), weights=half(e.weights), pred=e.pred[0].float().cpu().numpy(), layers=np.array(e.layers),
-                        sha256=np.array(digest), **({} if e.target is None else dict(target=e.target[0].cpu().numpy())))
-    sx, sy = own.width / m.shape[1], own.height / m.shape[0]
-    return [(r, [round(b * s, 1) for b, s in zip(r.box, (sx, sy, sx, sy))]) for r in concept_regions(e.map, threshold)]
-
-
-def _no_classifier(model): return f'the model is a {type(model.cnn).__name__}, not a classifier: explain it in Python'
-
-
-def explain_files(model: AntehocModel, # A classifier; `meta` tells size and vocabulary
-                  images: list[tuple[Path, str]], # Files, and the names they go by in the output
-                  out: str | Path, # Folder to write to; images that its explanations.csv lists are skipped
-                  bs: int = 32, # Images at a time
-                  threshold: float = 0.8, # Of the concept regions, in (0,1]
-                  target: str | int | None = None, # The class to ask about, if the weight network can be asked; None: what is predicted
-                 ) -> tuple[int, int, list[tuple[str, str]]]: # How many explained now, how many before, and (name, reason) of those that can't be read
-    """Explain image files in batches, past unreadable ones, and past what an earlier run has done.
-
-    `ValueError` if `out` holds the explanations of another model, threshold or class, or the model cannot be asked."""
-    out = Path(out)
-    table, size, vocab = out/'explanations.csv', tuple(model.meta.get('size') or (128, 128)), model.meta.get('vocab')
-    channels = in_channels(model.cnn)
-    asked = {}
-    if target is not None:  # complain before work is lost
-        target = model.explain(torch.zeros(1, channels, *size, device=model.mean.device), target=target).target
-        if target.shape != (1,): raise ValueError(_no_classifier(model))
-        target = int(target)
-        asked = dict(target=vocab[target] if vocab else target)
-    check_config(out, dict(model=weights_digest(model), threshold=threshold, size=size) | asked, 'explanations.json')
-    rows = _done(table, images, out)
-    done = {r['image'] for r in rows}
+def _rewrite_table(table, rows):
+    "Replace the table by its header and `rows`, in one step"
     part = table.with_name(table.name + '.part')
-    with part.open('w', newline='') as f:
-        w = csv.DictWriter(f, COLUMNS)
-        w.writeheader(), w.writerows(rows)
+    with part.open('w', newline='') as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
     part.replace(table)
-    todo, failed, n = [o for o in images if o[1] not in done], [], 0
-    with table.open('a', newline='') as f:
-        w = csv.writer(f)
+
+# %% ../../nbs/show/33_explain_files.ipynb #546ffb73
+def _not_a_classifier(model):
+    return ValueError(f'the model is a {type(model.cnn).__name__}, not a classifier: explain it in Python')
+
+
+def _target_number(model, target, size):
+    "The number of the target class; errors before any image is read"
+    if target is None: return None
+    black = torch.zeros(1, in_channels(model.cnn), *size, device=model.mean.device)
+    numbers = model.explain(black, target=target).target
+    if numbers.shape != (1,): raise _not_a_classifier(model)
+    return int(numbers)
+
+
+def _settings(model, threshold, size, target):
+    "What all explanations of a folder have in common"
+    settings = dict(model=weights_digest(model), threshold=threshold, size=size)
+    vocab = model.meta.get('vocab')
+    if target is not None: settings['target'] = vocab[target] if vocab else target
+    return settings
+
+
+def _explain_batch(model, batch, threshold, target):
+    "The explanation of a batch of images"
+    x = torch.from_numpy(np.stack([image.pixels for image in batch])).to(model.mean.device).float() / 255
+    e = model.explain((x - model.mean) / model.std, threshold=threshold, target=target)
+    if getattr(e.pred, 'ndim', 0) != 2 or not e.pred.is_floating_point(): raise _not_a_classifier(model)
+    return e
+
+
+def explain_files(
+    model: AntehocModel, # a classifier; `meta` has the size it takes and the names of its classes
+    images: list[tuple[Path, str]], # files, and their names in the output
+    out: str | Path, # folder to write to; images that its explanations.csv lists are skipped
+    bs: int = 32, # images at a time
+    threshold: float = 0.8, # of the concept regions, in (0,1]
+    target: str | int | None = None, # target class for a class-specific weight network; None: the predicted one
+) -> tuple[int, int, list[tuple[str, str]]]: # explained now, explained before, (name, reason) of unreadable ones
+    """Explain image files in batches; unreadable ones, and those that an earlier run has explained, are skipped.
+
+    `ValueError` if `out` holds the explanations of another model, threshold or class, or a target class is given for a
+    class-agnostic weight network."""
+    out = Path(out)
+    table, vocab, channels = out/'explanations.csv', model.meta.get('vocab'), in_channels(model.cnn)
+    size = tuple(model.meta.get('size') or (128, 128))
+    target = _target_number(model, target, size)
+    check_config(out, _settings(model, threshold, size, target), 'explanations.json')
+    finished = _finished_rows(table, images, out)
+    _rewrite_table(table, finished)
+    done = {row['image'] for row in finished}
+    todo = [(path, name) for path, name in images if name not in done]
+    n, failed = 0, []
+    with table.open('a', newline='') as file:
+        writer = csv.writer(file)
         for i in tqdm(range(0, len(todo), bs), desc='explaining', unit='batch', disable=None):
-            batch = []
-            for path, name in todo[i:i + bs]:
-                try: batch.append((name, *_open(path, size, channels)))
-                except Exception as e: failed.append((name, f'{type(e).__name__}: {e}'))
+            batch, unreadable = _read_batch(todo[i:i + bs], size, channels)
+            failed += unreadable
             if not batch: continue
-            x = torch.from_numpy(np.stack([b[2] for b in batch])).to(model.mean.device).float() / 255
-            e = model.explain((x - model.mean) / model.std, threshold=threshold, target=target)
-            if getattr(e.pred, 'ndim', 0) != 2 or not e.pred.is_floating_point():
-                raise ValueError(_no_classifier(model))
-            p, c = e.pred.float().softmax(1).max(1)
-            for k, (name, own, _, digest) in enumerate(batch):
-                label = [name, vocab[c[k]] if vocab else int(c[k]), round(p[k].item(), 4)]
-                rows = [[*label, r.label, *box, round(r.area, 4), round(r.energy, 4)] for r, box in _save(e[k], own, digest, out/name, threshold)]
-                w.writerows(rows or [label + [''] * (len(COLUMNS) - 3)])
-                f.flush()
-                n += 1
+            e = _explain_batch(model, batch, threshold, target)
+            for k, image in enumerate(batch):
+                writer.writerows(_write_image(e[k], image, out, threshold, vocab))
+                file.flush()
+            n += len(batch)
     return n, len(images) - len(todo), failed
