@@ -1,4 +1,5 @@
-"""Class activation maps against another library and plain references; what a CAM must not leave behind; what explainers may not return."""
+"""Explainers: CAMs against another library and plain references, what they must not leave behind, bad explainers."""
+
 import gc
 import inspect
 import re
@@ -30,6 +31,7 @@ from antehoc_nb.evaluate.explainers import (
     gaussian_map,
     grad_cam,
     grad_cam_pp,
+    needs_target,
     random_map,
     score_cam,
 )
@@ -37,41 +39,55 @@ from antehoc_nb.train.archs import small_cnn
 
 CAMS = dict(grad_cam=grad_cam, grad_cam_pp=grad_cam_pp, score_cam=score_cam)
 each_cam = pytest.mark.parametrize('cam', CAMS.values(), ids=CAMS)
-pytestmark = pytest.mark.usefixtures('one_thread')
 
 
-def tiny(inplace=False, scale=1.):
+def tiny(inplace=False, scale=1.0):
     "Three convolutions, 8 x 8 at the last for images of 16 x 16; `scale` multiplies the logits"
     torch.manual_seed(0)
-    cnn = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(inplace), nn.Conv2d(6, 8, 3, stride=2, padding=1), nn.BatchNorm2d(8), nn.ReLU(inplace),
-                        nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(inplace), nn.Flatten(), nn.Linear(512, 5))
+    cnn = nn.Sequential(
+        nn.Conv2d(3, 6, 3, padding=1),
+        nn.ReLU(inplace),
+        nn.Conv2d(6, 8, 3, stride=2, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(inplace),
+        nn.Conv2d(8, 8, 3, padding=1),
+        nn.ReLU(inplace),
+        nn.Flatten(),
+        nn.Linear(512, 5),
+    )
     with torch.no_grad():
         cnn[-1].weight.mul_(scale)
-        cnn[3].running_mean.normal_(0, .1)
+        cnn[3].running_mean.normal_(0, 0.1)
     return cnn.eval()
 
 
-def batch(n=4, side=16, k=5): return torch.randn(n, 3, side, side, generator=torch.Generator().manual_seed(3)), torch.arange(n) % k
+def batch(n=4, side=16, k=5):
+    return torch.randn(n, 3, side, side, generator=torch.Generator().manual_seed(3)), torch.arange(n) % k
 
 
-def corr(a, b): return [np.corrcoef(i.flatten(), j.flatten())[0, 1] for i, j in zip(a.numpy(), b.numpy())]
+def corr(a, b):
+    return [np.corrcoef(i.flatten(), j.flatten())[0, 1] for i, j in zip(a.numpy(), b.numpy())]
 
 
 def other(name, cnn, layer, x, y):
     "The same map by pytorch-grad-cam"
     gc_ = pytest.importorskip('pytorch_grad_cam')
     from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
-    with getattr(gc_, name)(cnn, [layer]) as cam: return torch.tensor(cam(x, [ClassifierOutputTarget(int(t)) for t in y]))[:, None]
+
+    with getattr(gc_, name)(cnn, [layer]) as cam:
+        return torch.tensor(cam(x, [ClassifierOutputTarget(int(t)) for t in y]))[:, None]
 
 
 def state(cnn):
     "All that a CAM must leave as it was"
     hooks = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
-    return [(n, m.training, *(len(getattr(m, h)) for h in hooks)) for n, m in cnn.named_modules()] + \
-           [(n, p.requires_grad, p.grad is None, p._version) for n, p in cnn.named_parameters()]
+    return [(n, m.training, *(len(getattr(m, h)) for h in hooks)) for n, m in cnn.named_modules()] + [
+        (n, p.requires_grad, p.grad is None, p._version) for n, p in cnn.named_parameters()
+    ]
 
 
 # --- against pytorch-grad-cam
+
 
 @pytest.mark.parametrize('inplace', [False, True])
 @pytest.mark.parametrize('layer', ['1', '4', '6'])
@@ -80,52 +96,66 @@ def test_grad_cam_is_the_other_librarys(layer, inplace):
     cnn = tiny(inplace)
     ours = grad_cam(cnn, x, y, layer=layer, aligned=False)
     torch.testing.assert_close(ours, other('GradCAM', cnn, cnn[int(layer)], x, y), atol=1e-4, rtol=0)
-    assert ours.flatten(1).std(1).median() > .1
+    assert ours.flatten(1).std(1).median() > 0.1
 
 
 @pytest.mark.parametrize('layer', ['1', '4', '6'])
 def test_grad_cam_pp_is_the_other_librarys_where_its_epsilon_is_small(layer):
-    """pytorch-grad-cam adds 1e-6 to a denominator of about 2 g^2: nothing for gradients near 1, but it outweighs gradients below 1e-3.
+    """pytorch-grad-cam adds 1e-6 to a denominator of about 2 g^2, which outweighs gradients below 1e-3.
 
     With those of an untrained ResNet-18 at 64 pixels the maps differ by 0.03 at most, and correlate at 0.9998."""
     x, y = batch()
     cnn = tiny(scale=1e3)
-    torch.testing.assert_close(grad_cam_pp(cnn, x, y, layer=layer, aligned=False), other('GradCAMPlusPlus', cnn, cnn[int(layer)], x, y), atol=1e-3, rtol=0)
+    torch.testing.assert_close(
+        grad_cam_pp(cnn, x, y, layer=layer, aligned=False),
+        other('GradCAMPlusPlus', cnn, cnn[int(layer)], x, y),
+        atol=1e-3,
+        rtol=0,
+    )
 
 
 def by_definition(cnn, k, x, y):
     "Grad-CAM++ with alpha written as in the paper, in double precision"
     cnn, x = cnn.double(), x.double()
-    a = cnn[:k + 1](x).detach().requires_grad_()
-    g, = torch.autograd.grad(cnn[k + 1:](a).gather(1, y[:, None]).sum(), a)
+    a = cnn[: k + 1](x).detach().requires_grad_()
+    (g,) = torch.autograd.grad(cnn[k + 1 :](a).gather(1, y[:, None]).sum(), a)
     alpha = torch.where(g != 0, g**2 / (2 * g**2 + a.sum((2, 3), keepdim=True) * g**3), 0)
     m = ((alpha * g.relu()).sum((2, 3), keepdim=True) * a).sum(1, keepdim=True).relu()
     return minmax(resize(minmax(m.detach()), x.shape[2:]))
 
 
-@pytest.mark.parametrize('scale', [1e-3, 1., 1e3])
+@pytest.mark.parametrize('scale', [1e-3, 1.0, 1e3])
 def test_grad_cam_pp_is_the_papers_at_any_scale_of_the_gradient(scale):
     x, y = batch()
-    torch.testing.assert_close(grad_cam_pp(tiny(scale=scale), x, y, aligned=False), by_definition(tiny(scale=scale), 6, x, y), atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        grad_cam_pp(tiny(scale=scale), x, y, aligned=False),
+        by_definition(tiny(scale=scale), 6, x, y),
+        atol=1e-4,
+        rtol=0,
+    )
 
 
 def test_cams_lie_where_the_layer_looks():
-    "A spot in the image, seen through three strided convolutions, comes back where it is; spread evenly, the map is 3.5 pixels off"
+    "A spot in the image lies in its place on the map, after three strided convolutions; spread evenly, 3.5 pixels off"
     convs = [o for _ in range(3) for o in (nn.Conv2d(1, 1, 3, 2, 1, bias=False), nn.ReLU())]
     cnn = nn.Sequential(*convs, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(1, 2))
-    for p in cnn.parameters(): nn.init.ones_(p)
+    for p in cnn.parameters():
+        nn.init.ones_(p)
     x = torch.zeros(1, 1, 64, 64)
-    x[..., 24, 40] = 1                                                               # cell (3, 5) of the last layer is centred there
-    where = lambda m: divmod(m.flatten().argmax().item(), 64)
+    x[..., 24, 40] = 1  # cell (3, 5) of the last layer is centred there
+
+    def where(m):
+        return divmod(m.flatten().argmax().item(), 64)
+
     assert where(grad_cam(cnn, x, 0, layer='5')) == (24, 40)
     r, c = where(grad_cam(cnn, x, 0, layer='5', aligned=False))
-    assert abs(r - 27.5) <= .5 and abs(c - 43.5) <= .5
+    assert abs(r - 27.5) <= 0.5 and abs(c - 43.5) <= 0.5
 
 
 def test_torchcams_own_grad_cam_pp_lacks_the_division():
     """The reason for our own weights. When this fails, torchcam has mended it: use its extractor as it is.
 
-    Its maps correlate with the paper's at 0.76 to 0.999 on an untrained ResNet-18, at 0.4 to 0.6 on `tiny(scale=1e3)`."""
+    Its maps correlate with the paper's at 0.76 to 0.999 on an untrained ResNet-18, 0.4 to 0.6 on `tiny(scale=1e3)`."""
     methods = pytest.importorskip('torchcam.methods')
     cnn, (x, y) = tiny(), batch()
     with methods.GradCAMpp(cnn, '6') as extract:
@@ -135,27 +165,32 @@ def test_torchcams_own_grad_cam_pp_lacks_the_division():
 
 
 def test_score_cam_is_the_other_librarys_at_full_resolution():
-    """There nothing is enlarged: pytorch-grad-cam enlarges masks with align_corners=True and scales them afterwards, torchcam neither.
+    """There nothing is enlarged: pytorch-grad-cam enlarges masks with align_corners=True and scales them afterwards.
 
-    On a ResNet-18's last layer that makes 0.04 at most. Where logits are so large that one channel takes the whole softmax, it can be another channel."""
+    torchcam does neither. On a ResNet-18's last layer that makes 0.04 at most. Where logits are so large that one
+    channel takes the whole softmax, it can be another channel."""
     x, y = batch()
-    cnn = tiny(scale=30.)
+    cnn = tiny(scale=30.0)
     torch.testing.assert_close(score_cam(cnn, x, y, layer='1'), other('ScoreCAM', cnn, cnn[1], x, y), atol=1e-4, rtol=0)
 
 
 def test_score_cam_correlates_where_masks_are_enlarged_differently():
     x, y = batch()
     cnn = tiny()
-    assert min(corr(score_cam(cnn, x, y), other('ScoreCAM', cnn, cnn[6], x, y))) > .9999
+    assert min(corr(score_cam(cnn, x, y), other('ScoreCAM', cnn, cnn[6], x, y))) > 0.9999
 
 
 def test_score_cam_is_its_definition():
     x, y = batch(2)
-    cnn = tiny(scale=30.)
+    cnn = tiny(scale=30.0)
     with torch.no_grad():
         a, maps = cnn[:7](x), []
         for i in range(2):
-            gain = [cnn(x[i:i + 1] * resize(minmax(a[i:i + 1, k:k + 1]), (16, 16)))[0, y[i]] - cnn(x[i:i + 1])[0, y[i]] for k in range(8)]
+            gain = [
+                cnn(x[i : i + 1] * resize(minmax(a[i : i + 1, k : k + 1]), (16, 16)))[0, y[i]]
+                - cnn(x[i : i + 1])[0, y[i]]
+                for k in range(8)
+            ]
             m = (torch.stack(gain).softmax(0)[:, None, None] * a[i]).sum(0).relu()
             maps.append(minmax(resize(minmax(m[None, None]), (16, 16))))
     torch.testing.assert_close(score_cam(cnn, x, y), torch.cat(maps), atol=1e-4, rtol=0)
@@ -167,9 +202,14 @@ def test_resnet18_at_64_pixels():
     net = torchvision.models.resnet18(num_classes=7).eval()
     x, y = batch(3, 64, 7)
     assert candidate_layers(net, x)[-1].name.startswith('layer4.1')
-    torch.testing.assert_close(grad_cam(net, x, y, aligned=False), other('GradCAM', net, net.layer4, x, y), atol=1e-3, rtol=0)
-    assert min(corr(grad_cam_pp(net, x, y, aligned=False), other('GradCAMPlusPlus', net, net.layer4, x, y))) > .99
-    torch.testing.assert_close(explain_with('score-cam', net, x[:1], y[:1]), score_cam(net, x[:1], y[:1], layer='layer4'), atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        grad_cam(net, x, y, aligned=False), other('GradCAM', net, net.layer4, x, y), atol=1e-3, rtol=0
+    )
+    assert min(corr(grad_cam_pp(net, x, y, aligned=False), other('GradCAMPlusPlus', net, net.layer4, x, y))) > 0.99
+    x, y = batch(1, 40, 7)
+    torch.testing.assert_close(
+        explain_with('score-cam', net, x, y), score_cam(net, x, y, layer='layer4'), atol=1e-4, rtol=0
+    )
 
 
 @each_cam
@@ -180,19 +220,23 @@ def test_a_timm_model(cam):
     x, y = batch(2, 64, 4)
     m = cam(net, x, y)
     assert m.shape == (2, 1, 64, 64) and m.min() == 0 and m.max() == 1
-    if cam is not grad_cam: return
+    if cam is not grad_cam:
+        return
     layer = net.get_submodule(candidate_layers(net, x)[-1].name.split('+')[0])
     torch.testing.assert_close(cam(net, x, y, aligned=False), other('GradCAM', net, layer, x, y), atol=1e-3, rtol=0)
 
 
 # --- one map per image and class
 
+
 @each_cam
 def test_batch_is_one_by_one(cam):
     x, y = batch(5)
     cnn = tiny()
     m = cam(cnn, x, y)
-    torch.testing.assert_close(m, torch.cat([cam(cnn, x[i:i + 1], y[i:i + 1]) for i in range(5)]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        m, torch.cat([cam(cnn, x[i : i + 1], y[i : i + 1]) for i in range(5)]), atol=1e-5, rtol=0
+    )
     torch.testing.assert_close(m, explain_with(cam, cnn, x, y, bs=2), atol=1e-5, rtol=0)
     for i, c in enumerate(y):  # an image's class is its own
         torch.testing.assert_close(m[i], cam(cnn, x, torch.full((5,), int(c)))[i], atol=1e-5, rtol=0)
@@ -205,17 +249,20 @@ def test_an_antehoc_model_is_tapped_at_its_last_layer_and_calls_can_be_told_apar
             super().__init__()
             self.a, self.b, self.relu, self.out = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 3), nn.ReLU(), nn.Linear(6, 5)
 
-        def forward(self, x): return self.out(self.relu(self.b(self.relu(self.a(x)))).mean((2, 3)))
+        def forward(self, x):
+            return self.out(self.relu(self.b(self.relu(self.a(x)))).mean((2, 3)))
+
     torch.manual_seed(0)
     cnn, (x, y) = Shared().eval(), batch()
     model = AntehocModel(cnn, sample=x, eta=2)
     assert model.layers == ('relu:0', 'relu:1')
     torch.testing.assert_close(cam(model, x, y), cam(cnn, x, y, layer='relu:1'))
-    assert (cam(model, x, y) - cam(cnn, x, y, layer='relu:0')).abs().max() > .1
-    with pytest.raises(ValueError, match="layer 'relu' is called 2 times in one pass; say which call"): cam(cnn, x, y, layer='relu')
+    assert (cam(model, x, y) - cam(cnn, x, y, layer='relu:0')).abs().max() > 0.1
+    with pytest.raises(ValueError, match="layer 'relu' is called 2 times in one pass; say which call"):
+        cam(cnn, x, y, layer='relu')
 
 
-def test_the_call_asked_for_is_the_one_weighed():
+def test_the_named_call_is_the_one_weighed():
     torch.manual_seed(0)
     relu = nn.ReLU()
     shared = nn.Sequential(nn.Conv2d(3, 6, 3), relu, nn.Conv2d(6, 6, 3), relu, nn.Flatten(), nn.Linear(864, 5)).eval()
@@ -229,15 +276,20 @@ def test_the_call_asked_for_is_the_one_weighed():
 @each_cam
 def test_grey_and_oblong_images(cam, shape):
     torch.manual_seed(0)
-    cnn = nn.Sequential(nn.Conv2d(shape[1], 4, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, 3))
+    cnn = nn.Sequential(
+        nn.Conv2d(shape[1], 4, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, 3)
+    )
     m = cam(cnn, torch.randn(shape), torch.zeros(shape[0], dtype=torch.long))
     assert m.shape == (shape[0], 1, *shape[2:]) and m.dtype == torch.float32
 
 
 # --- nothing stays behind
 
+
 @each_cam
-@pytest.mark.parametrize('around', [nullcontext, torch.no_grad, torch.inference_mode], ids=['plain', 'no_grad', 'inference_mode'])
+@pytest.mark.parametrize(
+    'around', [nullcontext, torch.no_grad, torch.inference_mode], ids=['plain', 'no_grad', 'inference_mode']
+)
 @pytest.mark.parametrize('frozen', [False, True], ids=['trainable', 'frozen'])
 @pytest.mark.parametrize('inplace', [False, True], ids=['', 'inplace'])
 def test_modes_of_caller_and_cnn(cam, around, frozen, inplace):
@@ -255,7 +307,8 @@ def test_modes_of_caller_and_cnn(cam, around, frozen, inplace):
 
 
 class Fails(nn.Module):
-    def forward(self, x): raise RuntimeError('on purpose')
+    def forward(self, x):
+        raise RuntimeError('on purpose')
 
 
 @each_cam
@@ -264,38 +317,51 @@ def test_an_inplace_relu_that_follows_does_not_rewrite_the_activation(cam, layer
     x, y = batch()
     want = cam(tiny(), x, y, layer=layer)
     torch.testing.assert_close(cam(tiny(inplace=True), x, y, layer=layer), want)
-    assert (want - cam(tiny(), x, y, layer={'2': '4', '3': '4', '5': '6'}[layer])).abs().max() > .01
+    assert (want - cam(tiny(), x, y, layer={'2': '4', '3': '4', '5': '6'}[layer])).abs().max() > 0.01
 
 
 @each_cam
 @pytest.mark.parametrize('around', [nullcontext, torch.no_grad])
 def test_an_exception_leaves_nothing_either(cam, around):
     cnn, (x, y) = tiny().train(), batch()
-    for broken in (nn.Sequential(*cnn[:7], Fails(), *cnn[7:]), nn.Sequential(Fails(), *cnn), nn.Sequential(*cnn, Fails())):
+    for broken in (
+        nn.Sequential(*cnn[:7], Fails(), *cnn[7:]),
+        nn.Sequential(Fails(), *cnn),
+        nn.Sequential(*cnn, Fails()),
+    ):
         before = state(broken)
-        with around(), pytest.raises(RuntimeError, match='on purpose'): cam(broken, x, y)
+        with around(), pytest.raises(RuntimeError, match='on purpose'):
+            cam(broken, x, y)
         assert state(broken) == before
 
 
 @each_cam
 def test_an_exception_in_the_middle_of_the_extraction(cam):
     "The second pass of Score-CAM, the backward pass of the others"
+
     class Once(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, x): return x * 1
+        def forward(ctx, x):
+            return x * 1
+
         @staticmethod
-        def backward(ctx, g): raise RuntimeError('backward on purpose')
+        def backward(ctx, g):
+            raise RuntimeError('backward on purpose')
 
     class Head(nn.Module):
         n = 0
+
         def forward(self, x):
             self.n += 1
-            if cam is score_cam and self.n > 2: raise RuntimeError('forward on purpose')
+            if cam is score_cam and self.n > 2:
+                raise RuntimeError('forward on purpose')
             return Once.apply(x)
+
     body, (x, y) = tiny(), batch()
     cnn = nn.Sequential(*body[:7], Head(), *body[7:])
     before = state(cnn)
-    with pytest.raises(RuntimeError): cam(cnn, x, y, layer='6')
+    with pytest.raises(RuntimeError):
+        cam(cnn, x, y, layer='6')
     assert state(cnn) == before
 
 
@@ -325,9 +391,11 @@ def test_memory_is_flat(cam):
     def tensors():
         gc.collect()
         return sum(isinstance(o, torch.Tensor) for o in gc.get_objects())
+
     cam(cnn, x, y)
     n = tensors()
-    for _ in range(20): cam(cnn, x, y)
+    for _ in range(20):
+        cam(cnn, x, y)
     assert tensors() == n
 
 
@@ -345,12 +413,17 @@ def test_threads_do_not_see_each_other():
     model = AntehocModel(cnn, sample=x, eta=2)
     want, got = grad_cam(model, x, y), {}
 
-    def work(i): got[i] = [grad_cam(model, x[i:i + 1], y[i:i + 1]) for _ in range(20)]
+    def work(i):
+        got[i] = [grad_cam(model, x[i : i + 1], y[i : i + 1]) for _ in range(20)]
+
     ts = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for t in ts: t.start()
-    for t in ts: t.join()
+    for t in ts:
+        t.start()
+    for t in ts:
+        t.join()
     for i in range(4):
-        for m in got[i]: torch.testing.assert_close(m[0], want[i], atol=1e-5, rtol=0)
+        for m in got[i]:
+            torch.testing.assert_close(m[0], want[i], atol=1e-5, rtol=0)
     assert not any(m._forward_hooks for m in cnn.modules())
 
 
@@ -358,11 +431,14 @@ def test_gradients_of_a_training_step_survive():
     cnn, (x, y) = tiny().train(), batch()
     cnn(x).sum().backward()
     grads = [p.grad.clone() for p in cnn.parameters()]
-    for cam in CAMS.values(): cam(cnn, x, y)
-    for g, p in zip(grads, cnn.parameters()): assert torch.equal(g, p.grad)
+    for cam in CAMS.values():
+        cam(cnn, x, y)
+    for g, p in zip(grads, cnn.parameters()):
+        assert torch.equal(g, p.grad)
 
 
 # --- values
+
 
 @each_cam
 def test_blank_maps_are_zero_and_tiny_ones_are_scaled(cam):
@@ -382,7 +458,9 @@ def test_blank_maps_are_zero_and_tiny_ones_are_scaled(cam):
 def test_a_cnn_that_gives_nan_is_named(cam):
     cnn, (x, y) = tiny(), batch()
     x[1, 0, 0, 0] = torch.nan
-    with pytest.raises(ValueError, match=re.escape(f"explainer {cam.__name__!r} returned NaN or infinity in the maps of 1 of 4 images")):
+    with pytest.raises(
+        ValueError, match=re.escape(f"explainer {cam.__name__!r} returned NaN or infinity in the maps of 1 of 4 images")
+    ):
         explain_with(cam, cnn, x, y)
 
 
@@ -393,7 +471,9 @@ def test_controls_do_not_depend_on_the_batch(seed, h, w, c):
     for name in ('ones', 'random', 'gaussian', 'edges'):
         m = explain_with(name, None, x)
         assert m.shape == (3, 1, h, w) and m.min() >= 0 and m.max() <= 1 and m.dtype == torch.float32
-        assert torch.equal(m, explain_with(name, None, x, bs=1)) and torch.equal(m.flip(0), explain_with(name, None, x.flip(0)))
+        assert torch.equal(m, explain_with(name, None, x, bs=1)) and torch.equal(
+            m.flip(0), explain_with(name, None, x.flip(0))
+        )
     assert torch.equal(before[0], torch.get_rng_state()) and (before[1] == np.random.get_state()[1]).all()
     m = random_map(None, x)
     assert m.flatten(1).amin(1).max() == 0 and m.flatten(1).amax(1).min() == 1
@@ -401,56 +481,85 @@ def test_controls_do_not_depend_on_the_batch(seed, h, w, c):
 
 def test_noise_peaks_anywhere():
     "As often in the middle quarter of the image as its area says, and its peaks are broad"
-    x = torch.arange(400.)[:, None, None, None].expand(400, 1, 24, 24).contiguous()
+    x = torch.arange(400.0)[:, None, None, None].expand(400, 1, 24, 24).contiguous()
     m = random_map(None, x)
     r, c = np.unravel_index(m.flatten(1).argmax(1).numpy(), (24, 24))
-    assert .17 < np.mean((6 <= r) & (r < 18) & (6 <= c) & (c < 18)) < .33  # a quarter, 0.25 +- 3.7 standard errors
-    assert np.mean([np.corrcoef(a.flatten(), np.roll(a, 1, 1).flatten())[0, 1] for a in m[:20, 0].numpy()]) > .9
+    assert 0.17 < np.mean((6 <= r) & (r < 18) & (6 <= c) & (c < 18)) < 0.33  # a quarter, 0.25 +- 3.7 standard errors
+    assert np.mean([np.corrcoef(a.flatten(), np.roll(a, 1, 1).flatten())[0, 1] for a in m[:20, 0].numpy()]) > 0.9
 
 
 def test_gaussian_and_edges_are_what_they_say():
     x = torch.zeros(1, 3, 33, 33)
     x[..., 16:] = 1
     e = edge_map(None, x)[0, 0]
-    assert e[:, 15:17].min() > .99 and e[:, :10].max() < 1e-3 and e[:, 22:].max() < 1e-3
+    assert e[:, 15:17].min() > 0.99 and e[:, :10].max() < 1e-3 and e[:, 22:].max() < 1e-3
     assert torch.equal(gaussian_map(None, x), centred_blob(1, (33, 33)))
     g = gaussian_map(None, x)[0, 0]
-    assert g.argmax() == 16 * 33 + 16 and g[16, 24] == pytest.approx(np.exp(-.5), abs=1e-3)  # a quarter of the side from the middle
+    assert g.argmax() == 16 * 33 + 16 and g[16, 24] == pytest.approx(
+        np.exp(-0.5), abs=1e-3
+    )  # a quarter of the side from the middle
 
 
 # --- errors
 
+
 def test_the_registry_names_what_is_near():
-    for wrong, near in (('gradcam', "'grad-cam'"), ('score_cam', "'score-cam'"), ('antehoc', "'ante-hoc'"), ('gausian', "'gaussian'")):
-        with pytest.raises(ValueError, match=f'unknown explainer {wrong!r}: did you mean .*{near}'): explain_with(wrong, tiny(), batch()[0])
-    assert list(explainers)[:8] == ['ante-hoc', 'grad-cam', 'grad-cam++', 'score-cam', 'ones', 'random', 'gaussian', 'edges']
+    for wrong, near in (
+        ('gradcam', "'grad-cam'"),
+        ('score_cam', "'score-cam'"),
+        ('antehoc', "'ante-hoc'"),
+        ('gausian', "'gaussian'"),
+    ):
+        with pytest.raises(ValueError, match=f'unknown explainer {wrong!r}: did you mean .*{near}'):
+            explain_with(wrong, tiny(), batch()[0])
+    assert tuple(explainers)[:8] == OWN
 
 
-def where_marked(x, v): return torch.where(x[:, :1].amax((2, 3), keepdim=True) > 5, v, .5).expand(-1, 1, 16, 16)
+def where_marked(x, v):
+    return torch.where(x[:, :1].amax((2, 3), keepdim=True) > 5, v, 0.5).expand(-1, 1, 16, 16)
 
 
-@pytest.mark.parametrize('result, message', [
-    (lambda x: torch.rand(len(x), 16, 16), "returned (2, 16, 16) for 2 images; it must return a tensor (2, 1, 16, 16)"),
-    (lambda x: torch.rand(len(x), 3, 16, 16), "returned (2, 3, 16, 16) for 2 images; it must return a tensor (2, 1, 16, 16)"),
-    (lambda x: torch.rand(1, 1, 16, 16), "returned (1, 1, 16, 16) for 2 images; it must return a tensor (2, 1, 16, 16)"),
-    (lambda x: None, "returned a NoneType for 2 images; it must return a tensor (2, 1, 16, 16)"),
-    (lambda x: np.zeros((2, 1, 16, 16)), "returned a ndarray for 2 images; it must return a tensor (2, 1, 16, 16)"),
-    (lambda x: (x[:, :1] * 0 + 1.5), "returned values outside [0,1] in the maps of 5 of 5 images"),
-    (lambda x: where_marked(x, -.1), "returned values outside [0,1] in the maps of 2 of 5 images"),
-    (lambda x: where_marked(x, torch.nan), "returned NaN or infinity in the maps of 2 of 5 images"),
-    (lambda x: where_marked(x, torch.inf), "returned NaN or infinity in the maps of 2 of 5 images"),
-])
+@pytest.mark.parametrize(
+    'result, message',
+    [
+        (
+            lambda x: torch.rand(len(x), 16, 16),
+            "returned (2, 16, 16) for 2 images; it must return a tensor (2, 1, 16, 16)",
+        ),
+        (
+            lambda x: torch.rand(len(x), 3, 16, 16),
+            "returned (2, 3, 16, 16) for 2 images; it must return a tensor (2, 1, 16, 16)",
+        ),
+        (
+            lambda x: torch.rand(1, 1, 16, 16),
+            "returned (1, 1, 16, 16) for 2 images; it must return a tensor (2, 1, 16, 16)",
+        ),
+        (lambda x: None, "returned a NoneType for 2 images; it must return a tensor (2, 1, 16, 16)"),
+        (lambda x: np.zeros((2, 1, 16, 16)), "returned a ndarray for 2 images; it must return a tensor (2, 1, 16, 16)"),
+        (lambda x: x[:, :1] * 0 + 1.5, "returned values outside [0,1] in the maps of 5 of 5 images"),
+        (lambda x: where_marked(x, -0.1), "returned values outside [0,1] in the maps of 2 of 5 images"),
+        (lambda x: where_marked(x, torch.nan), "returned NaN or infinity in the maps of 2 of 5 images"),
+        (lambda x: where_marked(x, torch.inf), "returned NaN or infinity in the maps of 2 of 5 images"),
+    ],
+)
 def test_bad_explainers(result, message):
     x, y = batch(5)
-    x[1, 0, 0, 0] = x[4, 0, 0, 0] = 9.
-    def mine(model, x, target): return result(x)
-    with pytest.raises(ValueError, match='^' + re.escape(f"explainer 'mine' {message}") + '$'): explain_with(mine, tiny(), x, y, bs=2)
-    with pytest.raises(ValueError, match="explainer 'mine'"): explain_with(partial(mine), tiny(), x, y, bs=2)
+    x[1, 0, 0, 0] = x[4, 0, 0, 0] = 9.0
+
+    def mine(model, x, target):
+        return result(x)
+
+    with pytest.raises(ValueError, match='^' + re.escape(f"explainer 'mine' {message}") + '$'):
+        explain_with(mine, tiny(), x, y, bs=2)
+    with pytest.raises(ValueError, match="explainer 'mine'"):
+        explain_with(partial(mine), tiny(), x, y, bs=2)
 
 
 def test_rounding_errors_are_forgiven():
     x, y = batch()
-    m = explain_with(lambda model, x, t: torch.full((4, 1, 16, 16), 1 + 2e-7, requires_grad=True).half().float(), tiny(), x, y)
+    m = explain_with(
+        lambda model, x, t: torch.full((4, 1, 16, 16), 1 + 2e-7, requires_grad=True).half().float(), tiny(), x, y
+    )
     assert m.max() == 1 and not m.requires_grad
 
 
@@ -460,37 +569,60 @@ def test_several_inputs_are_refused_and_how_to_wrap_them(cam):
         def __init__(self):
             super().__init__()
             self.cnn = tiny()
-        def forward(self, x, extra): return self.cnn(x) + extra
+
+        def forward(self, x, extra):
+            return self.cnn(x) + extra
+
     x, y = batch()
     model = AntehocModel(Two(), sample=(x, torch.zeros(4, 5)), eta=2)
-    message = r"explainers give a CNN the images and nothing else, which Two does not accept \(missing a required argument: 'extra'\); wrap it in a module"
+    message = (
+        'explainers give a CNN the images and nothing else, which Two does not accept '
+        r"\(missing a required argument: 'extra'\); wrap it in a module"
+    )
     for m in (model, model.cnn):
-        with pytest.raises(TypeError, match=message): cam(m, x, y)
-        with pytest.raises(TypeError, match=message): explain_with(cam, m, x)
-    with pytest.raises(TypeError, match=message): ante_hoc(model, x)
+        with pytest.raises(TypeError, match=message):
+            cam(m, x, y)
+        with pytest.raises(TypeError, match=message):
+            explain_with(cam, m, x)
+    with pytest.raises(TypeError, match=message):
+        ante_hoc(model, x)
 
     class Wrapped(nn.Module):
         def __init__(self):
             super().__init__()
             self.two = Two()
-        def forward(self, x): return self.two(x, torch.ones(5))
+
+        def forward(self, x):
+            return self.two(x, torch.ones(5))
+
     torch.testing.assert_close(cam(Wrapped(), x, y), cam(tiny(), x, y))
 
 
 def test_targets_and_images_that_do_not_fit():
     cnn, (x, y) = tiny(), batch()
-    for bad, error, message in ((y[:2], ValueError, 'target has shape (2,) for 4 images'), (y + 4, ValueError, 'target must lie in 0..4 for this model, got 7'),
-                                (y - 1, ValueError, 'class numbers from 0, got -1'), (y.float(), TypeError, 'class numbers (integers), not torch.float32')):
-        with pytest.raises(error, match=re.escape(message)): explain_with('grad-cam', cnn, x, bad)
-    with pytest.raises(ValueError, match='give one class number per image'): grad_cam(cnn, x, None)
+    for bad, error, message in (
+        (y[:2], ValueError, 'target has shape (2,) for 4 images'),
+        (y + 4, ValueError, 'target must lie in 0..4 for this model, got 7'),
+        (y - 1, ValueError, 'class numbers from 0, got -1'),
+        (y.float(), TypeError, 'class numbers (integers), not torch.float32'),
+    ):
+        with pytest.raises(error, match=re.escape(message)):
+            explain_with('grad-cam', cnn, x, bad)
+    with pytest.raises(ValueError, match='give one class number per image'):
+        grad_cam(cnn, x, None)
     torch.testing.assert_close(explain_with('grad-cam', cnn, x, 2), grad_cam(cnn, x, torch.full((4,), 2)))
     torch.testing.assert_close(explain_with('grad-cam', cnn, x), grad_cam(cnn, x, cnn(x).argmax(1)))
     for bad in (x[0], x[:0], x.long(), x.numpy()):
-        with pytest.raises(ValueError, match='images must be a floating-point tensor'): explain_with('ones', cnn, bad)
-    with pytest.raises(ValueError, match='at least one image per batch'): explain_with('ones', cnn, x, bs=0)
-    with pytest.raises(ValueError, match="unknown layer '44'"): grad_cam(cnn, x, y, layer='44')
-    with pytest.raises(ValueError, match=r"layer '8' \(Linear\) does not return"): grad_cam(cnn, x, y, layer='8')
-    with pytest.raises(TypeError, match="'ante-hoc' needs an AntehocModel, not a Sequential"): explain_with('ante-hoc', cnn, x)
+        with pytest.raises(ValueError, match='images must be a floating-point tensor'):
+            explain_with('ones', cnn, bad)
+    with pytest.raises(ValueError, match='at least one image per batch'):
+        explain_with('ones', cnn, x, bs=0)
+    with pytest.raises(ValueError, match="unknown layer '44'"):
+        grad_cam(cnn, x, y, layer='44')
+    with pytest.raises(ValueError, match=r"layer '8' \(Linear\) does not return"):
+        grad_cam(cnn, x, y, layer='8')
+    with pytest.raises(TypeError, match="'ante-hoc' needs an AntehocModel, not a Sequential"):
+        explain_with('ante-hoc', cnn, x)
 
 
 def test_outputs_that_are_no_logits():
@@ -498,12 +630,17 @@ def test_outputs_that_are_no_logits():
         def __init__(self):
             super().__init__()
             self.cnn = tiny()
-        def forward(self, x): return {'points': self.cnn(x)}
+
+        def forward(self, x):
+            return {'points': self.cnn(x)}
+
     x, y = batch()
     model = AntehocModel(Dict(), sample=x, eta=2)
-    with pytest.raises(ValueError, match=r'a CNN that gives logits \(B,K\) is needed, got dict'): explain_with('grad-cam', model, x)
-    with pytest.raises(ValueError, match=r'a CNN that gives logits \(B,K\) is needed, got dict'): explain_with('score-cam', model, x, y)
-    torch.testing.assert_close(explain_with('ante-hoc', model, x), model.explain(x).map)  # needs no class, so it asks for none
+    with pytest.raises(ValueError, match=r'a CNN that gives logits \(B,K\) is needed, got dict'):
+        explain_with('grad-cam', model, x)
+    with pytest.raises(ValueError, match=r'a CNN that gives logits \(B,K\) is needed, got dict'):
+        explain_with('score-cam', model, x, y)
+    torch.testing.assert_close(explain_with('ante-hoc', model, x), model.explain(x).map)  # needs no class
     assert explain_with('edges', model, x).shape == (4, 1, 16, 16)
 
 
@@ -511,17 +648,20 @@ def test_registered_functions_have_autograd_wherever_they_are_called():
     def saliency(model, x, target):
         assert not model.training and torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
         x.requires_grad_()
-        g, = torch.autograd.grad(model(x).gather(1, target[:, None]).sum(), x)
+        (g,) = torch.autograd.grad(model(x).gather(1, target[:, None]).sum(), x)
         return minmax(g.abs().amax(1, keepdim=True))
+
     cnn, (x, y) = tiny().train(), batch()
     want = explain_with(saliency, cnn, x, y)
-    with torch.inference_mode(): got = explain_with(saliency, cnn, x * 1, y, bs=3)
+    with torch.inference_mode():
+        got = explain_with(saliency, cnn, x * 1, y, bs=3)
     torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
     assert cnn.training and not x.requires_grad
 
 
 def test_fastai_tensors_and_half_precision_models():
     from fastai.torch_core import TensorCategory, TensorImage
+
     x, y = batch()
     model = AntehocModel(small_cnn(5), sample=x, eta=3).eval()
     for name in ('ante-hoc', 'grad-cam', 'grad-cam++', 'score-cam', 'random', 'edges', 'ones', 'gaussian'):
@@ -531,12 +671,13 @@ def test_fastai_tensors_and_half_precision_models():
     torch.testing.assert_close(grad_cam(tiny().double(), x.double(), y), grad_cam(tiny(), x, y), atol=1e-4, rtol=0)
 
 
-def test_without_torchcam_the_module_imports_and_the_cams_say_what_to_install():
+def test_comparing_libraries_are_optional():
     code = '''
 import sys
-sys.modules['torchcam'] = None
 import torch
 from antehoc_nb.evaluate.explainers import explain_with, explainers
+print(sorted({'torchcam', 'captum', 'pytorch_grad_cam', 'skimage'} & set(sys.modules)))
+sys.modules['torchcam'] = None
 cnn = torch.nn.Sequential(torch.nn.Conv2d(3, 2, 3), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
 x = torch.rand(2, 3, 8, 8)
 assert explain_with('edges', cnn, x).shape == (2, 1, 8, 8)
@@ -546,16 +687,48 @@ for name in ('grad-cam', 'grad-cam++', 'score-cam'):
 '''
     r = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True)
     assert not r.returncode, r.stderr
-    assert r.stdout.splitlines() == ["Grad-CAM, Grad-CAM++ and Score-CAM are made by torchcam: pip install 'antehoc_nb[benchmark]'"] * 3
+    message = "Grad-CAM, Grad-CAM++ and Score-CAM are made by torchcam: pip install 'antehoc_nb[benchmark]'"
+    assert r.stdout.splitlines() == ['[]', message, message, message]
 
 
-def test_the_import_brings_no_comparing_library_along():
-    code = "import sys, antehoc_nb.evaluate.explainers; print(sorted({'torchcam', 'captum', 'pytorch_grad_cam', 'skimage'} & set(sys.modules)))"
-    r = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True)
-    assert r.stdout.strip() == '[]', r.stderr
+OWN = 'ante-hoc', 'grad-cam', 'grad-cam++', 'score-cam', 'ones', 'random', 'gaussian', 'edges'
 
 
-def test_the_protocol_of_every_entry():
-    for name in list(explainers)[:8]:
-        p = list(inspect.signature(explainers[name]).parameters)
-        assert p[:3] == ['model', 'x', 'target'], name
+@pytest.mark.parametrize('name', [*OWN, 'plain average of layers', 'regression-cam'])
+def test_the_protocol_of_every_entry(name):
+    p = list(inspect.signature(explainers[name]).parameters)
+    assert p[:3] == ['model', 'x', 'target']
+    assert needs_target(name) == needs_target(explainers[name]) == (name in ('grad-cam', 'grad-cam++', 'score-cam'))
+
+
+def test_what_the_registry_says_of_targets():
+    "A function that is not registered gets the predicted class, by itself or in a partial; `ante_hoc` in a partial too"
+    cnn, x, seen = tiny(), batch()[0], []
+
+    def mine(model, x, target):
+        seen.append(target)
+        return torch.ones(len(x), 1, 16, 16)
+
+    for f in (mine, partial(mine)):
+        assert needs_target(f)
+        explain_with(f, cnn, x)
+        assert torch.equal(seen.pop(), cnn(x).argmax(1))
+    assert needs_target(partial(ante_hoc))
+    explainers.register(mine, name='mine', needs_target=False)
+    try:
+        for f in (mine, 'mine'):
+            explain_with(f, cnn, x)
+            assert seen.pop() is None
+    finally:
+        del explainers['mine']
+
+
+def test_maps_of_a_trained_model(trained, scenes):
+    "All explainers that need no extra argument, with and without the true classes"
+    x, y = scenes
+    for name in (*OWN, 'plain average of layers', 'regression-cam'):
+        maps = explain_with(name, trained, x, y, bs=5)
+        assert maps.shape == (16, 1, 32, 32)
+        torch.testing.assert_close(explain_with(name, trained, x, trained(x).argmax(1)), explain_with(name, trained, x))
+    own = trained.explain(x, target=y if trained.class_specific else None).map
+    assert torch.equal(explain_with('ante-hoc', trained, x, y), own)
