@@ -1,6 +1,7 @@
 """Every check of the repository: ruff, notebooks and files in step, notebooks run, tests. Exits with 1 if any fails.
 
-`--fix` brings exported modules, notebooks and README.md in step instead of complaining; `--only` picks steps by name.
+`--fix` brings exported modules, notebooks and README.md in step instead of complaining; `--only` picks steps by name; `--slow` runs
+the slow cells of notebooks and the slow tests, which the other steps leave out.
 """
 import argparse
 import difflib
@@ -79,24 +80,40 @@ def notebooks(workers=2):
     return run('nbdev_test', '--n_workers', workers, '--do_print', '--timing', OMP_NUM_THREADS=threads)
 
 
-def tests(workers=2): return run(sys.executable, '-m', 'pytest', '-n', workers, '--dist', 'worksteal')  # a thread each: see conftest
+def tests(workers=2, *args):
+    "pytest, with one thread per worker: see tests/conftest.py"
+    return run(sys.executable, '-m', 'pytest', '-n', workers, '--dist', 'worksteal', *args)
+
+
+def slow_notebooks(workers=2):
+    "The notebooks that have cells marked `#| slow`, with these cells"
+    threads = str(max(1, (os.cpu_count() or 1)//workers))
+    marked = [f for f in sorted((ROOT/'nbs').rglob('*.ipynb')) if '"#| slow' in f.read_text(encoding='utf-8')]
+    return all([run('nbdev_test', '--path', f, '--flags', 'slow', '--do_print', '--timing', OMP_NUM_THREADS=threads) for f in marked])
+
+
+def slow_tests(): return tests(2, '-m', 'slow')
 
 
 STEPS = {'ruff': lint, 'in-step': in_step, 'notebooks': notebooks, 'tests': tests}
+SLOW = {'slow notebooks': slow_notebooks, 'slow tests': slow_tests}
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     p.add_argument('--fix', action='store_true', help='bring modules, notebooks and README.md in step, then stop')
     p.add_argument('--only', nargs='+', choices=STEPS, default=list(STEPS), help='run these steps only')
+    p.add_argument('--slow', action='store_true', help='run the slow cells and tests, and nothing else')
     args = p.parse_args()
     if args.fix: raise SystemExit(0 if sync(ROOT) else 1)
-    failed = []
-    for i, name in enumerate(args.only):
-        print(f'\n=== {name} ({i + 1} of {len(args.only)})', flush=True)
+    steps = SLOW if args.slow else {name: STEPS[name] for name in args.only}
+    failed, begun = [], time.time()
+    for i, (name, step) in enumerate(steps.items(), 1):
+        print(f'\n=== {name} ({i} of {len(steps)})', flush=True)
         start = time.time()
-        if not STEPS[name](): failed.append(name)
-        if name != 'tests': print(f"--- {name}: {'FAILED' if name in failed else 'ok'} in {time.time() - start:.0f} s", flush=True)
+        if not step(): failed.append(name)
+        print(f"--- {name}: {'FAILED' if name in failed else 'ok'} in {time.time() - start:.0f} s", flush=True)
+    print(f'--- all: {time.time() - begun:.0f} s', flush=True)
     if failed: raise SystemExit(f"FAILED: {', '.join(failed)}")
 
 

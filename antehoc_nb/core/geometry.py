@@ -13,65 +13,99 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .layers import CONVOLUTIONS, parse_layer, watch_calls
+from .layers import parse_layer, watch_calls
 from .utils import as_inputs
 
 # %% ../../nbs/core/02_geometry.ipynb #cell0005
-def _local(m, size_in, size_out):
-    "Of a convolution or pooling: first centre and step of its cells in its input's coordinates, per axis; None for other modules"
-    if not all(hasattr(m, a) for a in ('kernel_size', 'stride', 'padding')) or 'Unpool' in type(m).__name__: return None
-    pair = lambda v: (v, v) if isinstance(v, int) else tuple(v)
-    k, s, d = pair(m.kernel_size), pair(m.stride), pair(getattr(m, 'dilation', 1))
-    if len(k) != 2: return None
-    span = [b * (a - 1) for a, b in zip(k, d)]
-    p = [o // 2 for o in span] if m.padding == 'same' else [0, 0] if m.padding == 'valid' else pair(m.padding)
-    if 'Same' in type(m).__name__: p = [max((o - 1) * b + a + 1 - i, 0) // 2 for o, b, a, i in zip(size_out, s, span, size_in)]  # timm's, padded on the way
-    first = [a / 2 - b for a, b in zip(span, p)]
-    if isinstance(m, nn.ConvTranspose2d): return [(-a / b, 1 / b) for a, b in zip(first, s)]
-    return list(zip(first, s))
+def _pair(value): return (value, value) if isinstance(value, int) else tuple(value)
+
+
+def _paddings(module, stride, spans, size_in, size_out):
+    "How many pixels are padded before the first, per axis"
+    if 'Same' in type(module).__name__:  # timm's, which pads in its forward as much as the size needs
+        reached = [(cells - 1) * step + span + 1 for cells, step, span in zip(size_out, stride, spans)]
+        return [max(end - pixels, 0) // 2 for end, pixels in zip(reached, size_in)]
+    if module.padding == 'same': return [span // 2 for span in spans]
+    if module.padding == 'valid': return [0, 0]
+    return _pair(module.padding)
+
+
+def _local_grid(module, size_in, size_out):
+    "First centre and step of the cells of a convolution or pooling in its input's pixels, per axis; else None"
+    if not all(hasattr(module, name) for name in ('kernel_size', 'stride', 'padding')): return None
+    if 'Unpool' in type(module).__name__: return None
+    kernel, stride = _pair(module.kernel_size), _pair(module.stride)
+    if len(kernel) != 2: return None
+    spans = [dilation * (width - 1) for width, dilation in zip(kernel, _pair(getattr(module, 'dilation', 1)))]
+    paddings = _paddings(module, stride, spans, size_in, size_out)
+    first = [span / 2 - padding for span, padding in zip(spans, paddings)]
+    if isinstance(module, nn.ConvTranspose2d): return [(-start / step, 1 / step) for start, step in zip(first, stride)]
+    return list(zip(first, stride))
+
+# %% ../../nbs/core/02_geometry.ipynb #fde1bf60
+def _changes_of_resolution(calls):
+    "(size before, size after) -> the local grid of the module between them, in order of computation"
+    changes = {}
+    for call in calls:
+        if not (call.is_leaf or call.is_convolution) or not call.input_size or call.input_size == call.size: continue
+        local = _local_grid(call.module, call.input_size, call.size)
+        if not local: continue
+        width = max(_pair(call.module.kernel_size))
+        known_width, _ = changes.get((call.input_size, call.size), (0, None))
+        if width > known_width: changes[call.input_size, call.size] = width, local
+    return {sizes: local for sizes, (_, local) in changes.items()}
+
+
+def _chain(grid, local):
+    "The grid of a layer, from the grid of its input and its own cells in its input's pixels"
+    return tuple((start + step * first, step * stride) for (start, step), (first, stride) in zip(grid, local))
 
 
 def layer_grids(cnn: nn.Module, # Any CNN
                 sample, # Input like the ones to come, (B,C,H,W); a tuple if the CNN takes several
                 layers: Sequence[str], # Names as `choose_layers` gives them
-               ) -> list: # Per layer ((y, step), (x, step)): pixel of the first cell's centre and pixels from cell to cell; None where unknown
+               ) -> list: # Per layer ((y, step), (x, step)): pixel of the first centre, pixels from cell to cell;
+    # None where unknown
     "Where in the image the cells of each layer are centred."
-    size = tuple(as_inputs(sample)[0].shape[2:])
-    moves, got, wanted = {}, {}, {parse_layer(o)[:2] for o in layers}
-    for c in watch_calls(cnn, sample):
-        if (c.name, max(c.k, 0)) in wanted: got[c.name, max(c.k, 0)] = tuple(c.out.shape[2:])
-        size_out = tuple(c.out.shape[2:])
-        if (c.leaf or isinstance(c.module, CONVOLUTIONS)) and c.size_in and c.size_in != size_out and (local := _local(c.module, c.size_in, size_out)):
-            k = c.module.kernel_size  # of several ways between two resolutions, the widest: a shortcut follows the main path
-            area = k if isinstance(k, int) else max(k)
-            if area > moves.get((c.size_in, size_out), (0,))[0]: moves[c.size_in, size_out] = area, local
-    grids = {size: ((0., 1.), (0., 1.))}
-    for (a, b), (_, local) in moves.items():  # in order of computation
-        if a in grids and b not in grids and max(b) > 1: grids[b] = tuple((o + s * f, s * t) for (o, s), (f, t) in zip(grids[a], local))
-    return [grids.get(got.get(parse_layer(o)[:2])) for o in layers]
+    image_size = tuple(as_inputs(sample)[0].shape[2:])
+    calls = watch_calls(cnn, sample)
+    grids = {image_size: ((0., 1.), (0., 1.))}
+    for (before, after), local in _changes_of_resolution(calls).items():
+        if before in grids and after not in grids and max(after) > 1: grids[after] = _chain(grids[before], local)
+    sizes = {(call.name, call.index): call.size for call in calls}
+    return [grids.get(sizes.get(parse_layer(spec)[:2])) for spec in layers]
 
 # %% ../../nbs/core/02_geometry.ipynb #cell0009
 @lru_cache(maxsize=256)
-def _taps(n, N, start, step, device):
-    "How much each of n cells counts at each of N pixels, (n,N)"
+def _cell_weights(cells, pixels, start, step, device):
+    "How much each of the cells counts at each of the pixels, (cells,pixels)"
     with torch.inference_mode(False):
-        at = ((torch.arange(N, dtype=torch.float64) - start) / step).clamp(0, n - 1)
-        return (1 - (at - torch.arange(n)[:, None]).abs()).clamp_min(0).float().to(device)
+        position = ((torch.arange(pixels, dtype=torch.float64) - start) / step).clamp(0, cells - 1)
+        distance = (position - torch.arange(cells)[:, None]).abs()
+        return (1 - distance).clamp_min(0).float().to(device)
 
 
-def resize(t: torch.Tensor, # (B,C,h,w)
+def _axis_weights(cells, pixels, axis_grid, device):
+    "`_cell_weights` of a grid along one axis; None: spread evenly"
+    start, step = axis_grid or ((pixels / cells - 1) / 2, pixels / cells)
+    return _cell_weights(cells, pixels, start, step, device)
+
+
+def resize(maps: torch.Tensor, # (B,C,h,w)
            size: tuple[int, int], # (H,W)
-           grid: tuple | None = None, # Where the cells are, as `layer_grids` has it: ((y, step), (x, step)) in pixels; None: spread evenly
+           grid: tuple | None = None, # Where the cells are, as of `layer_grids`; None: spread evenly
           ) -> torch.Tensor: # (B,C,H,W), float32
-    "Bilinear resizing, as two matrix products where the cells have a `grid`, and on a CPU, where they are several times faster than `F.interpolate`."
-    if grid is None and t.device.type != 'cpu': return F.interpolate(t.float(), size=size, mode='bilinear', align_corners=False)
-    y, x = (_taps(n, N, *(g or ((N / n - 1) / 2, N / n)), t.device) for n, N, g in zip(t.shape[2:], size, grid or (None, None)))
-    with torch.autocast(t.device.type, enabled=False): return y.T @ (t.float() @ x)
+    "Bilinear resizing that puts each cell where its layer has it."
+    if grid is None and maps.device.type != 'cpu':
+        return F.interpolate(maps.float(), size=size, mode='bilinear', align_corners=False)
+    rows, columns = (_axis_weights(cells, pixels, axis_grid, maps.device)
+                     for cells, pixels, axis_grid in zip(maps.shape[2:], size, grid or (None, None)))
+    with torch.autocast(maps.device.type, enabled=False): return rows.T @ (maps.float() @ columns)
 
 
 def resize_maps(maps: Sequence[torch.Tensor], # eta maps, (B,1,h_i,w_i)
                 size: tuple[int, int], # (H,W) of the image
-                grids: Sequence | None = None, # Where the cells of each are, as `layer_grids` has it; None: spread evenly
+                grids: Sequence | None = None, # Where the cells of each are, as of `layer_grids`; None: spread evenly
                ) -> torch.Tensor: # (B,eta,H,W)
-    "Bring maps of several resolutions to one size, bilinearly, each cell where its layer looks, and stack them along the channels."
-    return torch.cat([resize(m, size, g) for m, g in zip(maps, grids or [None] * len(maps))], 1)
+    "Bring maps of several resolutions to one size, and stack them along the channels."
+    return torch.cat([resize(m, size, grid) for m, grid in zip(maps, grids or [None] * len(maps))], 1)

@@ -28,8 +28,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from .images import LUMA, Fit, OpenImage, cache_root, fetch, unpack, unpacked
-from .photo_digits import draw_ink, paint, scene_material
+from .images import Fit, OpenImage, cache_root, fetch, unpack, unpacked
+from .photo_digits import LUMA, draw_ink, paint, scene_material
 
 # %% ../../nbs/data/23_captions.ipynb #cell0006
 SPLIT_NAMES = 'train', 'valid', 'test'

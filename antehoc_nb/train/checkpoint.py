@@ -12,112 +12,223 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from fastai.callback.core import Callback, CancelEpochException
 from fastai.callback.tracker import TrackerCallback
 from fastai.torch_core import to_device
+from fastcore.basics import patch
 from fastcore.foundation import L
 
 from ..core.utils import plain_tensor
-from .two_pass import rng_state, set_rng_state
+from .two_pass import process_rank, rng_state, set_rng_state
+
+# %% ../../nbs/train/13_checkpoint.ipynb #cea9cce0
+def _plain(state):
+    "fastai's `L` and tensor classes and NumPy's scalars as plain ones, in nested dicts and lists"
+    if isinstance(state, torch.Tensor): return plain_tensor(state)
+    if isinstance(state, dict): return {key: _plain(value) for key, value in state.items()}
+    if isinstance(state, (list, tuple, L)): return [_plain(value) for value in state]
+    return state.item() if isinstance(state, np.generic) else state
+
+
+def _float_tensors(state):
+    "The floating-point tensors in nested dicts and lists"
+    if isinstance(state, torch.Tensor): return [state] if state.is_floating_point() else []
+    if isinstance(state, dict): state = list(state.values())
+    if not isinstance(state, (list, tuple, L)): return []
+    return [tensor for value in state for tensor in _float_tensors(value)]
+
+# %% ../../nbs/train/13_checkpoint.ipynb #f177977d
+def _recorder_state(recorder):
+    "Losses, learning rates and metrics so far"
+    values = [[float('nan') if value is None else float(value) for value in row] for row in recorder.values]
+    return dict(losses=torch.stack([torch.as_tensor(loss) for loss in recorder.losses]),
+                lrs=[float(lr) for lr in recorder.lrs], iters=[int(i) for i in recorder.iters], values=values,
+                smooth=(int(recorder.smooth_loss.count), recorder.smooth_loss.val))
+
+
+def _set_recorder_state(recorder, state):
+    "Put them back."
+    recorder.losses = list(state['losses'].unbind())
+    recorder.lrs = state['lrs']
+    recorder.iters = state['iters']
+    recorder.values = [L(row) for row in state['values']]
+    recorder.smooth_loss.count, recorder.smooth_loss.val = state['smooth']
+
+
+def _trackers(learn): return [cb for cb in learn.cbs if isinstance(cb, TrackerCallback)]
+
+
+def _tracker_states(learn):
+    "The best value, and the epochs since, of each tracker"
+    return [{key: float(getattr(cb, key)) for key in ('best', 'wait') if hasattr(cb, key)} for cb in _trackers(learn)]
 
 # %% ../../nbs/train/13_checkpoint.ipynb #cell0008
 class Checkpoint(Callback):
-    """After every epoch, save all that the rest of the run depends on to `path`; when the same run is started and the file is there, go on from it.
+    """After every epoch, save all that the rest of the run depends on to `path`. When the same run is started and the
+    file is there, go on from it.
 
-    A run may have several fits, as `fine_tune` has: those that were finished are skipped. Raises `ValueError` before training starts if the file
-    is unreadable, or belongs to a run of another length or another model; `FloatingPointError` after an epoch that left NaN or infinity in the
-    weights or the optimiser, with the epoch before still on file."""
+    A run may have several fits, as `fine_tune` has: those that were finished are skipped. `ValueError` before training
+    starts if the file is unreadable, or belongs to a run of another length or another model. `FloatingPointError` after
+    an epoch that left NaN or infinity in the weights or the optimiser, with the epoch before still on file."""
     order = 10**6  # after all others
 
     def __init__(self,
                  path: str | Path, # The file; its folder is made
                 ):
-        self.path, self._fit, self._state, self._start, self._training, self._begun = Path(path), -1, None, 0, False, False
-        self.epochs, self.seconds = 0, 0. # trained since this was made; spent on the whole run
+        self.path = Path(path)
+        self.epochs = 0  # trained since this was made
+        self.seconds = 0.  # spent on the whole run, including what was done before a crash
+        self._fit_number = -1  # of the current fit, from 0
+        self._fit_begun = False
+        self._first_epoch = 0  # of the current fit that is still to be trained
+        self._saved = None  # the file's content, if it is of the current fit
+        self._epoch_trained = False
 
-    def before_fit(self): self._start, self._training, self._begun = 0, False, False # also called for validating and predicting, which is none of our business
-
-    def before_train(self):
-        if hasattr(self.learn, 'lr_finder'): return
-        if not self._begun: self._resume()
-        if self.epoch < self._start: raise CancelEpochException()
-        self._training, self._since = True, time.time()
-
-    def _resume(self):
-        self._fit, self._state, self._begun = self._fit + 1, None, True
-        if not self.path.exists(): return
-        try: s = torch.load(self.path, map_location='cpu', weights_only=True)
-        except Exception as e: raise ValueError(f'{self.path} is not a checkpoint of antehoc_nb, or is damaged; delete it to start over ({e})') from e
-        if not isinstance(s, dict) or not {'fit', 'epoch', 'n_epoch', 'seconds'} <= s.keys():
-            raise ValueError(f'{self.path} is not a checkpoint of antehoc_nb; choose another file')
-        if s['fit'] == self._fit: self._load(s)
-        elif s['fit'] > self._fit: self._start = self.n_epoch
-        if not self._start: return
-        self._others = [cb for cb in self.learn.cbs.sorted('order') if cb is not self and cb.run]
-        for cb in self._others:
-            cb('after_train')  # what they began must end; the skipped epochs are nothing to them
-            cb.run = False
-
-    def _load(self, s):
-        if s['n_epoch'] != self.n_epoch:
-            raise ValueError(f'{self.path} is of a run of {s["n_epoch"]} epochs, this one has {self.n_epoch}; delete it to start over')
-        try: getattr(self.learn.model, 'module', self.learn.model).load_state_dict(s['model'])
-        except RuntimeError as e: raise ValueError(f'{self.path} does not fit this model: {str(e).splitlines()[0]}; delete it to start over') from e
-        try: self.learn.opt.load_state_dict(to_device(s['opt'], next(self.learn.model.parameters()).device))
-        except (KeyError, ValueError, IndexError, AssertionError) as e:
-            raise ValueError(f'{self.path} was written with another optimiser ({e!r}); delete it to start over') from e
-        self._start, self._state, self.seconds = s['epoch'] + 1, s, s['seconds']
-
-    def _go_on(self):
-        "The last epoch to skip is over: put back history and random states, and let the others go on."
-        for cb in self._others: cb.run = True
-        s, r = self._state, self.learn.recorder
-        if s is None: return  # this fit was finished; where the run stands is in a later one
-        set_rng_state(self.learn.dls, s['rng'])
-        if getattr(self.learn, 'scaler', None) is not None: self.learn.scaler.load_state_dict(s['scaler'])
-        r.losses, r.lrs, r.iters = list(s['losses'].unbind()), s['lrs'], s['iters']
-        r.values = [L(v) for v in s['values']]
-        r.smooth_loss.count, r.smooth_loss.val = s['smooth']
-        if hasattr(self.learn, 'two_pass'): self.learn.two_pass.int_losses, self.learn.two_pass.map_history = s['int_losses'], s['map_history']
-        for cb, kept in zip(self._trackers(), s['trackers']): vars(cb).update(kept)
-
-    def _trackers(self): return [cb for cb in self.learn.cbs if isinstance(cb, TrackerCallback)]
-
-    def after_epoch(self):
-        if self.epoch < self._start:
-            if self.epoch == self._start - 1: self._go_on()
-            return
-        if not self._training: return
-        self._training, self.epochs, self.seconds = False, self.epochs + 1, self.seconds + time.time() - self._since
-        model, opt = getattr(self.learn.model, 'module', self.learn.model).state_dict(), self.learn.opt.state_dict()
-        if not all(t.isfinite().all() for t in _tensors([model, opt])):
-            raise FloatingPointError(f'epoch {self.epoch} left NaN or infinity in the weights or the optimiser: lower the learning rate, or clip '
-                                     f'gradients with GradientClip(). {self.path} ' + ('holds the epoch before' if self.path.exists() else 'was not written'))
-        if dist.is_initialized() and dist.get_rank(): return
-        r, two, scaler = self.learn.recorder, getattr(self.learn, 'two_pass', None), getattr(self.learn, 'scaler', None)
-        state = dict(fit=self._fit, epoch=self.epoch, n_epoch=self.n_epoch, rng=rng_state(self.learn.dls), scaler=scaler.state_dict() if scaler else {},
-                     model=model, opt=opt,
-                     losses=torch.stack([torch.as_tensor(o) for o in r.losses]), lrs=[float(o) for o in r.lrs], iters=[int(o) for o in r.iters],
-                     values=[[float('nan') if o is None else float(o) for o in v] for v in r.values],
-                     smooth=(int(r.smooth_loss.count), r.smooth_loss.val), seconds=self.seconds,
-                     trackers=[{k: float(getattr(cb, k)) for k in ('best', 'wait') if hasattr(cb, k)} for cb in self._trackers()],
-                     int_losses=two.int_losses if two else [], map_history=two.map_history if two else [])
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        part = self.path.with_name(self.path.name + '.part')
-        torch.save(_unwrapped(state), part)
-        os.replace(part, self.path)
+# %% ../../nbs/train/13_checkpoint.ipynb #adead09c
+def _unwrapped_model(learn): return getattr(learn.model, 'module', learn.model)
 
 
-def _tensors(o):
-    "The floating-point tensors in nested dicts and lists"
-    if isinstance(o, torch.Tensor): return [o] if o.is_floating_point() else []
-    if isinstance(o, dict): o = list(o.values())
-    return [t for v in o for t in _tensors(v)] if isinstance(o, (list, tuple, L)) else []
+@patch
+def _run_state(self: Checkpoint):
+    "Everything that the rest of the run depends on"
+    learn = self.learn
+    scaler, two_pass = getattr(learn, 'scaler', None), getattr(learn, 'two_pass', None)
+    return dict(fit=self._fit_number, epoch=self.epoch, n_epoch=self.n_epoch, seconds=self.seconds,
+                model=_unwrapped_model(learn).state_dict(), opt=learn.opt.state_dict(),
+                scaler=scaler.state_dict() if scaler else {}, rng=rng_state(learn.dls),
+                recorder=_recorder_state(learn.recorder), trackers=_tracker_states(learn),
+                int_losses=two_pass.int_losses if two_pass else [],
+                map_history=two_pass.map_history if two_pass else [])
+
+# %% ../../nbs/train/13_checkpoint.ipynb #c3716fbb
+@patch
+def _check_finite(self: Checkpoint, state):
+    "`FloatingPointError` if weights or optimiser are not finite"
+    if all(tensor.isfinite().all() for tensor in _float_tensors([state['model'], state['opt']])): return
+    on_file = 'holds the epoch before' if self.path.exists() else 'was not written'
+    raise FloatingPointError(f'epoch {self.epoch} left NaN or infinity in the weights or the optimiser: lower the '
+                             f'learning rate, or clip gradients with GradientClip(). {self.path} {on_file}')
+
+# %% ../../nbs/train/13_checkpoint.ipynb #deb1d8fb
+@patch
+def _write(self: Checkpoint, state):
+    "Replace the file in one step."
+    self.path.parent.mkdir(parents=True, exist_ok=True)
+    part = self.path.with_name(self.path.name + '.part')
+    torch.save(_plain(state), part)
+    os.replace(part, self.path)
 
 
-def _unwrapped(o): # fastai's L and tensor classes and numpy's scalars as plain ones, which load without trusting the file
-    if isinstance(o, torch.Tensor): return plain_tensor(o)
-    if isinstance(o, dict): return {k: _unwrapped(v) for k, v in o.items()}
-    if isinstance(o, (list, tuple, L)): return [_unwrapped(v) for v in o]
-    return o.item() if isinstance(o, np.generic) else o
+@patch
+def _finish_epoch(self: Checkpoint):
+    "Count the epoch that was trained, and save."
+    self._epoch_trained = False
+    self.epochs += 1
+    self.seconds += time.time() - self._epoch_started
+    state = self._run_state()
+    self._check_finite(state)
+    if process_rank() == 0: self._write(state)
+
+# %% ../../nbs/train/13_checkpoint.ipynb #8bb23268
+def _read(path):
+    "What is in a file; `ValueError` if it is not a checkpoint"
+    try: saved = torch.load(path, map_location='cpu', weights_only=True)
+    except Exception as error:
+        raise ValueError(f'{path} is not a checkpoint of antehoc_nb, or is damaged; delete it to start over '
+                         f'({error})') from error
+    if not isinstance(saved, dict) or not {'fit', 'epoch', 'n_epoch', 'seconds'} <= saved.keys():
+        raise ValueError(f'{path} is not a checkpoint of antehoc_nb; choose another file')
+    return saved
+
+
+@patch
+def _load_model(self: Checkpoint, weights):
+    "Load the weights of both networks; `ValueError` if they are of another model"
+    try: _unwrapped_model(self.learn).load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(f'{self.path} does not fit this model: {str(error).splitlines()[0]}; '
+                         'delete it to start over') from error
+
+
+@patch
+def _load_optimiser(self: Checkpoint, state):
+    "Load the optimiser; `ValueError` if the state is of another kind"
+    device = next(self.learn.model.parameters()).device
+    try: self.learn.opt.load_state_dict(to_device(state, device))
+    except (KeyError, ValueError, IndexError, AssertionError) as error:
+        raise ValueError(f'{self.path} was written with another optimiser ({error!r}); '
+                         'delete it to start over') from error
+
+
+@patch
+def _load(self: Checkpoint, saved):
+    "Load networks and optimiser, and note where to go on."
+    if saved['n_epoch'] != self.n_epoch:
+        raise ValueError(f'{self.path} is of a run of {saved["n_epoch"]} epochs, this one has {self.n_epoch}; '
+                         'delete it to start over')
+    self._load_model(saved['model'])
+    self._load_optimiser(saved['opt'])
+    self._first_epoch = saved['epoch'] + 1
+    self._saved = saved
+    self.seconds = saved['seconds']
+
+# %% ../../nbs/train/13_checkpoint.ipynb #face1a39
+@patch
+def _pause_callbacks(self: Checkpoint):
+    "Keep the other callbacks from running."
+    self._paused = [cb for cb in self.learn.cbs.sorted('order') if cb is not self and cb.run]
+    for cb in self._paused:
+        cb('after_train')
+        cb.run = False
+
+
+@patch
+def _begin_fit(self: Checkpoint):
+    "Load the file if there is one, and find the first epoch that is still to be trained."
+    self._fit_begun = True
+    self._fit_number += 1
+    self._saved = None
+    if not self.path.exists(): return
+    saved = _read(self.path)
+    if saved['fit'] == self._fit_number: self._load(saved)
+    elif saved['fit'] > self._fit_number: self._first_epoch = self.n_epoch  # this fit was finished
+    if self._first_epoch: self._pause_callbacks()
+
+# %% ../../nbs/train/13_checkpoint.ipynb #71696446
+@patch
+def _go_on(self: Checkpoint):
+    "Let the other callbacks go on, and put back history and random states."
+    for cb in self._paused: cb.run = True
+    saved, learn = self._saved, self.learn
+    if saved is None: return  # this fit was finished; where the run stands is in a later one
+    set_rng_state(learn.dls, saved['rng'])
+    if getattr(learn, 'scaler', None) is not None: learn.scaler.load_state_dict(saved['scaler'])
+    _set_recorder_state(learn.recorder, saved['recorder'])
+    for cb, state in zip(_trackers(learn), saved['trackers']): vars(cb).update(state)
+    if hasattr(learn, 'two_pass'):
+        learn.two_pass.int_losses = saved['int_losses']
+        learn.two_pass.map_history = saved['map_history']
+
+# %% ../../nbs/train/13_checkpoint.ipynb #6f4f848b
+@patch
+def before_fit(self: Checkpoint):
+    self._first_epoch = 0
+    self._fit_begun = False
+    self._epoch_trained = False
+
+
+@patch
+def before_train(self: Checkpoint):
+    "Skip the epoch if it was trained before."
+    if hasattr(self.learn, 'lr_finder'): return
+    if not self._fit_begun: self._begin_fit()
+    if self.epoch < self._first_epoch: raise CancelEpochException()
+    self._epoch_trained = True
+    self._epoch_started = time.time()
+
+
+@patch
+def after_epoch(self: Checkpoint):
+    "Save, if the epoch was trained."
+    if self.epoch == self._first_epoch - 1: self._go_on()
+    if self._epoch_trained: self._finish_epoch()

@@ -41,7 +41,7 @@ from antehoc_nb.tasks.concept_models import (
 from antehoc_nb.tasks.concept_tables import (
     METHODS,
     accuracies,
-    concept_config,
+    concept_experiment,
     concept_table,
     map_table,
     read_concept_models,
@@ -426,5 +426,9 @@ def test_table3(tmp_path):
     with pytest.raises(ValueError, match='unknown dataset'): run_concept_models('cifar', 'smoke', tmp_path, tmp_path)
     assert 0 <= runs['cbah']['concepts']['agreement'] <= 1 and 'agreement' not in runs['senn']['concepts']
     assert list(concept_table({'photo-digits': stored}).index) == [('photo-digits', 'SENN'), ('photo-digits', 'CBAH')]
-    assert concept_config('cifar10', 'paper')['arch'] == 'resnet18' and set(METHODS) == set(runs)
+    assert concept_experiment.config('cifar10', 'paper')['arch'] == 'resnet18' and set(METHODS) == set(runs)
     assert read_record(tmp_path/'results'/'concepts'/'photo-digits-smoke.json')['command'] == 'antehoc reproduce table3'
+    again = run_concept_models('photo-digits', 'smoke', tmp_path/'results', tmp_path/'work')  # nothing is left to do
+    assert [o['accuracy'] for o in again['results']['runs']] == [o['accuracy'] for o in rec['results']['runs']]
+    assert (t.parameters >= t.parameters['plain CNN']).all()
+    assert all(o['concepts']['size'] > 0 for o in rec['results']['runs'] if 'concepts' in o)

@@ -285,7 +285,7 @@ def test_figure4_from_one_command(tmp_path, monkeypatch):
     assert (blur > 0).all(None) and not blur.equals(black)
     with pytest.raises(ValueError, match="unknown fill 'white'"): L.one_part(rec, 'white')
     where = tmp_path/'runs'/'landmarks'/'faces68-smoke'/'nose'/'ante-hoc'/'model'
-    lm = L._load(L.landmark_config('faces68', 'smoke'), tmp_path/'data').resized(32)
+    lm = L.load_landmarks(L.landmark_experiment.config('faces68', 'smoke'), tmp_path/'data').resized(32)
     model = AntehocModel.from_pretrained(where)
     dls, points = F.landmark_dls(lm, 'nose', 32, 8), lm.points[lm.test]
     x, eyes = L._pictures(dls, dls.valid_ds, range(len(points))), L.group_regions(points, lm.scheme, 32)['eyes']

@@ -1,5 +1,6 @@
 """What fastai users do before, between and after fits, and what goes wrong half-way."""
 import copy
+import pickle
 import warnings
 
 import numpy as np
@@ -11,36 +12,68 @@ from fastai.optimizer import OptimWrapper
 from fastai.torch_core import set_seed
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from workers import OPTS, bare_cnn, halves, run, scenes, small_cnn
+from workers import OPTS, bare_cnn, halves, run, same, scenes, small_cnn
 
 from antehoc_nb.core.model import AntehocModel
 from antehoc_nb.data.photo_digits import photo_digits_dls
 from antehoc_nb.train.checkpoint import Checkpoint
 from antehoc_nb.train.learner import antehoc_learner
-from antehoc_nb.train.two_pass import TwoPass
+from antehoc_nb.train.two_pass import TwoPass, antehoc_splitter
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
 
-def same(a, b): return a.keys() == b.keys() and all(torch.equal(v, b[k]) for k, v in a.items())
-def state(m): return copy.deepcopy(m.state_dict())
-def digits(**kw): return photo_digits_dls(**dict(n_train=64, n_valid=16, size=32, bs=32) | kw)
+def state(model): return copy.deepcopy(model.state_dict())
+
+
+def digits(n_train=64, n_valid=16, bs=32): return photo_digits_dls(n_train=n_train, n_valid=n_valid, size=32, bs=bs)
+
+
+def fit(learn, epochs=1, **kwargs): return run(learn, lambda learn: learn.fit(epochs, 1e-2, **kwargs))
 
 
 def test_validating_leaves_the_history_alone(tmp_path):
     learn = Learner(digits(), small_cnn(), metrics=accuracy, path=tmp_path, cbs=TwoPass(eta=3, keep_maps=2))
-    run(learn, lambda o: o.fit(2, 1e-2))
-    map_history, losses = list(learn.two_pass.map_history), list(learn.two_pass.int_losses)
-    assert len(map_history) == 3 and len(losses) == 4
+    fit(learn, 2)
+    losses = list(learn.two_pass.int_losses)
+    assert len(learn.two_pass.map_history) == 3 and len(losses) == 4
+    image = learn.dls.valid_ds[0][0]
     with learn.no_bar(), learn.no_logging():
-        want = learn.predict(learn.dls.valid_ds[0][0])[2]
-        learn.validate(), learn.get_preds()
+        want = learn.predict(image)[2]
+        learn.validate()
+        learn.get_preds()
     assert learn.two_pass.int_losses == losses and len(learn.two_pass.map_history) == 3
     learn.export('l.pkl')
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         loaded = load_learner(tmp_path/'l.pkl')
-    with loaded.no_bar(): assert torch.equal(loaded.predict(learn.dls.valid_ds[0][0])[2], want)
+    with loaded.no_bar(): assert torch.equal(loaded.predict(image)[2], want)
+
+
+class Subclass(TwoPass):
+    "Counts the events that reach it."
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.events = []
+
+    def after_pred(self):
+        self.events.append('after_pred')
+        super().after_pred()
+
+    def before_step(self):
+        self.events.append('before_step')
+        super().before_step()
+
+
+def test_subclasses_keep_name_events_and_pickle_small():
+    learn = fit(Learner(digits(), small_cnn(), cbs=Subclass(eta=3, keep_maps=2)))
+    two_pass = learn.two_pass
+    assert type(two_pass) is Subclass and two_pass.events == ['after_pred', 'before_step'] * 2 + ['after_pred']
+    assert len(two_pass.int_losses) == 2 and len(two_pass.map_history) == 2
+    learn.remove_cb(two_pass)
+    loaded = pickle.loads(pickle.dumps(two_pass))
+    assert loaded.int_losses == two_pass.int_losses and loaded.events == two_pass.events
+    assert loaded.map_history == [] and loaded.map_images is None and loaded._pending_gradients is None
 
 
 @pytest.mark.parametrize('opt', ['adam', 'adamw'])
@@ -48,11 +81,12 @@ def test_validating_leaves_the_history_alone(tmp_path):
 def test_joins_a_trained_learner_and_trains_the_weight_network_alone(opt, late):
     set_seed(0)
     learn = Learner(digits(), small_cnn(), splitter=halves, opt_func=OPTS[opt])
-    run(learn, lambda o: o.fit(1, slice(1e-3, 1e-2)))
-    net, two = learn.model, TwoPass(eta=3, train_cnn=False)
+    run(learn, lambda learn: learn.fit(1, slice(1e-3, 1e-2)))
+    net, two_pass = learn.model, TwoPass(eta=3, train_cnn=False)
     before = state(net)
-    if late == 'add_cb': learn.add_cb(two)
-    run(learn, lambda o: o.fit_one_cycle(1, slice(1e-3, 1e-2), cbs=two if late == 'fit' else None))
+    if late == 'add_cb': learn.add_cb(two_pass)
+    cbs = two_pass if late == 'fit' else None
+    run(learn, lambda learn: learn.fit_one_cycle(1, slice(1e-3, 1e-2), cbs=cbs))
     assert same(before, net.state_dict()) and learn.model.weight_net.out.weight.abs().max() > 0
     assert isinstance(learn.opt, OptimWrapper) == (opt == 'adamw') and len(learn.opt.hypers) == 2
     assert all(p.requires_grad for p in net.parameters())
@@ -61,16 +95,25 @@ def test_joins_a_trained_learner_and_trains_the_weight_network_alone(opt, late):
 def test_one_two_pass_after_another():
     set_seed(0)
     learn = Learner(digits(), small_cnn())
-    run(learn, lambda o: o.fit(1, 1e-2, cbs=TwoPass(eta=3)))
-    first = learn.recorder.values[-1][-1]
-    run(learn, lambda o: o.fit(1, 1e-2, cbs=TwoPass()))
-    assert first > 0 and learn.recorder.values[-1][-1] not in (first, None) and len(learn.metrics) == 2
-    before, w = state(learn.model.cnn), state(learn.model.weight_net)
-    run(learn, lambda o: o.fit(1, 1e-2, cbs=TwoPass(train_cnn=False)))
-    assert same(before, learn.model.cnn.state_dict()) and not same(w, learn.model.weight_net.state_dict())
-    run(learn, lambda o: o.fit(1, 1e-2))
-    assert np.isnan(learn.recorder.values[-1][-1]) and not same(before, learn.model.cnn.state_dict())
-    with pytest.raises(ValueError, match='two TwoPass callbacks on one learner'): run(learn, lambda o: o.fit(1, cbs=[TwoPass(), TwoPass()]))
+
+    def valid_int_loss(): return learn.recorder.values[-1][-1]
+    fit(learn, cbs=TwoPass(eta=3))
+    first = valid_int_loss()
+    fit(learn, cbs=TwoPass())
+    assert first > 0 and valid_int_loss() not in (first, None) and len(learn.metrics) == 2
+    cnn, weight_net = state(learn.model.cnn), state(learn.model.weight_net)
+    fit(learn, cbs=TwoPass(train_cnn=False))
+    assert same(cnn, learn.model.cnn.state_dict()) and not same(weight_net, learn.model.weight_net.state_dict())
+    fit(learn)
+    assert np.isnan(valid_int_loss()) and not same(cnn, learn.model.cnn.state_dict())
+    with pytest.raises(ValueError, match='two TwoPass callbacks on one learner'): fit(learn, cbs=[TwoPass(), TwoPass()])
+
+
+def test_the_splitter_of_a_cnn_without_trainable_parameters():
+    net = small_cnn()
+    model = AntehocModel(net, torch.rand(2, 3, 32, 32), eta=3)
+    for p in net.parameters(): p.requires_grad_(False)
+    assert antehoc_splitter(model, train_cnn=False) == [list(model.weight_net.parameters())]
 
 
 @pytest.mark.parametrize('train_cnn', [True, False])
@@ -81,11 +124,11 @@ def test_interrupted_and_started_again(train_cnn):
             if self.training and self.iter == 1: raise KeyboardInterrupt
     set_seed(0)
     learn = Learner(digits(), small_cnn())
-    with pytest.raises(KeyboardInterrupt): run(learn, lambda o: o.fit(1, 1e-2, cbs=Interrupt(eta=3, train_cnn=train_cnn)))
+    with pytest.raises(KeyboardInterrupt): fit(learn, cbs=Interrupt(eta=3, train_cnn=train_cnn))
     assert all(p.requires_grad for p in learn.model.parameters())
     learn.model(torch.rand(2, 3, 32, 32))
     assert learn.model.take_sams() is None
-    run(learn, lambda o: o.fit(1, 1e-2, cbs=TwoPass(train_cnn=train_cnn)))
+    fit(learn, cbs=TwoPass(train_cnn=train_cnn))
     assert all(p.requires_grad for p in learn.model.parameters())
 
 
@@ -94,7 +137,8 @@ class Recomputing(nn.Module):
     def __init__(self):
         super().__init__()
         net = small_cnn()
-        self.stem, self.rest = net[:2], net[2:]
+        self.stem = net[:2]
+        self.rest = net[2:]
 
     def forward(self, x): return self.rest(checkpoint(self.stem, x, use_reentrant=False))
 
@@ -114,7 +158,9 @@ def test_unusual_cnns_are_left_alone_too(kind):
     def trained(*cbs):
         set_seed(3)
         net = kind()
-        return state(net), run(Learner(scenes(), net, metrics=accuracy, cbs=cbs), lambda o: o.fit(2, 1e-2)), state(net)
+        start = state(net)
+        learn = fit(Learner(scenes(n=64), net, metrics=accuracy, cbs=cbs), 2)
+        return start, learn, state(net)
     (_, _, plain), (start, learn, ours) = trained(), trained(TwoPass(eta=2, keep_maps=2))
     assert same(plain, ours) and not same(start, ours) and learn.model.weight_net.out.weight.abs().max() > 0
 
@@ -122,21 +168,24 @@ def test_unusual_cnns_are_left_alone_too(kind):
 def test_a_model_made_by_hand_learns_the_normalisation():
     net = bare_cnn()
     learn = antehoc_learner(digits(), AntehocModel(net, torch.rand(2, 3, 32, 32), eta=2))
-    m = learn.model
-    torch.testing.assert_close(m.mean.flatten(), torch.tensor([.485, .456, .406]))
-    assert m.meta['size'] == [32, 32] and m.meta['vocab'] == list('0123456789')
-    black = m.mask(torch.zeros(1, 3, 32, 32), torch.zeros(1, 1, 32, 32))
-    torch.testing.assert_close(black * m.std + m.mean, torch.zeros(1, 3, 32, 32), atol=1e-6, rtol=0)
-    run(learn, lambda o: o.fit(1, 1e-2))
+    model = learn.model
+    torch.testing.assert_close(model.mean.flatten(), torch.tensor([.485, .456, .406]))
+    assert model.meta['size'] == [32, 32] and model.meta['vocab'] == list('0123456789')
+    black = model.mask(torch.zeros(1, 3, 32, 32), torch.zeros(1, 1, 32, 32)) * model.std + model.mean
+    torch.testing.assert_close(black, torch.zeros(1, 3, 32, 32), atol=1e-6, rtol=0)
+    fit(learn)
     other = AntehocModel(net, torch.rand(2, 3, 32, 32), eta=2, mean=[.5]*3, std=[.5]*3)
-    with pytest.raises(ValueError, match='the DataLoaders normalise with mean .* give both the same'): antehoc_learner(digits(), other)
-    with pytest.raises(ValueError, match='eta: the learner already has an AntehocModel'): antehoc_learner(digits(), other, eta=3)
+    with pytest.raises(ValueError, match='the DataLoaders normalise with mean .* give both the same'):
+        antehoc_learner(digits(), other)
+    with pytest.raises(ValueError, match='eta: the learner already has an AntehocModel'):
+        antehoc_learner(digits(), other, eta=3)
 
 
 def test_bad_fill_is_refused_before_training():
     with pytest.raises(ValueError, match="unknown fill 'green'"): TwoPass(fill='green')
     with pytest.raises(ValueError, match='a colour must lie in'): TwoPass(fill=[0, 2, 0])
-    with pytest.raises(ValueError, match='give one number, or one for each of the 3 channels'): antehoc_learner(digits(), small_cnn(), eta=3, fill=[.1, .2])
+    with pytest.raises(ValueError, match='give one number, or one for each of the 3 channels'):
+        antehoc_learner(digits(), small_cnn(), eta=3, fill=[.1, .2])
 
 
 def test_a_spoilt_model_is_not_called_good():
@@ -145,7 +194,7 @@ def test_a_spoilt_model_is_not_called_good():
             super().after_backward()
             if self.iter == 0: next(self.learn.model.cnn.parameters()).grad.fill_(float('nan'))
     with pytest.raises(FloatingPointError, match='batch 1.*an earlier step has spoilt the weights'):
-        run(Learner(digits(), small_cnn(), cbs=BadGradient(eta=3)), lambda o: o.fit(1, 1e-3))
+        fit(Learner(digits(), small_cnn(), cbs=BadGradient(eta=3)))
 
 
 def test_the_mean_loss_counts_images():
@@ -153,13 +202,13 @@ def test_the_mean_loss_counts_images():
         def _second_pass(self, mask): return torch.tensor(float(len(self.x)))
     learn = Learner(digits(n_valid=40), small_cnn(), cbs=Fixed(eta=3, train_cnn=False))
     for p in learn.model.weight_net.parameters(): p.requires_grad_(False)
-    run(learn, lambda o: o.validate())
-    assert learn.two_pass.mean_int_loss('valid') == (32*32 + 8*8)/40
+    run(learn, lambda learn: learn.validate())
+    assert learn.two_pass.mean_int_loss('valid') == (32*32 + 8*8) / 40
 
 
 def test_starting_at_a_later_epoch(tmp_path):
     learn = Learner(digits(), small_cnn(), cbs=[TwoPass(keep_maps=2), Checkpoint(tmp_path/'c')])
-    run(learn, lambda o: o.fit(3, 1e-2, start_epoch=1))
+    fit(learn, 3, start_epoch=1)
     assert len(learn.two_pass.map_history) == 3 and len(learn.two_pass.int_losses) == 4
     assert torch.load(tmp_path/'c', weights_only=True)['fit'] == 0
 
@@ -170,11 +219,12 @@ def test_joining_late_is_the_same_weight_network():
         learn = Learner(digits(), small_cnn(), cbs=[] if late else TwoPass())
         learn.create_opt()
         if late: learn.add_cb(TwoPass())
-        return run(learn, lambda o: o.fit(2, 1e-2)).model.state_dict()
+        return fit(learn, 2).model.state_dict()
     assert same(trained(False), trained(True))
 
 
 def test_a_model_that_knows_its_normalisation_still_learns_its_size():
     mean, std = [.485, .456, .406], [.229, .224, .225]
-    learn = Learner(digits(), AntehocModel(small_cnn(), torch.rand(2, 3, 32, 32), mean=mean, std=std), cbs=TwoPass())
+    model = AntehocModel(small_cnn(), torch.rand(2, 3, 32, 32), mean=mean, std=std)
+    learn = Learner(digits(), model, cbs=TwoPass())
     assert learn.model.meta['size'] == [32, 32] and learn.model.eta == 3
