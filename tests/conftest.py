@@ -28,9 +28,9 @@ def repeatable():
     plt.close('all')
 
 
-@pytest.fixture
+@pytest.fixture(scope='module')
 def one_thread():
-    "For CNNs and images too small to share among cores."
+    "For CNNs and images too small to share among cores, also while a module's fixtures train them."
     n = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

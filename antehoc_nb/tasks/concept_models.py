@@ -35,7 +35,7 @@ from ..show.plots import show_map
 from ..train.learner import plain_learner
 from ..train.two_pass import normalisation, sample_inputs
 
-# %% ../../nbs/tasks/53_concept_models.ipynb #a0e4c5aa
+# %% ../../nbs/tasks/53_concept_models.ipynb #1cd1f4e0
 @dataclass
 class Concepts:
     "What a concept model gives for one batch."
@@ -82,7 +82,7 @@ class ConceptDecoder(nn.Module):
         cells = self.spread(concepts[..., None]).unflatten(2, self.grid)
         return self.draw(cells)
 
-# %% ../../nbs/tasks/53_concept_models.ipynb #1900d825
+# %% ../../nbs/tasks/53_concept_models.ipynb #ba9ab311
 def _find_last_linear(cnn, x):
     "Name of the linear layer whose output is that of `cnn`, (B,K)"
     outputs = {}
@@ -166,7 +166,7 @@ class ConceptModel(nn.Module):
         with torch.no_grad(), eval_mode(self): found = self.find_concepts(plain_tensor(x))
         return Concepts(**{k: v.detach() for k, v in vars(found).items()})  # a head's own weights are among them
 
-# %% ../../nbs/tasks/53_concept_models.ipynb #56aa4265
+# %% ../../nbs/tasks/53_concept_models.ipynb #596aaac3
 @patch
 def pixels(self: ConceptModel,
            x: torch.Tensor # Images, (B,C,H,W), normalised
@@ -364,7 +364,7 @@ class ConceptLoss(Callback):
     def after_validate(self): self.found = None
     def __getstate__(self): return {**self.__dict__, 'found': None}
 
-# %% ../../nbs/tasks/53_concept_models.ipynb #379c1ca4
+# %% ../../nbs/tasks/53_concept_models.ipynb #b4de035b
 class SennLoss(ConceptLoss):
     "SENN's loss beside the task's. Errors as of `ConceptLoss`, and `ValueError` for `directions` below 1."
     def __init__(self,
@@ -386,7 +386,7 @@ class SennLoss(ConceptLoss):
         "As the function of this name"
         return robustness_term(found, self.directions)
 
-# %% ../../nbs/tasks/53_concept_models.ipynb #2ae6010f
+# %% ../../nbs/tasks/53_concept_models.ipynb #b819b8e3
 class CbahLoss(ConceptLoss):
     "CBAH's loss beside the task's. Errors as of `ConceptLoss`, and `ValueError` for an unknown `fidelity`."
     def __init__(self,
@@ -413,7 +413,7 @@ class CbahLoss(ConceptLoss):
         rotated = torch.stack([image.rot90(int(turn), (1, 2)) for image, turn in zip(found.x, turns)])
         return F.cross_entropy(model.rotation(model.concepts(model.cnn(rotated))), turns)
 
-# %% ../../nbs/tasks/53_concept_models.ipynb #d5950528
+# %% ../../nbs/tasks/53_concept_models.ipynb #da98796c
 class ConceptTerm(Metric):
     "Mean of a `ConceptLoss` term over the epoch's training batches; nan where it is not computed."
     def __init__(self, term: str): # Its name, such as 'reconstruction'
@@ -475,7 +475,7 @@ def _concept_learner(dls, arch, make_model, loss, cbs, kwargs, metrics=()):
     learn.metrics = learn.metrics + L([*terms, *metrics])
     return learn
 
-# %% ../../nbs/tasks/53_concept_models.ipynb #cf18b6c6
+# %% ../../nbs/tasks/53_concept_models.ipynb #333fe191
 def senn_learner(dls, # fastai DataLoaders with images (B,C,H,W) and classes
                  arch, # Of the parametrizer: "resnet18", "timm/convnext_atto", a torchvision function, or an nn.Module
                  concepts: int = 20, # How many, >= 1

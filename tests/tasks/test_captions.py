@@ -62,18 +62,20 @@ def batch(dls): return [o.as_subclass(torch.Tensor) for o in dls.valid.one_batch
 def test_tokens_and_back(captions):
     "Known words survive; short captions are padded at the end; case and punctuation do not matter"
     tok = D.caption_tokenizer([' '.join(WORDS)], 1)
-    said = [' '.join(c) for c in captions]
-    t = D.encode_captions(tok, [f' {s.upper()} .' for s in said])
-    assert D.decode_captions(tok, t) == said and t.shape[1] == 2 + max(map(len, captions))
+    texts = [' '.join(c) for c in captions]
+    t = D.encode_captions(tok, [f' {text.upper()} .' for text in texts])
+    assert D.decode_captions(tok, t) == texts and t.shape[1] == 2 + max(map(len, captions))
     n = (t != 0).sum(1)
     assert n.tolist() == [2 + len(c) for c in captions] and all((r[k:] == 0).all() for r, k in zip(t, n))
 
 
 def test_rare_words_are_unknown():
     tok = D.caption_tokenizer(['a dog', 'a dog', 'a zebra'], 2)
-    assert D.decode_captions(tok, D.encode_captions(tok, ['a zebra'], D.UNK)) == ['a <unk>'] and D.words_of(tok, 'A Zebra!') == ['a', 'zebra']
+    assert D.decode_captions(tok, D.encode_captions(tok, ['a zebra'], D.UNK)) == ['a <unk>']
+    assert D.words_of(tok, 'A Zebra!') == ['a', 'zebra']
     assert D.caption_tokenizer(['a b c a b a'], 1, max_words=2).get_vocab_size() == 6
-    with pytest.raises(ValueError, match=r"unknown words \['zebra'\]; the vocabulary has 6 entries"): D.encode_captions(tok, ['a zebra'])
+    with pytest.raises(ValueError, match=r"unknown words \['zebra'\]; the vocabulary has 6 entries"):
+        D.encode_captions(tok, ['a zebra'])
     with pytest.raises(ValueError, match='number 0 is empty'): D.encode_captions(tok, [''])
     with pytest.raises(ValueError, match='min_freq=0: 1 or more'): D.caption_tokenizer(['a'], 0)
 
@@ -87,8 +89,10 @@ def flickr(d, n=12):
             z.write(d/f, f'Flicker8k_Dataset/{f}')
             z.writestr(f'__MACOSX/Flicker8k_Dataset/._{f}', b'shadow')
     with zipfile.ZipFile(d/'Flickr8k_text.zip', 'w') as z:
-        z.writestr('Flickr8k.token.txt', ''.join(f'{f}#{k}\tA dog with a ball , number {k} .\n' for f in names for k in range(5)) + 'broken line\nx.jpg#0\t \n')
-        for s, part in (('train', names[:8]), ('dev', names[8:10]), ('test', names[10:])): z.writestr(f'Flickr_8k.{s}Images.txt', '\n'.join(part))
+        lines = [f'{f}#{k}\tA dog with a ball , number {k} .\n' for f in names for k in range(5)]
+        z.writestr('Flickr8k.token.txt', ''.join(lines) + 'broken line\nx.jpg#0\t \n')
+        for split, part in (('train', names[:8]), ('dev', names[8:10]), ('test', names[10:])):
+            z.writestr(f'Flickr_8k.{split}Images.txt', '\n'.join(part))
     return names
 
 
@@ -101,8 +105,10 @@ def test_flickr8k_is_downloaded_checked_and_read(tmp_path, monkeypatch):
     monkeypatch.setattr(D, 'FLICKR8K_URL', f'http://127.0.0.1:{srv.server_port}/')
     try:
         with pytest.raises(ValueError, match='the file is corrupt and was removed'): D.flickr8k()
-        monkeypatch.setattr(D, 'FLICKR8K_MD5', {f: hashlib.md5((tmp_path/f).read_bytes()).hexdigest() for f in D.FLICKR8K_MD5})
-        with pytest.warns(UserWarning, match='2 lines or images are not used: .*line 61: neither a tab nor a comma.*line 62: the caption of x.jpg is empty'):
+        digests = {f: hashlib.md5((tmp_path/f).read_bytes()).hexdigest() for f in D.FLICKR8K_MD5}
+        monkeypatch.setattr(D, 'FLICKR8K_MD5', digests)
+        with pytest.warns(UserWarning, match='2 lines or images are not used: .*line 61: neither a tab nor a comma'
+                                             '.*line 62: the caption of x.jpg is empty'):
             c = D.flickr8k()
     finally:
         srv.shutdown()
@@ -115,21 +121,29 @@ def test_flickr8k_is_downloaded_checked_and_read(tmp_path, monkeypatch):
 def test_bad_captions_are_named(tmp_path):
     (tmp_path/'Images').mkdir()
     for f in ('a.jpg', 'b.jpg'): Image.new('RGB', (9, 9)).save(tmp_path/'Images'/f)
-    with pytest.raises(FileNotFoundError, match='neither Flickr8k.token.txt nor captions.txt is in it'): D.flickr8k(tmp_path)
+    with pytest.raises(FileNotFoundError, match='neither Flickr8k.token.txt nor captions.txt is in it'):
+        D.flickr8k(tmp_path)
     (tmp_path/'captions.txt').write_text('image,caption\n')
     with pytest.raises(ValueError, match='no line holds an image and its caption, it is empty'): D.flickr8k(tmp_path)
     (tmp_path/'captions.txt').write_text('image,caption\na.jpg,"A ""big"" dog, wet"\nnot a file,A dog\n')
-    assert D.read_captions(tmp_path/'captions.txt') == ({'a.jpg': ['A "big" dog, wet']}, ["captions.txt line 3: 'not a file' is not the name of an image file"])
-    for s, part in (('train', 'a.jpg'), ('dev', 'b.jpg'), ('test', '')): (tmp_path/f'Flickr_8k.{s}Images.txt').write_text(part)
-    with pytest.raises(ValueError, match=r"1 of 2 images lack something, the first is b.jpg \(no captions\); lacking='drop'"): D.flickr8k(tmp_path)
-    with pytest.warns(UserWarning, match='b.jpg: left out, it has no captions'): c = D.flickr8k(tmp_path, lacking='drop')
+    captions, bad = D.read_captions(tmp_path/'captions.txt')
+    assert captions == {'a.jpg': ['A "big" dog, wet']}
+    assert bad == ["captions.txt line 3: 'not a file' is not the name of an image file"]
+    for split, part in (('train', 'a.jpg'), ('dev', 'b.jpg'), ('test', '')):
+        (tmp_path/f'Flickr_8k.{split}Images.txt').write_text(part)
+    lacking = r'1 of 2 images lack something, the first is b.jpg \(no captions\)'
+    with pytest.raises(ValueError, match=f"{lacking}; lacking='drop'"): D.flickr8k(tmp_path)
+    with pytest.warns(UserWarning, match='b.jpg: left out, it has no captions'):
+        c = D.flickr8k(tmp_path, lacking='drop')
     with pytest.raises(ValueError, match=r"split='test': it has no images; there are \['train'\]"): c.of('test')
     with pytest.raises(ValueError, match="lacking='no': choose"): D.flickr8k(tmp_path, lacking='no')
     (tmp_path/'Flickr_8k.devImages.txt').unlink()
-    with pytest.raises(FileNotFoundError, match='Flickr_8k.devImages.txt is missing, others of the official lists are there'): D.flickr8k(tmp_path)
-    for s in ('train', 'test'): (tmp_path/f'Flickr_8k.{s}Images.txt').unlink()
-    with pytest.raises(ValueError, match=r'1 of 2 images lack something, the first is b.jpg \(no captions\)'): D.flickr8k(tmp_path)
-    with pytest.raises(ValueError, match='captions: a list for each image; a.jpg has a text'): D.Captioned(['a.jpg'], ['a dog'], ['train'])
+    missing = 'Flickr_8k.devImages.txt is missing, others of the official lists are there'
+    with pytest.raises(FileNotFoundError, match=missing): D.flickr8k(tmp_path)
+    for split in ('train', 'test'): (tmp_path/f'Flickr_8k.{split}Images.txt').unlink()
+    with pytest.raises(ValueError, match=lacking): D.flickr8k(tmp_path)
+    with pytest.raises(ValueError, match='captions: a list for each image; a.jpg has a text'):
+        D.Captioned(['a.jpg'], ['a dog'], ['train'])
     with pytest.raises(ValueError, match='split: no image is for training'): D.Captioned(['a.jpg'], [['a']], ['test'])
 
 
@@ -147,7 +161,7 @@ def test_any_backbone_is_left_as_it_is(data, tok, arch):
 
 
 def test_pass_two_masks_the_image_alone(dls):
-    "The captioner is told the same words in both passes, and an image that differs"
+    "The captioner is given the same words in both passes, and an image that differs"
     learn = C.caption_learner(dls, 'small_cnn', False, 8, 16, eta=6)
     seen = []
     learn.model.cnn.register_forward_pre_hook(lambda m, a: seen.append([o.detach().clone() for o in a]))
@@ -172,14 +186,18 @@ def test_padding_changes_nothing(learn, dls):
 
 def test_bleu_against_torchmetrics(tok):
     assert C.bleu(tok, ['A red one.'], [['a red one']])['BLEU-1'] == pytest.approx(100)
-    said = ['a red seven above a blue one', 'a green two left of a white two', 'there is a red one left of a blue one']
-    refs = [['a red seven over a blue one', 'a red seven above a blue one and more'], ['a green two left of a pink two'], ['a red one left of a blue one'] * 3]
-    got = C.bleu(tok, said, refs)
-    for n in (1, 2, 3, 4): assert got[f'BLEU-{n}'] == pytest.approx(100 * bleu_score(said, refs, n_gram=n).item(), abs=1e-3)
+    captions = ['a red seven above a blue one', 'a green two left of a white two',
+                'there is a red one left of a blue one']
+    references = [['a red seven over a blue one', 'a red seven above a blue one and more'],
+                  ['a green two left of a pink two'], ['a red one left of a blue one'] * 3]
+    got = C.bleu(tok, captions, references)
+    for n in (1, 2, 3, 4):
+        want = 100 * bleu_score(captions, references, n_gram=n).item()
+        assert got[f'BLEU-{n}'] == pytest.approx(want, abs=1e-3)
 
 
 def test_a_wider_beam_finds_what_greedy_misses():
-    "Greedy takes the likelier first word and regrets it"
+    "Greedy takes the likelier first word, from which only unlikelier captions follow"
     tok = D.caption_tokenizer(['p q r'], 1)
     m = C.Captioner('small_cnn', tok, 8, 8).eval()
     p, q, r, end = (tok.token_to_id(o) for o in ('p', 'q', 'r', D.END))
@@ -187,25 +205,29 @@ def test_a_wider_beam_finds_what_greedy_misses():
     prob[2, p], prob[2, q] = .6, .4      # after <start>
     prob[p, p:r + 1] = prob[p, end] = .25  # after p anything
     prob[q, r], prob[r, end] = 1., 1.
-    m.step = lambda tokens, seen, state: (prob[tokens].log(), state)
+    m.step = lambda tokens, encoded, state: (prob[tokens].log(), state)
     x = torch.zeros(2, 3, 32, 32)
-    (g, lg), (b, lb) = m.generate(x, 1, 6, 0), m.generate(x, 2, 6, 0)
-    assert D.decode_captions(tok, b) == ['q r'] * 2 and (lb > lg).all() and D.decode_captions(tok, g)[0].startswith('p')
-    assert lb[0].exp().item() == pytest.approx(.4, rel=1e-3)
-    for bad, what in ((dict(beam=0), 'beam=0'), (dict(max_len=0), 'max_len=0'), (dict(length_penalty=-1), 'length_penalty=-1')):
-        with pytest.raises(ValueError, match=what): m.generate(x, **bad)
+    greedy, logp_greedy = m.generate(x, beam=1, max_len=6, length_penalty=0)
+    beam, logp = m.generate(x, beam=2, max_len=6, length_penalty=0)
+    assert D.decode_captions(tok, beam) == ['q r'] * 2 and (logp > logp_greedy).all()
+    assert D.decode_captions(tok, greedy)[0].startswith('p')
+    assert logp[0].exp().item() == pytest.approx(.4, rel=1e-3)
+    for name, bad in (('beam', 0), ('max_len', 0), ('length_penalty', -1)):
+        with pytest.raises(ValueError, match=f'{name}={bad}'): m.generate(x, **{name: bad})
 
 
 class Halves(nn.Module):
-    "Says 'left' by the brightness of the left half, 'right' by that of the right: what its words rest on is known"
+    "Predicts 'left' by the brightness of the left half, 'right' by that of the right: what its words rest on is known"
     def __init__(self, tok):
         super().__init__()
-        self.tokenizer, self.conv = tok, nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1), nn.ReLU())
+        self.tokenizer = tok
+        self.conv = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1), nn.ReLU())
 
     def forward(self, x, tokens):
         self.conv(x)
         out = x.new_zeros(len(x), tokens.shape[1] - 1, self.tokenizer.get_vocab_size())
-        for w, half in (('left', x[..., :16]), ('right', x[..., 16:])): out[:, :, self.tokenizer.token_to_id(w)] = half.mean((1, 2, 3))[:, None] * 4
+        for word, half in (('left', x[..., :16]), ('right', x[..., 16:])):
+            out[:, :, self.tokenizer.token_to_id(word)] = half.mean((1, 2, 3))[:, None] * 4
         return out
 
 
@@ -247,7 +269,7 @@ def test_scores_by_hand(learn, dls, tok):
     assert (values['ones']['reference', 'energy', 'area'] == 1).all()
 
 
-def test_unknown_words_are_told_and_not_asked_for(learn, dls, tok):
+def test_unknown_words_are_inputs_but_not_scored(learn, dls, tok):
     "They change what follows; their own probability is no part of the caption's"
     x, t = batch(dls)
     t = t.clone()
@@ -258,7 +280,7 @@ def test_unknown_words_are_told_and_not_asked_for(learn, dls, tok):
         assert p[i].log().item() == pytest.approx(torch.cat([lp[i, :1], lp[i, 2:n]]).mean().item(), rel=1e-4)
 
 
-def test_score_cam_is_asked_image_by_image(learn, dls):
+def test_score_cam_is_called_image_by_image(learn, dls):
     "By name or as a function, in a batch or alone"
     x, t = batch(dls)
     m = learn.model.eval()
@@ -291,13 +313,15 @@ def test_a_captioner_is_a_fastai_learner(learn, data, dls, tok, tmp_path):
     back = load_learner(tmp_path/'l.pkl')
     x, t = batch(dls)
     assert torch.equal(back.model.eval()(x, t), learn.model.eval()(x, t))
-    assert len(back.show_captions(items=[data.images[0], Image.fromarray(data.images[1])])) == 2 and len(back.show_captions(items=data.images[0])) == 1
+    assert len(back.show_captions(items=[data.images[0], Image.fromarray(data.images[1])])) == 2
+    assert len(back.show_captions(items=data.images[0])) == 1
     with pytest.raises(Exception): back.predict('x.png')  # noqa: B017  not taken for a caption
     with pytest.raises(ValueError, match='a learner loaded from a file has none'): back.show_captions()
     assert len(learn.show_captions(3)) == 3  # images, not pairs
     with pytest.raises(ValueError, match='items, n=0: no images to describe'): learn.show_captions(0)
     learn.dls.show_batch()
-    with pytest.raises(ValueError, match='captions: number 0 is empty'): learn.show_captions(items=[data.images[0]], captions=[' '])
+    with pytest.raises(ValueError, match='captions: number 0 is empty'):
+        learn.show_captions(items=[data.images[0]], captions=[' '])
     with pytest.raises(ValueError, match='a CNN that gives logits'): grad_cam(learn.model, x, 0)
     assert learn.model.explain(x).pred.dtype == torch.long
     plain = C.caption_learner(dls, 'small_cnn', False, 8, 8, explain=False)
@@ -312,11 +336,15 @@ def test_vocabulary_and_model_must_fit(learn, dls, tok, tmp_path):
     assert torch.equal(m(x, t), learn.model.eval()(x, t)) and m.cnn.tokenizer.get_vocab() == tok.get_vocab()
     by_hand = AntehocModel(C.Captioner('small_cnn', tok, 8, 8), (x, t), eta=6)
     assert torch.equal(C.load_captioner(by_hand.save_pretrained(tmp_path/'hand'))(x, t), by_hand.eval()(x, t))
-    code = 'import sys, antehoc_nb.tasks.captioner, antehoc_nb.core.model as m; print(type(m.AntehocModel.from_pretrained(sys.argv[1]).cnn).__name__)'
-    assert subprocess.run([sys.executable, '-c', code, tmp_path], capture_output=True, text=True, check=True).stdout.strip() == 'Captioner'
+    code = ('import sys, antehoc_nb.tasks.captioner, antehoc_nb.core.model as m; '
+            'print(type(m.AntehocModel.from_pretrained(sys.argv[1]).cnn).__name__)')
+    done = subprocess.run([sys.executable, '-c', code, tmp_path], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == 'Captioner'
     Image.new('RGB', (9, 9)).save(tmp_path/'a.png')
-    assert 'the model is a Captioner, not a classifier' in antehoc('explain', tmp_path, tmp_path/'a.png', '--out', tmp_path/'out', code=1)
-    with pytest.raises(ValueError, match='its vocabulary .* is not that of the tokenizer'): C.load_captioner(tmp_path, D.caption_tokenizer(['x y'], 1))
+    out = antehoc('explain', tmp_path, tmp_path/'a.png', '--out', tmp_path/'out', code=1)
+    assert 'the model is a Captioner, not a classifier' in out
+    with pytest.raises(ValueError, match='its vocabulary .* is not that of the tokenizer'):
+        C.load_captioner(tmp_path, D.caption_tokenizer(['x y'], 1))
     with pytest.raises(ValueError, match='is not in the vocabulary of'): m(x, t + 99)
     with pytest.raises(ValueError, match='a caption needs <start> and <end>'): m(x, torch.full((len(x), 2), 0))
 
@@ -328,7 +356,8 @@ def antehoc(*args, code=0):
 
 
 @pytest.fixture(scope='module')
-def asking(dls):
+def class_specific(dls):
+    "A learner whose weight network takes target words"
     set_seed(0)
     learn = C.caption_learner(dls, 'small_cnn', False, 16, 32, eta=6, weight_net='directed')
     assert learn.two_pass.int_loss == 'cross_entropy'
@@ -336,58 +365,79 @@ def asking(dls):
     return learn
 
 
-def test_only_the_words_asked_about_matter(asking, dls, tok):
-    "Neither special tokens nor the order of words change a map, nor what the captioner is told beside the question; another word does."
-    (x, tokens), w = batch(dls), tok.id_to_token(7)
-    m = asking.model.eval()
-    e = m.explain(x, tokens)
+def test_only_the_target_words_matter(class_specific, dls, tok):
+    "Neither special tokens nor the order of words change a map, nor the caption beside a target; another word does"
+    (x, tokens), word = batch(dls), tok.id_to_token(7)
+    explain = class_specific.model.eval().explain
+    e = explain(x, tokens)
     assert torch.equal(e.target, torch.where(tokens > 3, tokens, -1)[:, 1:])
     swapped = tokens.clone()
     swapped[:, [1, 3]] = tokens[:, [3, 1]]
-    torch.testing.assert_close(m.explain(x, tokens, target=swapped).map, e.map)
-    torch.testing.assert_close(m.explain(x, tokens, target=torch.cat([tokens, torch.zeros_like(tokens), torch.ones_like(tokens)], 1)).map, e.map)
-    one = m.explain(x, tokens, target=w)
+    torch.testing.assert_close(explain(x, tokens, target=swapped).map, e.map)
+    with_special = torch.cat([tokens, torch.zeros_like(tokens), torch.ones_like(tokens)], 1)
+    torch.testing.assert_close(explain(x, tokens, target=with_special).map, e.map)
+    one = explain(x, tokens, target=word)
     assert (one.map - e.map).abs().max() > 1e-3
-    assert torch.equal(one.map, m.explain(x, tokens.flip(0), target=[w] * len(x)).map) and torch.equal(one[1:2].target, one.target[1:2])
-    assert (m.explain(x, tokens, target=f'{w} {w}').map - one.map).abs().max() > 1e-3  # said twice, it counts for more
-    for words in (f' {w.upper()} ', [w] * len(x)): assert torch.equal(m.explain(x, target=words).map, one.map)
-    torch.testing.assert_close(M.caption_maps('ante-hoc', m, x, tokens), e.map)
+    assert torch.equal(one.map, explain(x, tokens.flip(0), target=[word] * len(x)).map)
+    assert torch.equal(one[1:2].target, one.target[1:2])
+    twice = explain(x, tokens, target=f'{word} {word}')
+    assert (twice.map - one.map).abs().max() > 1e-3  # given twice, it counts for more
+    for words in (f' {word.upper()} ', [word] * len(x)): assert torch.equal(explain(x, target=words).map, one.map)
+    generated = explain(x)
+    assert torch.equal(generated.target, torch.where(generated.pred > 3, generated.pred, -1)[:, 1:])
+
+
+def test_caption_maps_of_target_words(class_specific, dls, tok):
+    "They are the model's own, of all words or of one"
+    x, tokens = batch(dls)
+    m = class_specific.model.eval()
+    torch.testing.assert_close(M.caption_maps('ante-hoc', m, x, tokens), m.explain(x, tokens).map)
     third = [tok.id_to_token(int(t)) for t in tokens[:, 3]]
-    torch.testing.assert_close(M.caption_maps('ante-hoc', m, x, tokens, 2, bs=3), m.explain(x, tokens, target=third).map)
-    said = m.explain(x)
-    assert torch.equal(said.target, torch.where(said.pred > 3, said.pred, -1)[:, 1:])
+    want = m.explain(x, tokens, target=third).map
+    torch.testing.assert_close(M.caption_maps('ante-hoc', m, x, tokens, 2, bs=3), want)
 
 
-def test_pass_two_asks_for_the_words(asking, dls):
-    "The loss of an epoch's validation is the cross-entropy of the captions' words under the map that is told them, counted here caption by caption."
-    m, losses = asking.model.eval(), []
+def test_loss_of_pass_two_is_about_the_words(class_specific, dls):
+    "In validation it is the cross-entropy of the captions' words under the map of these words, counted word by word"
+    m, losses = class_specific.model.eval(), []
     with torch.no_grad():
         for x, tokens, _ in dls.valid:
             x, tokens = x.as_subclass(torch.Tensor), tokens.as_subclass(torch.Tensor)
-            lp = m.cnn(m.mask(x, m.explain(x, tokens).map), tokens).log_softmax(2)
-            for l, t in zip(lp, tokens[:, 1:]):
-                losses.append(-np.mean([l[k, w].item() for k, w in enumerate(t.tolist()) if w > 3]))
-    with asking.no_bar(), asking.no_logging(): asking.validate()
-    assert asking.two_pass.mean_int_loss('valid') == pytest.approx(np.mean(losses), rel=1e-4)
+            logp = m.cnn(m.mask(x, m.explain(x, tokens).map), tokens).log_softmax(2)
+            for row, caption in zip(logp, tokens[:, 1:].tolist()):
+                losses.append(-np.mean([row[k, word].item() for k, word in enumerate(caption) if word > 3]))
+    with class_specific.no_bar(), class_specific.no_logging(): class_specific.validate()
+    assert class_specific.two_pass.mean_int_loss('valid') == pytest.approx(np.mean(losses), rel=1e-4)
 
 
-def test_a_captioner_is_asked_through_its_learner(asking, tok, tmp_path):
-    w = tok.id_to_token(7)
-    e = asking.explain(n=3, target=w)
-    assert torch.equal(e.map, asking.explain(n=3, target=[w] * 3).map)
-    assert asking.show_captions(2).shape[0] == 2
-    back = C.load_captioner(asking.model.save_pretrained(tmp_path/'m'))
-    x = e.image
-    assert torch.equal(back.explain(x, target=w).map, asking.model.eval().explain(x, target=w).map)
-    for bad, error, why in (('zebra', ValueError, "target: unknown word 'zebra'"), (3, TypeError, 'asked about words or tokens'),
-                            ([w], ValueError, 'for 3 images'), (torch.full((3, 4), 999), ValueError, 'target: number 999 is not in the vocabulary'),
-                            (torch.full((3, 4), 7), ValueError, 'target: tokens begin with <start>'), ([], TypeError, 'not list'),
-                            (' ', ValueError, 'image 0 is asked about no word'),
-                            (torch.zeros(3, 0).long(), ValueError, r'got \(3, 0\)'), (torch.ones(3, 4).bool(), ValueError, 'of torch.bool'),
-                            (torch.full((3, 4), 2), ValueError, 'image 0 is asked about no word')):
-        with pytest.raises(error, match=why): asking.explain(n=3, target=bad)
+def test_target_words_through_the_learner(class_specific, tok, tmp_path):
+    word = tok.id_to_token(7)
+    e = class_specific.explain(n=3, target=word)
+    assert torch.equal(e.map, class_specific.explain(n=3, target=[word] * 3).map)
+    assert class_specific.show_captions(2).shape[0] == 2
+    back = C.load_captioner(class_specific.model.save_pretrained(tmp_path/'m'))
+    want = class_specific.model.eval().explain(e.image, target=word).map
+    assert torch.equal(back.explain(e.image, target=word).map, want)
     with pytest.raises(ValueError, match="cannot train weight_net='directed'"):
-        C.caption_learner(asking.dls, 'small_cnn', False, 16, 32, eta=6, weight_net='directed', int_loss='mse_padded')
+        C.caption_learner(class_specific.dls, 'small_cnn', False, 16, 32, eta=6, weight_net='directed',
+                          int_loss='mse_padded')
+
+
+@pytest.mark.parametrize('target, error, message', [
+    ('zebra', ValueError, "target: unknown word 'zebra'"),
+    (3, TypeError, 'a captioner takes words or tokens'),
+    ([], TypeError, 'not list'),
+    (['red'], ValueError, 'for 3 images'),
+    (' ', ValueError, 'image 0 has no target word'),
+    (torch.full((3, 4), 2), ValueError, 'image 0 has no target word'),
+    (torch.full((3, 4), 999), ValueError, 'target: number 999 is not in the vocabulary'),
+    (torch.full((3, 4), 7), ValueError, 'target: tokens begin with <start>'),
+    (torch.zeros(3, 0).long(), ValueError, r'got \(3, 0\)'),
+    (torch.ones(3, 4).bool(), ValueError, 'of torch.bool'),
+], ids=str)
+def test_bad_targets(class_specific, tok, target, error, message):
+    if target == ['red']: target = [tok.id_to_token(7)]
+    with pytest.raises(error, match=message): class_specific.explain(n=3, target=target)
 
 
 def test_table4_from_one_command(tmp_path, monkeypatch):
@@ -398,25 +448,32 @@ def test_table4_from_one_command(tmp_path, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', UserWarning)
         out = antehoc(*args)
-    assert 'wrote results/captioning/flickr8k-smoke.png' in out and (tmp_path/'results'/'captioning'/'flickr8k-smoke.png').exists()
+    assert 'wrote results/captioning/flickr8k-smoke.png' in out
+    assert (tmp_path/'results'/'captioning'/'flickr8k-smoke.png').exists()
     rec = T.read_captioning('flickr8k', 'smoke')
     assert rec['command'] == 'antehoc reproduce table4 --dataset flickr8k --profile smoke'
-    assert rec['config']['title'] == 'Flickr-8k (12 images: 8/2/2)' and rec['results']['n_test'] == 2 and 'pointing' not in rec['results']
-    own, asked = (C.load_captioner(tmp_path/f'runs/captioning/flickr8k-smoke/{o}/model') for o in ('captioner', 'class-specific'))
-    assert weights_digest(own.cnn) == weights_digest(asked.cnn) and not own.class_specific and asked.modulates  # the asked network learned beside a captioner that stayed as it was
+    assert rec['config']['title'] == 'Flickr-8k (12 images: 8/2/2)'
+    assert rec['results']['n_test'] == 2 and 'pointing' not in rec['results']
+    run = tmp_path/'runs'/'captioning'/'flickr8k-smoke'
+    own, class_specific = (C.load_captioner(run/o/'model') for o in ('captioner', 'class-specific'))
+    assert weights_digest(own.cnn) == weights_digest(class_specific.cnn)  # only the second weight network was trained
+    assert not own.class_specific and class_specific.modulates
     t = T.table4({'flickr8k': rec})
-    assert list(t.index) == ["ante-hoc", T.ASKED, T.WRONG_CAPTION, *M.CAPTION_EXPLAINERS[1:]]
+    assert list(t.index) == ["ante-hoc", T.CLASS_SPECIFIC, T.WRONG_CAPTION, *M.CAPTION_EXPLAINERS[1:]]
     assert (t.loc['ones'].xs('area', level=2) == '1.00').all() and (t.loc['ones'].xs('drop', level=2) == '–').all()
     (tmp_path/'p.json').write_text('{"table4": {"flickr8k": {"energy": {"grad-cam": {"drop": 12.5}}}}}')
-    assert T.table4({'flickr8k': rec}, paper=tmp_path/'p.json').loc['grad-cam', (rec['config']['title'], 'energy', 'drop')].endswith('(12.5)')
+    beside_paper = T.table4({'flickr8k': rec}, paper=tmp_path/'p.json')
+    assert beside_paper.loc['grad-cam', (rec['config']['title'], 'energy', 'drop')].endswith('(12.5)')
     v = T.caption_verdict(rec)
     b = T.Benchmark.of(rec).pivot(('drop',), ('energy',), ('reference',)).iloc[:, 0]
-    assert len(v) == 20 and v.loc[('reference', 'drop energy'), 'ahead'] == (b['ante-hoc'] < b[['grad-cam', 'grad-cam++', 'score-cam']]).sum()
-    before = (tmp_path/'runs/captioning/flickr8k-smoke/scores/score-cam.npz').stat().st_mtime_ns
+    ahead = (b['ante-hoc'] < b[['grad-cam', 'grad-cam++', 'score-cam']]).sum()
+    assert len(v) == 20 and v.loc[('reference', 'drop energy'), 'ahead'] == ahead
+    before = (run/'scores'/'score-cam.npz').stat().st_mtime_ns
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', UserWarning)
         antehoc(*args)  # nothing is scored again
-    assert (tmp_path/'runs/captioning/flickr8k-smoke/scores/score-cam.npz').stat().st_mtime_ns == before
+    assert (run/'scores'/'score-cam.npz').stat().st_mtime_ns == before
     assert T.read_captioning('flickr8k', 'smoke')['results']['rows'] == rec['results']['rows']
     assert "unknown dataset 'cifar10'" in antehoc('reproduce', 'table4', '--dataset', 'cifar10', code=1)
-    with pytest.raises(FileNotFoundError, match='antehoc reproduce table4 --dataset flickr8k --profile cpu'): T.read_captioning('flickr8k', results=tmp_path)
+    with pytest.raises(FileNotFoundError, match='antehoc reproduce table4 --dataset flickr8k --profile cpu'):
+        T.read_captioning('flickr8k', results=tmp_path)

@@ -1,4 +1,4 @@
-"""Landmarks: data in both layouts, points that follow their image, Grad-CAM of a regression, and the run behind Figure 4."""
+"""Landmarks: data in both layouts, points that follow their image, Grad-CAM of a regression, the run of Figure 4."""
 import hashlib
 import threading
 import zipfile
@@ -52,7 +52,7 @@ def face_folder(d, n=8, size=40):
 
 
 def test_drawings_know_left_from_right(lm):
-    "The mirrored face is the face that the mirror permutation says: left of the nose stays left"
+    "The mirrored face is the face that the mirror permutation gives: left of the nose stays left"
     for seed in range(5):
         p = D._face_points(np.random.default_rng(seed))
         np.testing.assert_allclose(p[list(F.FACE68.mirror)] * [-1, 1], p, atol=1e-12)
@@ -88,7 +88,8 @@ def test_any_backbone_is_left_as_it_is(lm, arch):
     digests = []
     for make in (antehoc_learner, plain_learner):
         set_seed(0)
-        learn = make(F.landmark_dls(lm, 'mouth', 32, 8, seed=0), arch, pretrained=False, metrics=F.nme_metric(F.FACE68, 'mouth'))
+        dls, metric = F.landmark_dls(lm, 'mouth', 32, 8, seed=0), F.nme_metric(F.FACE68, 'mouth')
+        learn = make(dls, arch, pretrained=False, metrics=metric)
         with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(1, 1e-3)
         digests.append(weights_digest(getattr(learn.model, 'cnn', learn.model)))
         assert np.isfinite(learn.recorder.values[-1][2])
@@ -100,11 +101,13 @@ def test_the_metric_is_the_mean_over_images(lm):
     learn = plain_learner(dls, 'landmark_cnn', metrics=F.nme_metric(F.FACE68, 'eyes'))
     with learn.no_bar(): got = learn.validate()[1]
     learn.model.eval()
-    with torch.no_grad(): out = torch.cat([learn.model(x.as_subclass(torch.Tensor)) for x, _ in dls.valid]).view(-1, 12, 2).numpy()
-    p = (out + 1) * 16
-    t = lm.points[lm.test]
-    want = np.mean([np.mean([np.hypot(*(a - b)) for a, b in zip(o, q[36:48])]) / np.hypot(*(q[36] - q[45])) for o, q in zip(p, t)])
-    assert got == pytest.approx(want, rel=1e-4)
+    with torch.no_grad(): out = torch.cat([learn.model(x.as_subclass(torch.Tensor)) for x, _ in dls.valid])
+    found = (out.view(-1, 12, 2).numpy() + 1) * 16
+    errors = []
+    for points, true in zip(found, lm.points[lm.test]):
+        distances = [np.hypot(*(a - b)) for a, b in zip(points, true[36:48])]
+        errors.append(np.mean(distances) / np.hypot(*(true[36] - true[45])))
+    assert got == pytest.approx(np.mean(errors), rel=1e-4)
     preds, _, decoded = learn.get_preds(with_decoded=True)
     assert decoded.shape == (8, 12, 2) and preds.shape == (8, 24)
 
@@ -146,7 +149,8 @@ def test_regions_against_a_triangulation(seed):
     got = L.group_regions(p, s, 64, widen=0)['a'][0].numpy()
     y, x = np.mgrid[:64, :64] + .5
     inside = Delaunay(p[0]).find_simplex(np.c_[x.ravel(), y.ravel()]).reshape(64, 64) >= 0
-    assert (got != inside).sum() <= 2.5 * np.abs(np.roll(inside, 1, 0) ^ inside).sum() + 2.5 * np.abs(np.roll(inside, 1, 1) ^ inside).sum()
+    border = sum(np.abs(np.roll(inside, 1, axis) ^ inside).sum() for axis in (0, 1))
+    assert (got != inside).sum() <= 2.5 * border
     wide = L.group_regions(p, s, 64, widen=.3)['a'][0].numpy()
     assert (wide | ~got).all() and wide.sum() > got.sum()
 
@@ -169,7 +173,8 @@ def test_scores_by_hand(lm):
     model_all = AntehocModel(build_cnn('landmark_cnn', 136).eval(), torch.rand(1, 3, 32, 32))
     ones = L.score_maps(model_all, x, torch.ones(4, 1, 32, 32), points, F.FACE68, 'all')
     assert all(v == pytest.approx(1, rel=1e-5) for v in ones['density'].values()) and ones['area'] == 1
-    with torch.no_grad(): want = F.nme(model(x), torch.from_numpy(points) / 16 - 1, F.FACE68.groups['nose'], (36, 45)).mean().item()
+    true = torch.from_numpy(points) / 16 - 1
+    with torch.no_grad(): want = F.nme(model(x), true, F.FACE68.groups['nose'], (36, 45)).mean().item()
     nose = L.score_maps(model, x, torch.ones(4, 1, 32, 32), points, F.FACE68, 'nose')
     where = {g: torch.zeros(4, 32, 32, dtype=torch.bool) for g in r} | dict(nose=~r['nose'])
     assert L.score_maps(model, x, r['nose'].float()[:, None], points, F.FACE68, 'nose', regions=where)['own'] == 0
@@ -214,7 +219,8 @@ def test_bad_faces_are_named(tmp_path):
     says('1 people are in training and in testing', good.assign(identity=0))
     one_place = good.copy()
     one_place.loc[4, ['x36', 'y36', 'x45', 'y45']] = 9
-    says("split must be 'train' or 'test', not .'Test', 'valid'.", good.assign(split=['Test', 'valid', *good.split[2:]]))
+    other_splits = good.assign(split=['Test', 'valid', *good.split[2:]])
+    says("split must be 'train' or 'test', not .'Test', 'valid'.", other_splits)
     says('1 of 8 images have points 36 and 45 in one place, the first is 4.png', one_place)
     says('1 images are listed twice', good.assign(file=['1.png', *good.file[1:]]))
     says("lacks the columns .'split'", good.drop(columns='split'))
@@ -228,10 +234,13 @@ def test_bad_faces_are_named(tmp_path):
     says('3.png: cannot be read', good)
     with pytest.raises(FileNotFoundError, match='no such folder or archive'): F.face_table(tmp_path/'nowhere')
     (tmp_path/'empty').mkdir()
-    with pytest.raises(FileNotFoundError, match='neither landmarks.csv nor landmarks.npz'): F.face_table(tmp_path/'empty')
+    with pytest.raises(FileNotFoundError, match='neither landmarks.csv nor landmarks.npz'):
+        F.face_table(tmp_path/'empty')
     with pytest.raises(ValueError, match='no image.*jpg found'): F.aflw2000(tmp_path/'empty')
-    with pytest.raises(ValueError, match=r'points: \(8, 68, 2\) needed, got \(8, 4, 2\)'): F.Landmarks(lm.images, lm.points[:, :4], lm.test, F.FACE68)
-    with pytest.raises(ValueError, match="outside='ignore': choose"): F.Landmarks(lm.images, lm.points, lm.test, F.FACE68, 'ignore')
+    with pytest.raises(ValueError, match=r'points: \(8, 68, 2\) needed, got \(8, 4, 2\)'):
+        F.Landmarks(lm.images, lm.points[:, :4], lm.test, F.FACE68)
+    with pytest.raises(ValueError, match="outside='ignore': choose"):
+        F.Landmarks(lm.images, lm.points, lm.test, F.FACE68, 'ignore')
     with pytest.raises(ValueError, match="unknown group 'moth': did you mean 'mouth'"): F.landmark_dls(lm, 'moth')
 
 
@@ -272,24 +281,33 @@ def test_figure4_from_one_command(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="unknown explainer 'gradcam'"): L.confusion(rec, 'gradcam')
     with pytest.raises(ValueError, match="unknown what 'mass'"): L.confusion(rec, what='mass')
     blur, black = (L.one_part(rec, fill) for fill in ('blur', 'black'))
-    assert list(blur.index) == list(c.index) and list(blur) == list(c) and (blur > 0).all(None) and not blur.equals(black)
+    assert list(blur.index) == list(c.index) and list(blur) == list(c)
+    assert (blur > 0).all(None) and not blur.equals(black)
     with pytest.raises(ValueError, match="unknown fill 'white'"): L.one_part(rec, 'white')
     where = tmp_path/'runs'/'landmarks'/'faces68-smoke'/'nose'/'ante-hoc'/'model'
-    lm, model = L.load_landmarks(L.landmark_experiment.config('faces68', 'smoke'), tmp_path/'data').resized(32), AntehocModel.from_pretrained(where)
+    lm = L.load_landmarks(L.landmark_experiment.config('faces68', 'smoke'), tmp_path/'data').resized(32)
+    model = AntehocModel.from_pretrained(where)
     dls, points = F.landmark_dls(lm, 'nose', 32, 8), lm.points[lm.test]
     x, eyes = L._pictures(dls, dls.valid_ds, range(len(points))), L.group_regions(points, lm.scheme, 32)['eyes']
-    error = lambda o: F.nme(plain_tensor(o), torch.from_numpy(points).float() / 16 - 1, lm.scheme.points('nose'), lm.scheme.ends)
-    with torch.no_grad(): part, whole = error(model(model.mask(x, eyes[:, None].float())))[eyes.any((1, 2))].mean(), error(model(x)).mean()
+    true = torch.from_numpy(points).float() / 16 - 1
+
+    def error(o): return F.nme(plain_tensor(o), true, lm.scheme.points('nose'), lm.scheme.ends)
+    with torch.no_grad():
+        part = error(model(model.mask(x, eyes[:, None].float())))[eyes.any((1, 2))].mean()
+        whole = error(model(x)).mean()
     assert black.loc['nose', 'eyes'] == pytest.approx((part / whole).item(), rel=1e-4)
     assert ('mouth', 'ante-hoc, default settings') in t.index and rec['results']['n_dropped'] == 0
     assert "unknown dataset 'cifar10'" in antehoc('reproduce', 'figure4', '--dataset', 'cifar10', code=1)
-    with pytest.raises(FileNotFoundError, match='run `antehoc reproduce figure4 --dataset drawn-faces --profile smoke`'): L.figure4('drawn-faces', 'smoke')
-    with pytest.raises(FileNotFoundError, match='antehoc reproduce figure4 --dataset faces68 --profile cpu'): L.read_landmarks('faces68', results=tmp_path)
+    with pytest.raises(FileNotFoundError, match='run `antehoc reproduce figure4 --dataset drawn-faces --profile smoke'):
+        L.figure4('drawn-faces', 'smoke')
+    with pytest.raises(FileNotFoundError, match='antehoc reproduce figure4 --dataset faces68 --profile cpu'):
+        L.read_landmarks('faces68', results=tmp_path)
 
 
 def test_a_detector_is_a_fastai_learner(lm, tmp_path):
     "It is exported and loaded, shows its results, and names the images with the largest loss"
-    learn = plain_learner(F.landmark_dls(lm, 'eyes', 32, 8), 'landmark_cnn', cbs=TwoPass(mask='dimmed', fill='blur', weight_net='informed'), path=tmp_path)
+    two_pass = TwoPass(mask='dimmed', fill='blur', weight_net='informed')
+    learn = plain_learner(F.landmark_dls(lm, 'eyes', 32, 8), 'landmark_cnn', cbs=two_pass, path=tmp_path)
     with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
     learn.show_results()
     learn.dls.show_batch()
@@ -302,29 +320,33 @@ def test_a_detector_is_a_fastai_learner(lm, tmp_path):
 
 
 def test_files_in_every_state(tmp_path):
-    "Turned by EXIF, named by strings, thinned out, in an .npz"
+    "Rotated by EXIF, named by strings, subsampled, in an .npz"
     im, points = Image.new('RGB', (40, 20)), np.full((3, 4, 2), 5.) + np.arange(4)[:, None]
     exif = im.getexif()
     exif[274] = 6
     im.save(tmp_path/'turned.jpg', exif=exif)
     im.save(tmp_path/'plain.jpg')
-    lm = F.Landmarks([str(tmp_path/f) for f in ('turned.jpg', 'plain.jpg', 'plain.jpg')], points, [True, False, False], F.DIGIT4)
+    files = [str(tmp_path/f) for f in ('turned.jpg', 'plain.jpg', 'plain.jpg')]
+    lm = F.Landmarks(files, points, [True, False, False], F.DIGIT4)
     assert lm.sizes.tolist() == [[20, 40], [40, 20], [40, 20]] and F.OpenImage()(lm.images[0]).size == (20, 40)
     dls = F.landmark_dls(lm, 'top', 32, aug=False)
-    torch.testing.assert_close((dls.valid.one_batch()[1].as_subclass(torch.Tensor) + 1) * 16, torch.from_numpy(lm.at(32)[:1]))
+    found = (dls.valid.one_batch()[1].as_subclass(torch.Tensor) + 1) * 16
+    torch.testing.assert_close(found, torch.from_numpy(lm.at(32)[:1]))
     assert len(lm.subsample(5)) == 3 and len(lm.subsample(1)) == 2 and lm.test.tolist() == [True, False]
     with pytest.raises(ValueError, match='landmarks.npz: lacks .*split'):
         np.savez(tmp_path/'landmarks.npz', name=['plain.jpg'], xy=np.zeros((1, 68, 2)))
         F.face_table(tmp_path)
     (tmp_path/'landmarks.npz').write_bytes(b'PK, perhaps')
-    with pytest.raises(ValueError, match='landmarks.npz: not an .npz file of plain arrays, or damaged'): F.face_table(tmp_path)
+    with pytest.raises(ValueError, match='landmarks.npz: not an .npz file of plain arrays, or damaged'):
+        F.face_table(tmp_path)
 
 
 def test_images_are_read_once_as_they_would_be_every_time(tmp_path):
     "The same pixels and points reach the CNN; a file that is cut short is named, and nothing is changed by half."
     face_folder(tmp_path)
     a, b = F.face_table(tmp_path), F.face_table(tmp_path).resized(32)
-    assert all(o.shape == (32, 32, 3) and o.dtype == np.uint8 for o in b.images) and (b.sizes == 32).all() and np.array_equal(b.points, a.at(32))
+    assert all(o.shape == (32, 32, 3) and o.dtype == np.uint8 for o in b.images)
+    assert (b.sizes == 32).all() and np.array_equal(b.points, a.at(32))
     for x, y in zip(*(F.landmark_dls(o, 'eyes', 32, 2, aug=False).valid for o in (a, b))):
         assert torch.equal(x[0], y[0])
         torch.testing.assert_close(x[1], y[1], atol=1e-6, rtol=1e-6)
@@ -355,5 +377,6 @@ def test_a_run_keeps_to_deterministic_algorithms(lm, tmp_path, monkeypatch):
         seen.append(tuple(getattr(torch.backends.cudnn, o) for o in flags))
         return pred.mean()
     for o in flags[:2]: monkeypatch.setattr(torch.backends.cudnn, o, False)
-    train_run(F.landmark_dls(lm, 'eyes', 32, 8), dict(arch='landmark_cnn', epochs=1, lr=1e-3, seed=0, plain=True), tmp_path, metric=AvgMetric(algorithms))
+    config = dict(arch='landmark_cnn', epochs=1, lr=1e-3, seed=0, plain=True)
+    train_run(F.landmark_dls(lm, 'eyes', 32, 8), config, tmp_path, metric=AvgMetric(algorithms))
     assert set(seen) == {(False, False, True, False)} and torch.backends.cudnn.deterministic == was
