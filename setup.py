@@ -37,7 +37,9 @@ setuptools.setup(
     package_data={lib_path: shlex.split(cfg.get('package_data', ''))},
     python_requires=f">={cfg['min_python']}",
     install_requires=shlex.split(cfg['requirements']),
-    extras_require={k.removesuffix('_requirements'): shlex.split(v) for k, v in cfg.items() if k.endswith('_requirements')},
-    entry_points={'console_scripts': shlex.split(cfg.get('console_scripts', '')), 'nbdev': [f'{lib_path}={lib_path}._modidx:d']},
+    extras_require={k.removesuffix('_requirements'): shlex.split(v) for k, v in cfg.items()
+                    if k.endswith('_requirements')},
+    entry_points={'console_scripts': shlex.split(cfg.get('console_scripts', '')),
+                  'nbdev': [f'{lib_path}={lib_path}._modidx:d']},
     zip_safe=False,
 )

@@ -36,7 +36,8 @@ from .evaluate.scoreboard import Benchmark, read_record, run_record, write_recor
 from .show.explain_files import explain_files
 from .show.learner import plot_losses, plot_map_history
 from antehoc_nb.show.plots import (
-    concept_regions, draw_regions, show_concepts, show_energy, show_explanation, show_map, show_maps, show_sams, show_weights
+    concept_regions, draw_regions, show_concepts, show_energy, show_explanation, show_map, show_maps, show_sams,
+    show_weights
 )
 from antehoc_nb.tasks.captioner import (
     Captioner, bleu, caption_learner, caption_maps, load_captioner, show_words, word_maps, word_pointing

@@ -1,7 +1,7 @@
 """Every check of the repository: ruff, notebooks and files in step, notebooks run, tests. Exits with 1 if any fails.
 
-`--fix` brings exported modules, notebooks and README.md in step instead of complaining; `--only` picks steps by name; `--slow` runs
-the slow cells of notebooks and the slow tests, which the other steps leave out.
+`--fix` brings exported modules, notebooks and README.md in step instead of complaining; `--only` picks steps by name;
+`--slow` runs the slow cells of notebooks and the slow tests, which the other steps leave out.
 """
 import argparse
 import difflib
@@ -31,7 +31,9 @@ def run(*cmd, cwd=ROOT, quiet=False, **env):
 
 
 def sync(root, quiet=False):
-    "Clean the notebooks, export the modules and make README.md, in `root`. Cleaning gives a new cell the id its export carries."
+    """Clean the notebooks, export the modules and make README.md, in `root`.
+
+    Cleaning gives a new cell the id that its export carries."""
     return (run('nbdev_clean', cwd=root, quiet=quiet) and run('nbdev_export', cwd=root, quiet=quiet)
             and run(sys.executable, root/'tools'/'readme.py', '--root', root, cwd=root, quiet=quiet))
 
@@ -39,7 +41,8 @@ def sync(root, quiet=False):
 def kept(root):
     "The files that must be in step, path -> bytes."
     globs = ['nbs/**/*.ipynb', f'{LIB}/**/*.py', 'README.md', 'index_files/*']
-    files = [f for g in globs for f in root.glob(g) if not any(o == '__pycache__' or o.startswith('.ipynb_') for o in f.parts)]
+    def generated(f): return any(o == '__pycache__' or o.startswith('.ipynb_') for o in f.parts)
+    files = [f for g in globs for f in root.glob(g) if not generated(f)]
     return {f.relative_to(root).as_posix(): f.read_bytes() for f in sorted(files)}
 
 
@@ -72,7 +75,9 @@ def in_step():
     return not bad
 
 
-def lint(): return run('ruff', 'check', LIB, *[o for o in ('tests', 'tools', 'benchmarks', 'setup.py') if (ROOT/o).exists()])
+def lint():
+    others = [o for o in ('tests', 'tools', 'benchmarks', 'setup.py') if (ROOT/o).exists()]
+    return run('ruff', 'check', LIB, *others)
 
 
 def notebooks(workers=2):
@@ -89,7 +94,8 @@ def slow_notebooks(workers=2):
     "The notebooks that have cells marked `#| slow`, with these cells"
     threads = str(max(1, (os.cpu_count() or 1)//workers))
     marked = [f for f in sorted((ROOT/'nbs').rglob('*.ipynb')) if '"#| slow' in f.read_text(encoding='utf-8')]
-    return all([run('nbdev_test', '--path', f, '--flags', 'slow', '--do_print', '--timing', OMP_NUM_THREADS=threads) for f in marked])
+    flags = '--flags', 'slow', '--do_print', '--timing'
+    return all([run('nbdev_test', '--path', f, *flags, OMP_NUM_THREADS=threads) for f in marked])
 
 
 def slow_tests(): return tests(2, '-m', 'slow')

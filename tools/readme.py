@@ -1,7 +1,7 @@
 """Make README.md from nbs/index.ipynb: markdown as it stands, code as fences, outputs as text, tables or pictures.
 
-nbdev's own `nbdev_readme` does the same through Quarto, which a fresh machine does not have. This needs Python alone and
-gives the same bytes everywhere, so that CI can tell when README.md is out of step.
+nbdev's own `nbdev_readme` does the same through Quarto, which a fresh machine does not have. This needs Python alone
+and gives the same bytes everywhere, so that CI can tell when README.md is out of step.
 """
 import argparse
 import base64
@@ -39,7 +39,8 @@ def output_md(out, name, figures, nbs):
     "One output as markdown, or None; a picture is added to `figures`."
     if out['output_type'] == 'error': raise SystemExit(f"{name}: a cell ended in {out['ename']}: {out['evalue']}")
     if out['output_type'] == 'stream':
-        return fence(re.sub(r'[^\n]*\r', '', text(out['text']))) if out['name'] == 'stdout' and text(out['text']).strip() else None
+        printed = re.sub(r'[^\n]*\r', '', text(out['text'])) if out['name'] == 'stdout' else ''
+        return fence(printed) if printed.strip() else None
     data = out['data']
     if 'image/png' in data:
         fn = f'{FIGURES}/figure-{len(figures) + 1}.png'

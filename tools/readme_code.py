@@ -1,7 +1,7 @@
 """Print what README.md tells people to run, so that CI runs what is printed.
 
-`python tools/readme_code.py example` prints the five-line example, `... demo` and `... test` the two set-up commands. Each is
-the code fence that follows `<!-- run: NAME -->`.
+`python tools/readme_code.py example` prints the five-line example, `... demo` and `... test` the two set-up commands.
+Each is the code fence that follows `<!-- run: NAME -->`.
 """
 import re
 import sys
