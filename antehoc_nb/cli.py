@@ -85,7 +85,7 @@ def _training_dls(data, size, bs, seed, valid, aug, workers):
     split = float(valid) if is_share else valid or None
     return image_dls(path, size, bs, valid=split, aug=aug, seed=seed, num_workers=workers)
 
-# %% ../nbs/90_cli.ipynb #968135a2
+# %% ../nbs/90_cli.ipynb #8d625080
 @app.command()
 def train(
     data: Annotated[str, typer.Argument(
@@ -161,7 +161,7 @@ def _class_number_or_name(target, model):
     is_number = target.isdecimal() and target not in (model.meta.get('vocab') or ())
     return int(target) if is_number else target or None
 
-# %% ../nbs/90_cli.ipynb #cc3945b8
+# %% ../nbs/90_cli.ipynb #be4d1219
 @app.command()
 def explain(
     model: Annotated[Path, typer.Argument(
@@ -211,7 +211,7 @@ def _save_concepts(model, dls, path):
     show_concepts(model.explain(sample_inputs(dls, 4)[0]))
     plt.savefig(path, dpi=110, bbox_inches='tight')
 
-# %% ../nbs/90_cli.ipynb #2fb363b9
+# %% ../nbs/90_cli.ipynb #cddec19e
 @app.command()
 def demo(
     out: Annotated[Path, _option('Where the model, the record and the figures go.')] = Path('antehoc-demo'),

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from antehoc_nb.cli import REPRODUCIBLE, app, find_experiment
 from antehoc_nb.data.photo_digits import PhotoDigits
 
+pytestmark = pytest.mark.usefixtures('one_thread')
 TRAIN = '--arch', 'small_cnn', '--size', 32, '--epochs', 1, '--bs', 8, '--eta', 4
 
 

@@ -98,7 +98,7 @@ def _energies(maps, regions):
         density[group] = energy[group] / region[seen].float().mean((1, 2))
     return energy, density
 
-# %% ../../nbs/tasks/55_landmarks.ipynb #3a400c04
+# %% ../../nbs/tasks/55_landmarks.ipynb #2b3e854b
 def score_maps(model: AntehocModel, # A detector
                x: torch.Tensor, # Images, (N,C,S,S), normalised as the CNN expects
                maps: torch.Tensor, # (N,1,S,S) in [0,1]
@@ -158,7 +158,7 @@ def load_landmarks(config: dict, # From `landmark_experiment.config`
     found = spec.load(spec.path(data), config['size'], n_train, config['n_test'])
     return found if n_train is None else found.subsample(n_train)
 
-# %% ../../nbs/tasks/55_landmarks.ipynb #4c36d6fe
+# %% ../../nbs/tasks/55_landmarks.ipynb #481ef4bc
 def _detector(landmarks, group, config, out, kind='ante-hoc'):
     "A trained detector, resumably: 'ante-hoc', 'plain', or with 'defaults' of the library for the weight network"
     turns = inspect.signature(TurnFaces).parameters
@@ -188,7 +188,7 @@ def _best_cam_layer(learn, landmarks, group, n):
         energy[layer] = energy_in_region(maps[seen], own[seen]).nanmean().item()
     return max(energy, key=energy.get)
 
-# %% ../../nbs/tasks/55_landmarks.ipynb #e3fa0491
+# %% ../../nbs/tasks/55_landmarks.ipynb #97b78caf
 def _maps(learn, usual: Learner | None, x, cam_layer):
     "The maps of all explainers, name -> (N,1,S,S); `usual`: the detector with the library's defaults"
     model = learn.model
@@ -211,7 +211,7 @@ def _alone(model, x, regions, points, scheme, group):
     return {name: dict(nme=error(region, 'black'), nme_blur=error(region, 'blur'))
             for name, region in regions.items() if region.any()}
 
-# %% ../../nbs/tasks/55_landmarks.ipynb #9d9455e5
+# %% ../../nbs/tasks/55_landmarks.ipynb #a9b10da7
 def _score_group(landmarks, group, config, out, ids, regions):
     "Train and score one detector: what the record says of it, and its images"
     learn = _detector(landmarks, group, config, out)
@@ -278,7 +278,7 @@ def detector_table(record: dict, # As `run_landmarks` makes it
                 nme_top20=100 * scores['nme_top20'])
     return pd.DataFrame(rows).T
 
-# %% ../../nbs/tasks/55_landmarks.ipynb #7ad4ba94
+# %% ../../nbs/tasks/55_landmarks.ipynb #58ebd2d9
 def confusion(record: dict, # As `run_landmarks` makes it
               explainer: str = 'ante-hoc', # A map of the record
               what: str = 'density', # 'density' or 'energy'
@@ -311,7 +311,7 @@ def _matrix(rows):
     table = pd.DataFrame(rows).T
     return table[[*(group for group in rows if group in table), *(group for group in table if group not in rows)]]
 
-# %% ../../nbs/tasks/55_landmarks.ipynb #5c7c1322
+# %% ../../nbs/tasks/55_landmarks.ipynb #20cabfbd
 def figure4(dataset: str, # A name in `FACE_DATASETS`
             profile: str = 'cpu', # A name in `LANDMARK_PROFILES`
             work: str | Path = 'runs', # Folder of the runs
@@ -350,7 +350,7 @@ def _draw_detections(axs, explanation, size):
         ax.imshow(to_rgb(explanation.pixels[i] * light), extent=(0, size, size, 0))
         ax.plot(*found[i].T, '.', ms=2, color='lime')
 
-# %% ../../nbs/tasks/55_landmarks.ipynb #09e0e6e7
+# %% ../../nbs/tasks/55_landmarks.ipynb #093cc5d2
 landmark_experiment = register_experiment(Experiment(
     'landmarks', 'figure4', FACE_DATASETS, LANDMARK_PROFILES, _run, LANDMARK_SETTINGS,
     tables=dict(figure4=lambda record, results: detector_table(record).round(3).to_string()),

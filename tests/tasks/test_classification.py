@@ -29,6 +29,8 @@ from antehoc_nb.tasks.classification import (
 from antehoc_nb.tasks.experiment import DatasetSpec
 from antehoc_nb.tasks.noise import read_stability, run_stability, stability, stability_table
 
+pytestmark = pytest.mark.usefixtures('one_thread')
+
 
 @pytest.fixture(scope='module')
 def squares(tmp_path_factory):
@@ -51,8 +53,10 @@ def squares(tmp_path_factory):
 @pytest.fixture(scope='module')
 def run(squares, tmp_path_factory):
     "The smoke run of the classification; every test below reads it."
-    d = tmp_path_factory.mktemp('run')
+    d, threads = tmp_path_factory.mktemp('run'), torch.get_num_threads()
+    torch.set_num_threads(1)  # the CNN is too small to share among cores
     rec = run_classification('tinyimagenet20', 'smoke', d/'results', d/'work', squares)
+    torch.set_num_threads(threads)
     return rec, d
 
 
