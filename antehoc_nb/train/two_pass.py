@@ -60,7 +60,7 @@ def set_rng_state(dls, # fastai DataLoaders
     for loader, loader_state in zip(dls.loaders, state['dls']):
         if loader_state is not None: loader.rng.setstate(_as_tuple(loader_state))
 
-# %% ../../nbs/train/11_two_pass.ipynb #713c35e9
+# %% ../../nbs/train/11_two_pass.ipynb #d8b333d8
 @contextmanager
 def untouched(dls): # fastai DataLoaders
     "After the block every random state is as it was before it."
@@ -79,7 +79,7 @@ def sample_inputs(dls, # fastai DataLoaders
     n_inputs = getattr(dls, 'n_inp', len(batch) - 1)
     return tuple(plain_tensor(o)[:n] if isinstance(o, torch.Tensor) else o for o in batch[:n_inputs])
 
-# %% ../../nbs/train/11_two_pass.ipynb #1244eed3
+# %% ../../nbs/train/11_two_pass.ipynb #8773d144
 def normalisation(dls, # fastai DataLoaders
                  ) -> tuple[list, list] | tuple[None, None]: # Mean and standard deviation of each channel
     "What the DataLoaders' `Normalize` transform subtracts and divides by, if there is one."
@@ -88,7 +88,7 @@ def normalisation(dls, # fastai DataLoaders
     if normalize is None: return None, None
     return normalize.mean.flatten().tolist(), normalize.std.flatten().tolist()
 
-# %% ../../nbs/train/11_two_pass.ipynb #8571c1cd
+# %% ../../nbs/train/11_two_pass.ipynb #9c50c647
 def process_count() -> int:
     "How many processes train together; 1 without distributed training."
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
@@ -110,7 +110,7 @@ def antehoc_splitter(model: AntehocModel, # The learner's model
     *others, last = groups or [[]]
     return [*others, [*last, *model.weight_net.parameters()]]
 
-# %% ../../nbs/train/11_two_pass.ipynb #a95b4f21
+# %% ../../nbs/train/11_two_pass.ipynb #9ab86437
 class IntLoss(Metric):
     "The mean interpretation loss of the epoch as `TwoPass` measured it; nan where there is no `TwoPass`."
     def __init__(self,
@@ -129,7 +129,7 @@ class IntLoss(Metric):
     @property
     def name(self): return f'{self.which}_int_loss'
 
-# %% ../../nbs/train/11_two_pass.ipynb #7008cce8
+# %% ../../nbs/train/11_two_pass.ipynb #1882fa90
 def _check_model_arguments(model_kwargs):
     "`TypeError` for arguments that `AntehocModel` does not have"
     known = list(inspect.signature(AntehocModel).parameters)[2:]
@@ -178,13 +178,13 @@ class TwoPass(Callback):
         emptied = dict(map_history=[], map_images=None, _recorded=None, _pending_gradients=None)
         return {**self.__dict__, **emptied}
 
-# %% ../../nbs/train/11_two_pass.ipynb #3db48459
+# %% ../../nbs/train/11_two_pass.ipynb #3c5bac38
 @patch(as_prop=True)
 def antehoc(self: TwoPass) -> AntehocModel:
     "The learner's model, out of any distributed wrapper."
     return getattr(self.learn.model, 'module', self.learn.model)
 
-# %% ../../nbs/train/11_two_pass.ipynb #6ca03f2c
+# %% ../../nbs/train/11_two_pass.ipynb #cb88cc7a
 @patch
 def mean_int_loss(self: TwoPass,
                   which: str, # 'train' or 'valid'
@@ -194,7 +194,7 @@ def mean_int_loss(self: TwoPass,
     losses, sizes = zip(*self._batch_losses[which])
     return float(np.average(losses, weights=sizes))
 
-# %% ../../nbs/train/11_two_pass.ipynb #a382bed3
+# %% ../../nbs/train/11_two_pass.ipynb #99f4eb7f
 def _image_facts(dls, sample):
     "What a saved model should state about its images: their size, and the names of the classes if there are any"
     facts = dict(size=list(sample[0].shape[2:]))
@@ -215,7 +215,7 @@ def _wrap_model(self: TwoPass):
     facts = _image_facts(learn.dls, sample)
     learn.model = AntehocModel(learn.model, sample, mean=mean, std=std, meta=facts, **self.model_kwargs)
 
-# %% ../../nbs/train/11_two_pass.ipynb #3f109d97
+# %% ../../nbs/train/11_two_pass.ipynb #f1d55eda
 @patch
 def _adopt_model(self: TwoPass):
     "Complete an `AntehocModel` that was made without the DataLoaders."
@@ -238,7 +238,7 @@ def _adopt_normalisation(model, mean, std):
                          f'{model.mean.flatten().tolist()}, {model.std.flatten().tolist()}; give both the same')
     model.mean, model.std = mean, std
 
-# %% ../../nbs/train/11_two_pass.ipynb #952d848f
+# %% ../../nbs/train/11_two_pass.ipynb #142c8e6e
 @patch
 def _choose_mask_and_loss(self: TwoPass):
     "Set `mask` and `int_loss`. `ValueError` if the loss can't train this weight network or the fill does not fit."
@@ -252,7 +252,7 @@ def _choose_mask_and_loss(self: TwoPass):
         raise ValueError(f'int_loss={self.int_loss!r} (of TwoPass: loss) cannot train '
                          f'weight_net={model.weight_net_name!r}; leave it out')
 
-# %% ../../nbs/train/11_two_pass.ipynb #3d430e26
+# %% ../../nbs/train/11_two_pass.ipynb #a0dde65c
 def _renew_optimiser(learn):
     "A new optimiser with the settings of the old one"
     old = learn.opt.hypers
@@ -284,7 +284,7 @@ def _join_optimiser(self: TwoPass):
     if joined or not self.train_cnn: _renew_optimiser(learn)
     else: _extend_optimiser(learn)
 
-# %% ../../nbs/train/11_two_pass.ipynb #360b0d0b
+# %% ../../nbs/train/11_two_pass.ipynb #17c999b7
 @patch
 def attach(self: TwoPass):
     """Wrap the learner's model, choose mask and loss, and hand the weight network to the optimiser.
@@ -308,7 +308,7 @@ def attach(self: TwoPass):
 @patch
 def after_create(self: TwoPass): self.attach()
 
-# %% ../../nbs/train/11_two_pass.ipynb #b66447f3
+# %% ../../nbs/train/11_two_pass.ipynb #c17e1ff6
 @patch
 def before_fit(self: TwoPass):
     "Attach to a model that is new."
@@ -317,7 +317,7 @@ def before_fit(self: TwoPass):
     if self._attached_model is not self.antehoc: self.attach()
     self._fit_begun = False
 
-# %% ../../nbs/train/11_two_pass.ipynb #3ea5e366
+# %% ../../nbs/train/11_two_pass.ipynb #63fc65c7
 @patch
 def _finding_lr(self: TwoPass):
     "Whether fastai's learning rate finder is running: its losses may become infinite, and its maps are of no use"
@@ -348,7 +348,7 @@ def before_train(self: TwoPass):
 @patch
 def before_validate(self: TwoPass): self._batch_losses['valid'] = []
 
-# %% ../../nbs/train/11_two_pass.ipynb #d56708fa
+# %% ../../nbs/train/11_two_pass.ipynb #812e3847
 @patch
 def before_batch(self: TwoPass):
     "Have the model record its soft attention maps."
@@ -366,14 +366,14 @@ def after_pred(self: TwoPass):
 @patch
 def after_batch(self: TwoPass): self._recorded = None
 
-# %% ../../nbs/train/11_two_pass.ipynb #b2255dda
+# %% ../../nbs/train/11_two_pass.ipynb #8a837382
 @patch
 def _image_numbers(self: TwoPass, n):
     "Running number of each of the batch's `n` images since the start of training, (n,)"
     before = (self.epoch * self.n_iter + self.iter) * n * process_count()
     return before + process_rank() * n + torch.arange(n)
 
-# %% ../../nbs/train/11_two_pass.ipynb #6fba0c93
+# %% ../../nbs/train/11_two_pass.ipynb #a2295981
 @patch
 def _targets(self: TwoPass, y1, others, numbers):
     "Target classes of pass 2, (B,) or (B,T); None for a class-agnostic weight network"
@@ -384,14 +384,14 @@ def _targets(self: TwoPass, y1, others, numbers):
     elif len(self.yb): label = plain_tensor(self.yb[0])
     return draw_targets(plain_tensor(output_tensors(y1)[0]), label, numbers if self.training else None)
 
-# %% ../../nbs/train/11_two_pass.ipynb #b9767957
+# %% ../../nbs/train/11_two_pass.ipynb #5980c059
 @patch
 def _autocast(self: TwoPass):
     "The autocast of the learner's mixed precision; a context that does nothing if there is none"
     mixed_precision = next((cb for cb in self.learn.cbs if isinstance(cb, MixedPrecision)), None)
     return getattr(mixed_precision, 'autocast', None) or nullcontext()
 
-# %% ../../nbs/train/11_two_pass.ipynb #e2dceabe
+# %% ../../nbs/train/11_two_pass.ipynb #d6eb1a34
 @patch
 def _second_pass(self: TwoPass, mask):
     "The interpretation loss of the current batch, differentiable in the weight network; the CNN has to be `frozen`"
@@ -404,7 +404,7 @@ def _second_pass(self: TwoPass, mask):
         return interpretation_loss(self.antehoc, x, sams, y1, numbers, mask=mask, fill=self.fill, loss=self.int_loss,
                                    target=target, others=others)
 
-# %% ../../nbs/train/11_two_pass.ipynb #7d849211
+# %% ../../nbs/train/11_two_pass.ipynb #87bacbf6
 @patch
 def _check_finite(self: TwoPass, loss, what):
     "`FloatingPointError` if the loss is not finite"
@@ -416,7 +416,7 @@ def _check_finite(self: TwoPass, loss, what):
                              f'Training stopped before this step; {weights}. '
                              'Lower the learning rate, clip gradients with GradientClip(), or leave half precision')
 
-# %% ../../nbs/train/11_two_pass.ipynb #3349681f
+# %% ../../nbs/train/11_two_pass.ipynb #5fd3b098
 @patch
 def _validate_batch(self: TwoPass):
     "Measure the interpretation loss of a validation batch."
@@ -431,12 +431,12 @@ def after_loss(self: TwoPass):
         if not self._finding_lr(): self._check_finite(self.loss, 'the task loss')
     elif self._recorded and len(self.yb): self._validate_batch()
 
-# %% ../../nbs/train/11_two_pass.ipynb #bc47ffbb
+# %% ../../nbs/train/11_two_pass.ipynb #5a22692b
 @patch
 def before_backward(self: TwoPass):
     if not self.train_cnn: raise CancelBackwardException()
 
-# %% ../../nbs/train/11_two_pass.ipynb #c862fb18
+# %% ../../nbs/train/11_two_pass.ipynb #e8aa8fef
 @patch
 def _trained_weights(self: TwoPass):
     "The weight network's parameters that get gradients"
@@ -464,7 +464,7 @@ def _gradients(self: TwoPass, loss, weights):
     factor = self._share_of_step() / scale
     return [gradient * factor for gradient in torch.autograd.grad(loss * scale, weights)]
 
-# %% ../../nbs/train/11_two_pass.ipynb #89bfc5e5
+# %% ../../nbs/train/11_two_pass.ipynb #823a9341
 @patch
 def _add_gradients(self: TwoPass, gradients, weights):
     "Add the gradients of a batch to those that wait for the optimiser's step."
@@ -475,7 +475,7 @@ def _add_gradients(self: TwoPass, gradients, weights):
     if scaler and not self.train_cnn:
         for weight, gradient in zip(weights, self._pending_gradients): weight.grad = gradient * scaler.get_scale()
 
-# %% ../../nbs/train/11_two_pass.ipynb #d4f2088d
+# %% ../../nbs/train/11_two_pass.ipynb #7bd66f3e
 @patch
 def _train_batch(self: TwoPass):
     "Pass 2 of a training batch, and its gradients for the weight network"
@@ -491,7 +491,7 @@ def _train_batch(self: TwoPass):
 def after_backward(self: TwoPass):
     with frozen(self.antehoc.cnn): self._train_batch()
 
-# %% ../../nbs/train/11_two_pass.ipynb #287c44a6
+# %% ../../nbs/train/11_two_pass.ipynb #4096ebab
 def _average_over_processes(gradient):
     "Replace the gradient by its mean over all processes."
     if process_count() == 1: return
@@ -517,7 +517,7 @@ def after_step(self: TwoPass):
 @patch
 def after_cancel_step(self: TwoPass): self._pending_gradients = None
 
-# %% ../../nbs/train/11_two_pass.ipynb #81a32fba
+# %% ../../nbs/train/11_two_pass.ipynb #e9fc7532
 @patch
 def _record_maps(self: TwoPass):
     "Add the current maps of `map_images` to `map_history`, (n,1,H,W) in half precision on the CPU."
