@@ -19,7 +19,7 @@ from .images import Fit, labelled_dls
 # %% ../../nbs/data/21_photo_digits.ipynb #cell0011
 TEST_DIGITS = 516  # load_digits()[:516], four forms, is for testing; the rest, ten forms, for training
 
-# %% ../../nbs/data/21_photo_digits.ipynb #65c7c9ae
+# %% ../../nbs/data/21_photo_digits.ipynb #54a14ef8
 def _scaled(photo, size, side):
     "A PIL photograph in which a scene of `size` pixels covers what `side` pixels covered, as an array"
     return np.asarray(photo.resize([round(length*size/side) for length in photo.size], Image.Resampling.BILINEAR))
@@ -42,7 +42,7 @@ def scene_material(
     scaled = [[_scaled(photo, size, side) for side in np.geomspace(96, 240, 10)] for photo in photos]
     return [digits[labels == i] for i in range(10)], scaled
 
-# %% ../../nbs/data/21_photo_digits.ipynb #90d5e9c5
+# %% ../../nbs/data/21_photo_digits.ipynb #47ee4511
 LUMA = np.array([.299, .587, .114], np.float32)  # brightness of an RGB colour
 
 
@@ -74,7 +74,7 @@ def paint(scene, opacity, row, column, colour):
     under = scene[row:row+opacity.shape[0], column:column+opacity.shape[1]]
     under += opacity[..., None]*(colour - under)
 
-# %% ../../nbs/data/21_photo_digits.ipynb #d67cfc77
+# %% ../../nbs/data/21_photo_digits.ipynb #bfbe16c9
 def _random_colour(rng, under):
     "A random RGB colour 0..255 that differs in brightness from the pixels `under` it, by 0.4 if one of 16 colours does"
     colours = rng.random((16, 3), dtype=np.float32)
@@ -108,7 +108,7 @@ def _distractor(rng, digits, side):
     kind = rng.integers(4)
     return _fragment(rng, digits, side) if kind < 2 else _blob_or_line(rng, side, blob=kind == 2)
 
-# %% ../../nbs/data/21_photo_digits.ipynb #c8118a29
+# %% ../../nbs/data/21_photo_digits.ipynb #91384eb3
 def _paint_digit(rng, scene, digits):
     "Paint one of `digits` on a scene. Its corner and side in shares of the scene's side, and its mask (S,S)"
     size = len(scene)

@@ -19,7 +19,7 @@ from scipy import ndimage
 
 from ..core.model import Explanation
 
-# %% ../../nbs/show/30_plots.ipynb #c2d48cfb
+# %% ../../nbs/show/30_plots.ipynb #34395054
 MAP_COLOURS = 'inferno'  # matplotlib's name of the colour map of maps and overlays: from black over purple to yellow
 WEIGHT_COLOURS = 'viridis'  # of weight maps
 
@@ -71,7 +71,7 @@ def to_map(
         raise ValueError(f"map: {array.shape} does not fit the image {tuple(hw)}; resize it")
     return array.clip(0, 1)
 
-# %% ../../nbs/show/30_plots.ipynb #aaa7c18a
+# %% ../../nbs/show/30_plots.ipynb #0c19ce84
 def check_threshold(threshold):
     "`threshold` itself; `ValueError` outside (0,1]"
     if not 0 < threshold <= 1: raise ValueError(f"threshold: {threshold} is outside (0,1]; the paper uses 0.8")
@@ -88,7 +88,7 @@ def draw_image(image, ax=None, title=None, color='black', size=2.4, fontsize=9, 
     if title is not None: ax.set_title(title, color=color, fontsize=fontsize)
     return ax
 
-# %% ../../nbs/show/30_plots.ipynb #ada966ac
+# %% ../../nbs/show/30_plots.ipynb #83ebf47b
 def _image_and_map(image, map=None):
     "Image and map from an `Explanation` or from two tensors"
     if map is not None: return image, map
@@ -222,7 +222,7 @@ def panel_grid(rows, cols, size, image, extra=.3):
     figsize = max(cols*width, 2.), rows*(size+extra)
     return plt.subplots(rows, cols, figsize=figsize, layout='constrained', squeeze=False)[1]
 
-# %% ../../nbs/show/30_plots.ipynb #0283e2fc
+# %% ../../nbs/show/30_plots.ipynb #6e252f7b
 def _window_start(start, end, side, length):
     "Where a window of `side` pixels begins that has `start` to `end` in its middle, and lies inside 0 to `length`"
     return int(np.clip((start+end-side)//2, 0, max(length-side, 0)))
