@@ -59,7 +59,7 @@ def test_images(
     x, y = (torch.cat([plain_tensor(batch[k]) for batch in batches]) for k in (0, 1))
     return x, y, picked
 
-# %% ../../nbs/evaluate/48_benchmark.ipynb #18c7a8ef
+# %% ../../nbs/evaluate/48_benchmark.ipynb #2c31a848
 def _all_classes(dl):
     "The class of every image of a data loader, without loading the images where the dataset allows it"
     ds = dl.dataset
@@ -105,7 +105,7 @@ class Task:
         "The images under a mask"
         return masked(self.x, mask, self.fill, self.mean, self.std)
 
-# %% ../../nbs/evaluate/48_benchmark.ipynb #a6f6591e
+# %% ../../nbs/evaluate/48_benchmark.ipynb #b1347ac0
 benchmark_metrics = Registry('metric')  # name -> f(task, maps), which gives {(scorer, masks, name): (B,) values}
 
 
@@ -209,7 +209,7 @@ def benchmark(
     if out: write_record(record, out)
     return Benchmark(df, record, values, times)
 
-# %% ../../nbs/evaluate/48_benchmark.ipynb #c9aa4624
+# %% ../../nbs/evaluate/48_benchmark.ipynb #c1856d5d
 def _choose_explainers(explainers, model, out):
     "Name -> explainer, all of them known; 'ante-hoc' is left out by default for a CNN that has no map of its own"
     by_name = isinstance(explainers, dict)
@@ -240,7 +240,7 @@ def _try_out(scorers, x, y, threshold, areas):
     map_masks(torch.zeros(1, 1, *x.shape[2:]), threshold, areas)
     for scorer in scorers.values(): scorer(x, y)
 
-# %% ../../nbs/evaluate/48_benchmark.ipynb #e2e00245
+# %% ../../nbs/evaluate/48_benchmark.ipynb #f40520c5
 def _statistics(model, dl, mean, std, device):
     "The normalisation's mean and standard deviation, (1,C,1,1): those given, else the model's, else those of `dl`"
     own = (model.mean, model.std) if isinstance(model, AntehocModel) else normalisation(DataLoaders(dl))
@@ -276,7 +276,7 @@ def _settings(task, model, evaluator, metrics, target, score, bs):
                 mean=task.mean.flatten().tolist(), std=task.std.flatten().tolist(), fill=task.fill,
                 threshold=task.threshold, areas=list(task.areas), steps=task.steps, bs=bs)
 
-# %% ../../nbs/evaluate/48_benchmark.ipynb #ec024dea
+# %% ../../nbs/evaluate/48_benchmark.ipynb #c2ea2d4f
 def _measure_all(explainers, model, tasks, metrics, out, settings):
     "Values and times of every explainer; those in the folder beside `out` are read"
     folder = Path(out).with_suffix('') if out else None
@@ -317,7 +317,7 @@ def _synchronise(task):
     "Wait for the GPU, if there is one, so that times are times"
     if task.x.is_cuda: torch.cuda.synchronize()
 
-# %% ../../nbs/evaluate/48_benchmark.ipynb #6e96ef2e
+# %% ../../nbs/evaluate/48_benchmark.ipynb #5c4ede47
 def _write_values(file, values, times):
     "Keep the values of one explainer, whole or not at all"
     partial_file = file.with_name(f'.{file.stem}.{os.getpid()}.npz')

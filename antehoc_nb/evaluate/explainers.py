@@ -58,7 +58,7 @@ def _cnn(model):
                         'wrap it in a module whose forward(x) adds the other inputs') from e
     return cnn
 
-# %% ../../nbs/evaluate/45_explainers.ipynb #15f9fc1a
+# %% ../../nbs/evaluate/45_explainers.ipynb #f6ae583a
 def needs_target(
     explainer: str | Callable, # A name in `explainers`, or a function f(model, x, target)
 ) -> bool: # True where the registry does not say otherwise
@@ -108,7 +108,7 @@ def stretch_maps(maps):
     constant = torch.where(maps.isfinite(), 0., torch.nan)
     return torch.where(high - low > 1e-6 * high.abs(), (maps - low) / (high - low), constant)
 
-# %% ../../nbs/evaluate/45_explainers.ipynb #37cd0661
+# %% ../../nbs/evaluate/45_explainers.ipynb #cd564e90
 @cache
 def torchcam_extractor(name):
     "torchcam's extractor `name`; its Grad-CAM++ with the paper's weights"
@@ -126,7 +126,7 @@ def torchcam_extractor(name):
             return [w.nan_to_num(0, 0, 0).sum((2, 3)) for w in weights]
     return GradCAMpp
 
-# %% ../../nbs/evaluate/45_explainers.ipynb #3b9d55ab
+# %% ../../nbs/evaluate/45_explainers.ipynb #c8317967
 def _cam(name, model, x, target, layer, aligned, **kwargs):
     "CAMs of torchcam's extractor `name`, enlarged to the image and scaled"
     extractor = torchcam_extractor(name)
@@ -172,7 +172,7 @@ def _check_logits(out):
     raise ValueError(f'a CNN that gives logits (B,K) is needed, got {got}; '
                      'wrap it in a module whose forward(x) returns them')
 
-# %% ../../nbs/evaluate/45_explainers.ipynb #b53163bd
+# %% ../../nbs/evaluate/45_explainers.ipynb #c4118820
 @explainers.register(name='grad-cam', needs_target=True)
 def grad_cam(
     model: nn.Module, # An `AntehocModel`, or any CNN
@@ -368,7 +368,7 @@ def explain_with(
             maps.append(_check_shape(f(model, images, classes), images, name))
     return _check_values(torch.cat(maps), name)
 
-# %% ../../nbs/evaluate/45_explainers.ipynb #d3165068
+# %% ../../nbs/evaluate/45_explainers.ipynb #c73a80d0
 def _function_name(f):
     "What a function is called in an error; a partial by the function inside"
     return getattr(getattr(f, 'func', f), '__name__', type(f).__name__)

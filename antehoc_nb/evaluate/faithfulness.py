@@ -44,7 +44,7 @@ def check_unit_map(maps, purpose=''):
     if low < 0 or high > 1: raise ValueError(f"map must lie in [0,1]{purpose}, got {low:.3g}..{high:.3g}")
     return maps
 
-# %% ../../nbs/evaluate/40_faithfulness.ipynb #2d9ba11b
+# %% ../../nbs/evaluate/40_faithfulness.ipynb #d79208ee
 def check_fit(x, map):
     "Images (B,C,H,W) and their maps as float (B,H,W), on the images' device"
     x = as_plain(x, 'x')
@@ -79,7 +79,7 @@ def check_bs(bs):
     if bs is not None and bs < 1: raise ValueError(f"bs must be at least 1, got {bs}")
     return bs
 
-# %% ../../nbs/evaluate/40_faithfulness.ipynb #c25888b1
+# %% ../../nbs/evaluate/40_faithfulness.ipynb #03e52ee3
 @contextmanager
 def scoring_mode(model):
     "No autograd, and evaluation mode where `model` is a module"
@@ -141,7 +141,7 @@ def check_probabilities(values, name):
                          "such as exp(-|error|)")
     return values.clamp(max=1)
 
-# %% ../../nbs/evaluate/40_faithfulness.ipynb #f9c5493b
+# %% ../../nbs/evaluate/40_faithfulness.ipynb #29aa1bc5
 def drop_inc_win(
     p_x, # Probability of the class on the images, (N,), in [0,1]
     p_e, # Probability of the same class on the masked images, (N,), in [0,1]
@@ -185,7 +185,7 @@ def pixel_ranks(maps):
     places = torch.arange(order.shape[1], device=maps.device).expand_as(order)
     return torch.empty_like(order).scatter_(1, order, places).view(maps.shape)
 
-# %% ../../nbs/evaluate/40_faithfulness.ipynb #1e889ed3
+# %% ../../nbs/evaluate/40_faithfulness.ipynb #b8350742
 def equal_area_mask(
     map: torch.Tensor, # Maps, (B,1,H,W) or (B,H,W), any finite values
     share: float, # Share of the pixels to keep, in (0,1]
@@ -210,7 +210,7 @@ def map_masks(
     equal = {f'top {100*share:g}%': equal_area_mask(maps, share) for share in areas}
     return {'energy': maps, 'binarised': (maps >= threshold).to(maps.dtype)} | equal
 
-# %% ../../nbs/evaluate/40_faithfulness.ipynb #b05f6dda
+# %% ../../nbs/evaluate/40_faithfulness.ipynb #781aad19
 def faithfulness(
     model, # Gives the score: a classifier (B,C,H,W) to (B,K) by default, the CNN itself or an independent evaluator
     x: torch.Tensor, # Images, (N,C,H,W), normalised as the model expects
@@ -306,7 +306,7 @@ def _check_baseline(baseline, x):
     except RuntimeError:
         raise ValueError(f"baseline must broadcast to x: {tuple(baseline.shape)} for images {tuple(x.shape)}") from None
 
-# %% ../../nbs/evaluate/40_faithfulness.ipynb #f1cac85f
+# %% ../../nbs/evaluate/40_faithfulness.ipynb #50e9af78
 def _score_steps(score, x, baseline, ranks, counts, target, bs):
     "Scores (B,2K) of the steps 0..K of insertion and 1..K-1 of deletion; step k moves the first `counts[k]` pixels"
     moved = torch.cat([counts, counts[1:-1]])

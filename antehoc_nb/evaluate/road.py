@@ -39,7 +39,7 @@ def _solve(image, gone):
     pixels[:, gone] = factors.solve(known).T
     return pixels.reshape(image.shape)
 
-# %% ../../nbs/evaluate/42_road.ipynb #11c36678
+# %% ../../nbs/evaluate/42_road.ipynb #cf21e07b
 def linear_imputation(
     x: torch.Tensor, # Images, (B,C,H,W)
     removed: torch.Tensor, # The pixels to fill, bool (B,1,H,W) or (B,H,W); at least one pixel of each image must stay
@@ -104,7 +104,7 @@ def road_scores(
     return dict(most=most.mean(1), least=least.mean(1), combined=(least - most).mean(1),
                 most_curve=most, least_curve=least, shares=torch.tensor(shares))
 
-# %% ../../nbs/evaluate/42_road.ipynb #c52273b9
+# %% ../../nbs/evaluate/42_road.ipynb #1a7f5d6b
 def _check_shares(shares, maps):
     "How many pixels each share is"
     if not shares: raise ValueError("shares is empty")

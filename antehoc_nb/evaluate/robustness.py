@@ -26,7 +26,7 @@ def check_pair(a, b):
         raise ValueError(f"the two maps must have the same shape, not {tuple(a.shape)} and {tuple(b.shape)}")
     return a.double().numpy(), b.double().numpy()
 
-# %% ../../nbs/evaluate/43_robustness.ipynb #57ddc662
+# %% ../../nbs/evaluate/43_robustness.ipynb #42943e6d
 def ssim(
     a: torch.Tensor, # Maps, (B,1,H,W) or (B,H,W), in [0,1], at least 7x7 pixels
     b: torch.Tensor, # Maps of the same shape

@@ -99,7 +99,7 @@ def _similarity(layer, trained, maps):
     return dict(layer=layer, rank_correlation=rank_correlation(trained, maps).nanmean().item(),
                 ssim=ssim(trained, maps).mean().item(), flat=flat.float().mean().item())
 
-# %% ../../nbs/evaluate/44_sanity.ipynb #77ecb3a8
+# %% ../../nbs/evaluate/44_sanity.ipynb #b9c87741
 def plot_randomisation(
     tables: dict, # Name -> table of `model_randomisation`
     axs=None, # Two axes, for rank correlation and SSIM; a new figure if None

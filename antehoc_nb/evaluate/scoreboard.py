@@ -64,7 +64,7 @@ def _commit():
         return dict(hash=git('rev-parse', 'HEAD'), dirty=bool(changes))
     except (OSError, subprocess.SubprocessError): return None
 
-# %% ../../nbs/evaluate/47_scoreboard.ipynb #0e8b4e83
+# %% ../../nbs/evaluate/47_scoreboard.ipynb #d7504f63
 def _hardware():
     "Processor, cores and threads, memory in GiB, system, GPU"
     cuda = torch.cuda.is_available()
@@ -123,7 +123,7 @@ def _jsonable(value, where='record'):
     raise TypeError(f"{where} is a {type(value).__name__}, which a record cannot hold; "
                     "turn it into numbers, strings, lists or dicts")
 
-# %% ../../nbs/evaluate/47_scoreboard.ipynb #7abde3ba
+# %% ../../nbs/evaluate/47_scoreboard.ipynb #f2005bef
 def _json_float(value):
     "A float that JSON can hold: nan as None, infinity as text"
     if math.isnan(value): return None
@@ -144,7 +144,7 @@ def _json_dict(value, where):
     if len(entries) < len(value): raise ValueError(f"{where} has keys that are the same as strings: {list(value)}")
     return entries
 
-# %% ../../nbs/evaluate/47_scoreboard.ipynb #6d537c1c
+# %% ../../nbs/evaluate/47_scoreboard.ipynb #c10acfbe
 def read_record(
     path, # A .json file written by `write_record`
     command: str | None = None, # The command that makes the record, for the error when it is missing
@@ -189,7 +189,7 @@ def summarise(
     ratios = {explainer: _ratios(of_one) for explainer, of_one in values.items()}
     return _bootstrap(ratios, times, resamples, seed, exclude)
 
-# %% ../../nbs/evaluate/47_scoreboard.ipynb #453bbf60
+# %% ../../nbs/evaluate/47_scoreboard.ipynb #fc556d90
 def _ratios(values):
     "Every column of one explainer as (numerator, denominator), both (N,)"
     ratios = {}
@@ -215,7 +215,7 @@ def _drop_ratios(p_x, p_e):
                 average_drop=(drop, every), average_gain=(percent(gained, 1 - p_x, gains), every),
                 share_drop=(loses * 1., every), share_inc=(gains * 1., every))
 
-# %% ../../nbs/evaluate/47_scoreboard.ipynb #f9cc71ac
+# %% ../../nbs/evaluate/47_scoreboard.ipynb #ed2985b6
 def _bootstrap(ratios, times, resamples, seed, exclude):
     "The tidy table of `summarise`, from numerators and denominators"
     n = len(next(iter(next(iter(ratios.values())).values()))[0])
@@ -286,7 +286,7 @@ class Benchmark:
         df = pd.DataFrame(results['rows'], columns=results['columns'])
         return cls(df.astype({c: float for c in ('value', 'low', 'high', 'spread') if c in df}), record)
 
-# %% ../../nbs/evaluate/47_scoreboard.ipynb #97cbe4c3
+# %% ../../nbs/evaluate/47_scoreboard.ipynb #4699d03b
 def as_results(
     df: pd.DataFrame, # From `summarise`
 ) -> dict: # JSON can hold it, and `Benchmark.of` reads it
@@ -319,7 +319,7 @@ def pool(
     spread = pd.concat([b.df for b in benchmarks]).groupby(KEY, sort=False).value.std().rename('spread')
     return df.join(spread, on=KEY)
 
-# %% ../../nbs/evaluate/47_scoreboard.ipynb #1f6a47b5
+# %% ../../nbs/evaluate/47_scoreboard.ipynb #6298fc70
 def _columns(df, metrics, masks, scorers):
     "The columns (scorer, masks, metric) that a table has, in order"
     def wanted(name, names): return not name or names is None or name in names
@@ -367,7 +367,7 @@ def table(
     look = pd.DataFrame(look, text.index, text.columns)
     return text.style.apply(lambda _: look, axis=None)
 
-# %% ../../nbs/evaluate/47_scoreboard.ipynb #298146dc
+# %% ../../nbs/evaluate/47_scoreboard.ipynb #032ff7a5
 _DIGITS = dict(drop=1, inc=1, win=1, average_drop=1, average_gain=1, ms_per_map=1, insertion=3, deletion=3)
 
 
@@ -387,7 +387,7 @@ def _headings(columns):
     if len({name[0] for name in names if len(name) > 1}) <= 1: return [name[-1] for name in names]
     return pd.MultiIndex.from_tuples([(name[0] if len(name) > 1 else '', name[-1]) for name in names])
 
-# %% ../../nbs/evaluate/47_scoreboard.ipynb #2016109d
+# %% ../../nbs/evaluate/47_scoreboard.ipynb #ac198c05
 @patch
 def plot(
     self: Benchmark,
