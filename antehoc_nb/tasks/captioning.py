@@ -56,7 +56,7 @@ CAPTION_PROFILES.update(
                hidden=512, grid=1, dropout=.5, n_train=None, n_valid=None, n_test=None, steps=32, min_freq=5,
                class_specific=class_specific_settings(12)))
 
-# %% ../../nbs/tasks/57_captioning.ipynb #d6ab034e
+# %% ../../nbs/tasks/57_captioning.ipynb #8900f375
 def _scenes(path, config):
     return digit_captions(config['n_train'], config['n_valid'], config['n_test'], config['size'])
 
@@ -127,7 +127,7 @@ def _train(config, tokenizer, dls, paths):
                                build=lambda: deepcopy(learn.model.cnn))
     return learn, class_specific.model.eval()
 
-# %% ../../nbs/tasks/57_captioning.ipynb #c92a90c6
+# %% ../../nbs/tasks/57_captioning.ipynb #5d31b0cf
 def _generate(model, x, beam, bs=64):
     "The captions of a captioner, (N,T)"
     captions = [row for batch in x.split(bs) for row in model.cnn.generate(batch, beam)[0]]
@@ -166,7 +166,7 @@ def _pointing(model, class_specific, x, tokens, places):
     return {kind: dict(hits=v.mean(), ci=1.96 * v.sem(), images=len(v), words=len(rows))
             for kind, v in by_image.items()}
 
-# %% ../../nbs/tasks/57_captioning.ipynb #b49889cc
+# %% ../../nbs/tasks/57_captioning.ipynb #99b64057
 def _bleu(model, tokenizer, images, captioned, beam):
     "Generated captions and their BLEU, both by split and search"
     searches = {f'beam {width}' if width > 1 else 'greedy': width for width in (1, beam)}
@@ -253,7 +253,7 @@ def caption_scores(records: dict, # Data set -> record
             for how, scores in found.items(): rows[record['config']['title'], split, how] = scores
     return pd.DataFrame(rows).T
 
-# %% ../../nbs/tasks/57_captioning.ipynb #e9efcb0b
+# %% ../../nbs/tasks/57_captioning.ipynb #859a8520
 def caption_figure(dataset: str, # A name in `CAPTION_DATASETS`
                    profile: str = 'cpu', # A name in `CAPTION_PROFILES`
                    work: str | Path = 'runs', # Folder of the runs
@@ -265,14 +265,14 @@ def caption_figure(dataset: str, # A name in `CAPTION_DATASETS`
     model = load_captioner(captioning.trained(dataset, profile, work, 'captioner'))
     captioned = load_captions(config, data)
     test = captioned.of('test')
-    shown = [test[i] for i in np.linspace(0, len(test) - 1, min(n, len(test))).astype(int)]
+    ids = [test[i] for i in np.linspace(0, len(test) - 1, min(n, len(test))).astype(int)]
     dls = caption_dls(captioned, model.cnn.tokenizer, config['size'])
-    x = images_of(dls, [captioned.images[i] for i in shown])
+    x = images_of(dls, [captioned.images[i] for i in ids])
     tokens = model.to(x.device).cnn.generate(x, config['beam'])[0]
-    references = [captioned.captions[i][0] for i in shown]
+    references = [captioned.captions[i][0] for i in ids]
     return caption_grid(model.explain(x, tokens).cpu(), word_maps(model, x, tokens), references)[0, 0].figure
 
-# %% ../../nbs/tasks/57_captioning.ipynb #ee31fb80
+# %% ../../nbs/tasks/57_captioning.ipynb #191d4343
 def _printed_tables(record, results):
     "BLEU, and Table 4 for both kinds of captions, as the command line prints them"
     records = {record['config']['dataset']: record}

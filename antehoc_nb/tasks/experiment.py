@@ -34,7 +34,7 @@ from ..show.learner import plot_losses
 from ..train.checkpoint import Checkpoint
 from ..train.learner import Bf16, antehoc_learner, plain_learner
 
-# %% ../../nbs/tasks/50_experiment.ipynb #2b4b3f23
+# %% ../../nbs/tasks/50_experiment.ipynb #5fb6ecd9
 def fingerprint(dls, # fastai DataLoaders
                ) -> str: # 16 hexadecimal digits
     "Tells training and validation images from others: by names, sizes and classes of files, or by pixels of arrays."
@@ -51,7 +51,7 @@ def _as_bytes(part):
     if isinstance(part, Path) and part.is_file(): part = f'{"/".join(part.parts[-3:])} {part.stat().st_size}'
     return str(part).encode()
 
-# %% ../../nbs/tasks/50_experiment.ipynb #4da21c3a
+# %% ../../nbs/tasks/50_experiment.ipynb #f79f4d4c
 def seed_loaders(dls, # fastai DataLoaders
                  seed: int, # Of the first loader; each further one has the next number
                 ) -> None:
@@ -100,7 +100,7 @@ def train_run(dls, # fastai DataLoaders
     write_record(run_record(config, config['seed'], results, experiment='train', command=command), out/'record.json')
     return learn
 
-# %% ../../nbs/tasks/50_experiment.ipynb #b07104c5
+# %% ../../nbs/tasks/50_experiment.ipynb #81a09e46
 def _make_learner(dls, config, out, metric, build, checkpoint):
     "An untrained learner, with or without a weight network"
     cbs = [checkpoint]
@@ -120,7 +120,7 @@ def _fit(learn, config):
         if config.get('pretrained'): learn.unfreeze()
         learn.fit_one_cycle(config['epochs'], config['lr'])
 
-# %% ../../nbs/tasks/50_experiment.ipynb #9a075bce
+# %% ../../nbs/tasks/50_experiment.ipynb #7d0d1e41
 def _results(learn, dls, checkpoint):
     "What the record of a run holds"
     explains = isinstance(learn.model, AntehocModel)
@@ -154,7 +154,7 @@ def _save_figure(path, dpi, figure=None):
     figure.savefig(path, dpi=dpi, bbox_inches='tight')
     plt.close(figure)
 
-# %% ../../nbs/tasks/50_experiment.ipynb #9e535760
+# %% ../../nbs/tasks/50_experiment.ipynb #ddce7ffc
 @dataclass(frozen=True)
 class DatasetSpec:
     "A data set of an experiment: its name beside a number, where it lies, how it is read, and what differs for it."
@@ -181,7 +181,7 @@ class DatasetSpec:
         path = data_root()/self.archive
         return None if self.download and not path.exists() else path
 
-# %% ../../nbs/tasks/50_experiment.ipynb #37ad799d
+# %% ../../nbs/tasks/50_experiment.ipynb #6e43843a
 @dataclass(frozen=True)
 class Paths:
     "Where a run finds its data and leaves what it can resume from."
@@ -205,7 +205,7 @@ class FigureSpec:
     folder: str # Folder under results/, or under work/ where pictures of the data set may not be published
     dpi: int = 60 # Dots per inch
 
-# %% ../../nbs/tasks/50_experiment.ipynb #509577cc
+# %% ../../nbs/tasks/50_experiment.ipynb #aa2e67aa
 def as_registry(kind: str, # What the entries are, for messages: "dataset"
                 entries: dict, # Name -> entry
                ) -> Registry: # Indexing an unknown name raises `ValueError` with the nearest names
@@ -232,7 +232,7 @@ class Experiment:
         self.datasets = as_registry('dataset', self.datasets)
         self.profiles = as_registry('profile', self.profiles)
 
-# %% ../../nbs/tasks/50_experiment.ipynb #4401e890
+# %% ../../nbs/tasks/50_experiment.ipynb #64caae5f
 @patch
 def config(self: Experiment,
            dataset: str, # A name in `datasets`
@@ -244,7 +244,7 @@ def config(self: Experiment,
     every = self.settings | spec.settings | of_profile | spec.by_profile.get(profile, {})
     return dict(dataset=dataset, profile=profile) | deepcopy({k: every[k] for k in own})
 
-# %% ../../nbs/tasks/50_experiment.ipynb #571110d2
+# %% ../../nbs/tasks/50_experiment.ipynb #904cd6ee
 @patch
 def command(self: Experiment, dataset: str, profile: str) -> str: # Names, as for `config`
     "The command line that makes a record."
@@ -272,7 +272,7 @@ def read(self: Experiment,
     "The record of a run. Errors as of `read_record`."
     return read_record(self.record_path(dataset, profile, results), self.command(dataset, profile))
 
-# %% ../../nbs/tasks/50_experiment.ipynb #f3a6d648
+# %% ../../nbs/tasks/50_experiment.ipynb #27087463
 @patch
 def reproduce(self: Experiment,
               dataset: str, # A name in `datasets`
@@ -303,7 +303,7 @@ def trained(self: Experiment,
     if not folder.exists(): raise FileNotFoundError(f'{folder} is missing: run `{self.command(dataset, profile)}`')
     return folder
 
-# %% ../../nbs/tasks/50_experiment.ipynb #30c8b9d9
+# %% ../../nbs/tasks/50_experiment.ipynb #e1e7bf85
 @patch
 def save_figure(self: Experiment,
                 name: str, # A name in `figures`
@@ -321,7 +321,7 @@ def save_figure(self: Experiment,
     _save_figure(path, figure.dpi, figure.draw(dataset, profile, work, data))
     return path
 
-# %% ../../nbs/tasks/50_experiment.ipynb #bea086e4
+# %% ../../nbs/tasks/50_experiment.ipynb #cb024a9c
 experiments = Registry('experiment')  # name of a table or figure on the command line -> `Experiment`
 
 

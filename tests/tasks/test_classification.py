@@ -164,8 +164,10 @@ def test_every_profile_fits_every_data_set():
 def test_a_new_data_set_is_one_entry(squares, monkeypatch):
     "For every experiment that shares the data sets; one takes of its settings only those that it has itself."
     by_profile = dict(cpu=dict(epochs=7, evaluator_epochs=7))
-    monkeypatch.setitem(DATASETS, 'squares', DatasetSpec('Squares', image_folders, test_split='val', by_profile=by_profile))
+    spec = DatasetSpec('Squares', image_folders, test_split='val', by_profile=by_profile)
+    monkeypatch.setitem(DATASETS, 'squares', spec)
     dls = dataset_dls('squares', 32, 8, n_train=20, data=squares)
     assert list(dls.vocab) == ['n0', 'n1'] and (len(dls.train_ds), len(dls.valid_ds)) == (20, 16)
-    assert classification.config('squares', 'cpu')['epochs'] == 7 and classification.config('squares', 'smoke')['epochs'] == 1
+    assert classification.config('squares', 'cpu')['epochs'] == 7
+    assert classification.config('squares', 'smoke')['epochs'] == 1
     assert set(stability.config('squares', 'cpu')) == {'dataset', 'profile', 'amounts', 'n', 'draws'}
