@@ -19,7 +19,7 @@ from ..core.model import AntehocModel, Explanation
 from ..core.weight_net import class_numbers
 from .plots import as_rows, check_threshold, draw_image, panel_grid, show_map, show_maps, to_rgb
 
-# %% ../../nbs/show/31_learner.ipynb #ab2d09e9
+# %% ../../nbs/show/31_learner.ipynb #10cca94f
 def antehoc_of(learn):
     "The learner's `AntehocModel`; `TypeError` for any other model"
     model = getattr(learn.model, 'module', learn.model)
@@ -76,7 +76,7 @@ def _target_numbers(learn, target, n):
     names = getattr(learn.dls, 'vocab', None) or model.meta.get('vocab') or ()
     return class_numbers(target, n, model.classes, names)
 
-# %% ../../nbs/show/31_learner.ipynb #81c864c3
+# %% ../../nbs/show/31_learner.ipynb #efeeba0f
 @patch
 def explain(self: Learner,
     items=None, # None: the first `n` validation images; or validation indices, paths, PIL images, or a `DataLoader`
