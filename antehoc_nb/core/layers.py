@@ -280,11 +280,12 @@ class ActivationRecorder:
     def __init__(self,
                  cnn: nn.Module, # The network that is recorded
                  layers: Sequence[str], # Names as `choose_layers` gives them
-                 f: Callable = lambda activation: activation, # What to keep of each activation, (B,C,h,w) -> anything
+                 f: Callable | Sequence[Callable] = lambda activation: activation, # What to keep of each activation,
+                 # (B,C,h,w) -> anything; one function for all layers, or one for each
                 ):
         self.cnn = cnn
         self.layers = tuple(layers)
-        self.f = f
+        self.functions = dict.fromkeys(self.layers, f) if callable(f) else dict(zip(self.layers, f))
         self._handles = []
         self._recorded = {}
 
@@ -317,7 +318,7 @@ class ActivationRecorder:
             got = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
             raise ValueError(f'layer {spec!r} returned {got}, not a (B,C,H,W) tensor; choose another in layers=[...]')
         activation = output.detach()
-        self._recorded[spec] = self.f(activation.relu() if relu else activation)
+        self._recorded[spec] = self.functions[spec](activation.relu() if relu else activation)
 
     @property
     def values(self) -> list: # One per layer
