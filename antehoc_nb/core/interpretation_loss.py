@@ -38,14 +38,14 @@ def _constant_error(y):
 @int_losses.register
 def mse(y2: torch.Tensor, # Outputs for the masked images, (B,...)
         y1: torch.Tensor, # Outputs for the images, (B,...); all zero at places that are padding
-       ) -> torch.Tensor: # Scalar in [0,2]
+       ) -> torch.Tensor: # Scalar, 0 or more
     "Squared distance of the outputs, 0 if they are the same, 1 if the images' outputs might as well be constant."
     y1, y2 = y1.float(), y2.float()
     if y1.ndim > 2:
         y2 = y2 * (y1 != 0).any(-1, keepdim=True)
     error = (y2 - y1).flatten(1).square().sum(1)
     scale = _constant_error(y1.flatten(1)).clamp_min(1e-12)
-    return (2 * error / (scale + error)).mean()
+    return (1 + error / scale).log2().mean()
 
 
 @int_losses.register(needs_target=True)
@@ -98,8 +98,9 @@ def _checked_labels(label, y1):
     "Labels as (B,) int64; the likeliest class in place of a label that is no class"
     likeliest = y1.argmax(1)
     if label.shape != likeliest.shape or label.is_floating_point():
-        raise ValueError('a class-specific weight network is trained with one class per image: '
-                         f'labels must be class numbers (B,), got {tuple(label.shape)} of {label.dtype}')
+        raise ValueError('a class-specific map is trained with one class per image: '
+                         f'labels must be class numbers (B,), got {tuple(label.shape)} of {label.dtype}; '
+                         'class_specific=False explains other outputs')
     return torch.where((label >= 0) & (label < y1.shape[1]), label.long(), likeliest)
 
 

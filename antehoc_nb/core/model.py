@@ -160,11 +160,12 @@ class AntehocModel(nn.Module):
         self.register_buffer('std', _per_channel(std, 1., device), persistent=False)
         self.recording = False  # whether the next `forward` records
         self.cnn_learns = True  # whether a `forward` that records keeps a graph
-        self._recorded = None
+        self._last_recorded = None
+        self._border_names = tuple(f'border_{i}' for i in range(self.eta))
         self._prepare_border(border, sample)
         # The weight network takes no part in `forward`, so data-parallel training must not wait for its gradients.
         names = [f'weight_net.{name}' for name, _ in self.weight_net.named_parameters()]
-        self._ddp_params_and_buffers_to_ignore = names + [f'border_{i}' for i in range(self.eta)]
+        self._ddp_params_and_buffers_to_ignore = [*names, *self._border_names]
 
 # %% ../../nbs/core/07_model.ipynb #01eafa28
 @patch
@@ -239,7 +240,7 @@ def map_cells(self: AntehocModel,
     pitch = max(1., min(size) / self.cells)
     return tuple(max(1, round(pixels / pitch)) for pixels in size)
 
-# %% ../../nbs/core/07_model.ipynb #a73ed360
+# %% ../../nbs/core/07_model.ipynb #7db802b5
 @patch
 def _prepare_border(self: AntehocModel, border, sample):
     "Buffers for the border responses: measured, of a saved model's sizes, or None"
@@ -248,9 +249,9 @@ def _prepare_border(self: AntehocModel, border, sample):
     if border is True and strength is None:
         raise ValueError(f'border=True: soft_attention={self.soft_attention!r} was registered without strength=')
     self.corrects_border = bool(border)
-    for i in range(self.eta):
-        zeros = torch.zeros(1, 1, *(border[i] if isinstance(border, (list, tuple)) else (1, 1)))
-        self.register_buffer(f'border_{i}', zeros.to(self.mean.device) if border else None)
+    sizes = border if isinstance(border, (list, tuple)) else [(1, 1)] * self.eta
+    for name, size in zip(self._border_names, sizes):
+        self.register_buffer(name, torch.zeros(1, 1, *size, device=self.mean.device) if border else None)
     if border is True and sample is not False: self.measure_border(sample)
 
 
@@ -270,15 +271,15 @@ def measure_border(self: AntehocModel,
     with torch.no_grad(), eval_mode(self.cnn), torch.random.fork_rng([]):
         found = [record_sams(self.cnn, self.layers, (images, *others), attention=mean_strength)[1]
                  for images in noise.split(len(x))]
-    for i, of_batches in enumerate(zip(*found)):
+    for name, of_batches in zip(self._border_names, zip(*found)):
         response = torch.stack(of_batches).mean(0)
-        setattr(self, f'border_{i}', response if response.isfinite().all() else torch.zeros_like(response))
+        setattr(self, name, response if response.isfinite().all() else torch.zeros_like(response))
 
 
 @patch
 def _border(self: AntehocModel, i, size):
     "The border response of layer `i` for an activation of a size, (1,1,h,w); 0. if there is none"
-    return fit_border(getattr(self, f'border_{i}'), size) if self.corrects_border else 0.
+    return fit_border(self.get_buffer(self._border_names[i]), size) if self.corrects_border else 0.
 
 # %% ../../nbs/core/07_model.ipynb #4de22cee
 @patch(as_prop=True)
@@ -305,6 +306,15 @@ def _record(self: AntehocModel, i, cells, activation):
 
 
 @patch
+def layer_maps(self: AntehocModel,
+               activations: Sequence[torch.Tensor], # Of each layer, (B,C_i,h_i,w_i)
+               size: tuple[int, int], # (H,W) of the image
+              ) -> list: # `LayerMaps` of each layer, as `take_recorded` gives them
+    "What would be recorded of given activations."
+    return [self._record(i, self.map_cells(size), activation) for i, activation in enumerate(activations)]
+
+
+@patch
 def _run_and_record(self: AntehocModel, args, kwargs):
     "What the CNN returns, and the `LayerMaps` of each layer"
     cells = self.map_cells(args[0].shape[2:])
@@ -319,15 +329,15 @@ def forward(self: AntehocModel, *args, **kwargs):
     self.recording = False
     if not recording: return self.cnn(*args, **kwargs)
     with torch.set_grad_enabled(self.cnn_learns and torch.is_grad_enabled()):
-        out, self._recorded = self._run_and_record(args, kwargs)
+        out, self._last_recorded = self._run_and_record(args, kwargs)
     return out
 
 
 @patch
 def take_recorded(self: AntehocModel) -> list | None: # `LayerMaps` of each layer
     "What was recorded of the last `forward`, or None. It is handed over, not kept."
-    recorded = self._recorded
-    self._recorded = None
+    recorded = self._last_recorded
+    self._last_recorded = None
     return recorded
 
 # %% ../../nbs/core/07_model.ipynb #94bd0040
@@ -343,14 +353,15 @@ def interpret(self: AntehocModel,
     sams, activations, grids = zip(*recorded)
     cells = self.map_cells(size)
     dtype = next((parameter.dtype for parameter in self.weight_net.parameters()), torch.float32)
-    read = []
+    read, specific = [], dict(target=target) if self.class_specific else {}
     if self.reads_activations:
         borders = [self._border(i, activation.shape[2:]) for i, activation in enumerate(activations)]
         views, modulated = self.weight_net.read(activations, target, borders, self.temperature)
-        read = [resize_maps(views, size, grids, cells).to(dtype), activations[-1].to(dtype).mean((2, 3)), target]
+        read = [resize_maps(views, size, grids, cells).to(dtype), activations[-1].to(dtype).mean((2, 3))]
         sams = *sams, *modulated
     aligned = resize_maps(sams, size, (grids * 2)[:len(sams)], cells)
-    i_map, weights = interpretation_map(aligned, self.weight_net(aligned.to(dtype), *read), self.scale, size)
+    logits = self.weight_net(aligned.to(dtype), *read, **specific)
+    i_map, weights = interpretation_map(aligned, logits, self.scale, size)
     return i_map, weights, aligned
 
 
@@ -434,8 +445,8 @@ def config(self: AntehocModel) -> dict:
     if self.channels is not None: found['channels'] = self.channels
     if self.classes is not None: found['classes'] = self.classes
     found['cells'] = self.cells or 'pixels'
-    borders = [getattr(self, f'border_{i}') for i in range(self.eta)]
-    found['border'] = [list(border.shape[2:]) for border in borders] if self.corrects_border else False
+    borders = map(self.get_buffer, self._border_names) if self.corrects_border else ()
+    found['border'] = [list(border.shape[2:]) for border in borders] or False
     found['channels_last'] = any(map(_is_channels_last, self.parameters()))
     built = getattr(self.cnn, 'build', None)  # how `build_cnn` makes the CNN again, if it was built by name
     found['meta'] = (dict(cnn=built) if isinstance(built, dict) else {}) | self.meta

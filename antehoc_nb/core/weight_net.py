@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .attention import channel_rms, minmax, softmax_map, standardise
+from .attention import channel_rms, minmax, softmax_map, standardise, take_off_border
 from .geometry import resize
 from .utils import Registry, unknown_name
 
@@ -122,7 +122,7 @@ class LayerReader(nn.Module):
                ) -> tuple[torch.Tensor, torch.Tensor]: # Projections (B,views,h,w); modulated map (B,1,h,w) in [0,1]
         normalised = self.norm(activation.to(self.norm.weight.dtype))
         change = _project_channels(normalised, self.direction(target)).float()
-        response = standardise(channel_rms(activation) - border) + change
+        response = standardise(take_off_border(channel_rms(activation), border)) + change
         # A constant response has nothing to learn from, and its gradients would be infinite.
         constant = response.detach().var((2, 3), correction=0, keepdim=True) < 1e-8
         return self.views(normalised), softmax_map(torch.where(constant, response.detach(), response), temperature)

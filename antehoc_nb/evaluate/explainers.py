@@ -285,7 +285,8 @@ def plain_average(
     target=None, # Not used
 ) -> torch.Tensor: # (B,1,H,W) in [0,1]
     "Control: the mean of the soft attention maps of the tapped layers, which is what the weight network starts from."
-    return minmax(model.explain(x).sams[:, :model.eta].mean(1, keepdim=True))
+    average = model.explain(x).sams[:, :model.eta].mean(1, keepdim=True)
+    return minmax(resize(average, x.shape[2:]))
 
 
 def gaussian_of_area(

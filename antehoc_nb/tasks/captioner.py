@@ -29,7 +29,6 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from ..core.model import AntehocModel, Explanation
 from ..core.utils import eval_mode, in_channels, plain_tensor, unknown_name
-from ..core.weight_net import weight_nets
 from ..data.captions import END, SPECIAL, START, UNK, encode_captions, images_of, import_tokenizers, words_of
 from ..evaluate.benchmark import Task, benchmark_metrics
 from ..evaluate.explainers import CONTROLS, explain_with, explainers, plain_average
@@ -293,10 +292,9 @@ def caption_splitter(model: Captioner) -> list: # Two groups of parameters
     return L(m.body, nn.ModuleList([m.image, m.begin, m.words, m.lstm, m.places, m.join, m.head])).map(params)
 
 
-def _caption_loss_name(weight_net):
+def _caption_loss_name(class_specific):
     "The default of `int_loss`: for a class-specific weight network the cross-entropy of its target words"
-    class_specific = getattr(weight_nets[weight_net], 'class_specific', False)
-    return 'cross_entropy' if class_specific else 'mse_padded'
+    return 'cross_entropy' if class_specific else 'mse'
 
 
 def caption_learner(dls, # From `caption_dls`
@@ -312,12 +310,15 @@ def caption_learner(dls, # From `caption_dls`
                    ) -> Learner: # `learn.model` is an `AntehocModel` of a `Captioner`
     """A fastai learner that describes images and explains itself. Errors as of `Captioner`.
 
-    `int_loss=None` is 'cross_entropy' for a class-specific weight network, else 'mse_padded'."""
+    The map is class-agnostic unless `class_specific=True`. `int_loss=None` is 'cross_entropy' for a class-specific
+    map, the map of target words, else 'mse'."""
     if not hasattr(dls, 'tokenizer'): raise ValueError('dls: has no tokenizer; make them with `caption_dls`')
     cnn = Captioner(backbone, dls.tokenizer, emb, hidden, grid, dropout, pretrained)
     kwargs = dict(splitter=caption_splitter) | kwargs
-    if int_loss is None: int_loss = _caption_loss_name(kwargs.get('weight_net', 'autoencoder'))
-    return antehoc_learner(dls, cnn, int_loss=int_loss, **kwargs) if explain else plain_learner(dls, cnn, **kwargs)
+    if not explain: return plain_learner(dls, cnn, **kwargs)
+    kwargs = dict(class_specific=False) | kwargs
+    if int_loss is None: int_loss = _caption_loss_name(kwargs['class_specific'])
+    return antehoc_learner(dls, cnn, int_loss=int_loss, **kwargs)
 
 # %% ../../nbs/tasks/56_captioner.ipynb #63f69a0a
 def load_captioner(folder: str | Path, # That `save_pretrained` wrote

@@ -40,10 +40,11 @@ from antehoc_nb.tasks.experiment import (
 def class_specific_settings(epochs: int, # Of the second weight network
                            ) -> dict: # For `config['class_specific']`
     "How the weight network that is given the caption is trained, on the finished captioner."
-    return dict(weight_net='directed', int_loss='cross_entropy', mask='soft+capped', lr=1e-3, epochs=epochs)
+    return dict(weight_net='auto', class_specific=True, cells='pixels', int_loss='cross_entropy', mask='soft+capped',
+                lr=1e-3, epochs=epochs)
 
 
-CAPTION_SETTINGS = dict(seed=0, beam=3, weight_net='informed', int_loss='mse_padded')
+CAPTION_SETTINGS = dict(seed=0, beam=3, weight_net='auto', class_specific=False, cells='pixels', int_loss='mse')
 CAPTION_PROFILES = Registry('profile')
 CAPTION_PROFILES.update(
     smoke=dict(backbone='small_cnn', encoder=None, pretrained=False, size=32, eta=6, epochs=1, bs=16, lr=6e-3, emb=16,

@@ -132,8 +132,9 @@ def dataset_boxes(dataset: str, # A name in `DATASETS`
     return boxes * size / spec.side
 
 # %% ../../nbs/tasks/51_classification.ipynb #cell0008
-CLASS_SPECIFIC_NET = dict(weight_net='directed', mask='soft+capped+threshold')  # the second network, given the target
-SETTINGS = dict(weight_net='informed', class_specific_net=CLASS_SPECIFIC_NET, epochs=1, evaluator_epochs=1)
+CLASS_SPECIFIC_NET = dict(weight_net='auto', class_specific=True)  # the second network, given the target
+SETTINGS = dict(weight_net='auto', class_specific=False, class_specific_net=CLASS_SPECIFIC_NET, epochs=1,
+                evaluator_epochs=1)
 PROFILES = Registry('profile')
 PROFILES.update(
     smoke=dict(arch='small_cnn', size=32, eta=6, bs=32, lr=6e-3, epochs=1, evaluator_epochs=1, n_train=128, n_test=40,
@@ -148,7 +149,7 @@ def cnn_config(config: dict, # From `classification.config`
                seed: int, # Of the run
               ) -> dict: # For `train_run`
     "How the CNN of a profile is trained."
-    taken = {k: config[k] for k in ('arch', 'eta', 'weight_net', 'epochs', 'lr', 'size')}
+    taken = {k: config[k] for k in ('arch', 'eta', 'weight_net', 'class_specific', 'epochs', 'lr', 'size')}
     dataset = config['dataset']
     return taken | dict(seed=seed, channels_last=True, aug=DATASETS[dataset].archive is not None, data=dataset)
 
@@ -169,7 +170,7 @@ def shared_inc(scores: Benchmark, # With the values of its images, as `benchmark
 VARIANTS = {'grad-cam, not aligned': partial(grad_cam, aligned=False),
             'score-cam, aligned': partial(score_cam, aligned=True),
             'plain average of layers': plain_average}  # scored beside the methods
-CLASS_SPECIFIC = 'ante-hoc, class-specific'  # by a `directed` weight network, given the class that the CAMs are given
+CLASS_SPECIFIC = 'ante-hoc, class-specific'  # given the class that the CAMs are given
 WRONG_TARGET = 'ante-hoc, wrong target'  # the control: the same network, given the next class in the list
 _EXCLUDED = (WRONG_TARGET, *CONTROLS, *VARIANTS)  # compete with nobody for being significantly best
 

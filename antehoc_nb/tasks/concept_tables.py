@@ -48,7 +48,8 @@ def _learner(method, dls, config, **kwargs):
     arch, kwargs = config['arch'], dict(metrics=accuracy, pretrained=False) | kwargs
     if method == 'plain': return plain_learner(dls, arch, **kwargs)
     if method == 'ante-hoc':
-        return antehoc_learner(dls, arch, eta=config['eta'], weight_net=config['weight_net'], **kwargs)
+        return antehoc_learner(dls, arch, eta=config['eta'], weight_net=config['weight_net'],
+                               class_specific=config['class_specific'], **kwargs)
     factory, settings = CONCEPTS[method]
     return factory(dls, arch, **settings, **kwargs)
 

@@ -71,8 +71,8 @@ def epoch_scores(learn: Learner, # Trained
     return [dict(zip(names, map(float, values))) for values in learn.recorder.values]
 
 # %% ../../nbs/tasks/50_experiment.ipynb #cell0006
-EXPLANATION_SETTINGS = ('eta', 'layers', 'soft_attention', 'temperature', 'weight_net', 'mask', 'fill', 'int_loss',
-                        'train_cnn')  # what a configuration may say about the explanation
+EXPLANATION_SETTINGS = ('eta', 'layers', 'soft_attention', 'temperature', 'weight_net', 'class_specific', 'cells', 'mask',
+                        'fill', 'int_loss', 'train_cnn')  # what a configuration may say about the explanation
 
 
 def train_run(dls, # fastai DataLoaders

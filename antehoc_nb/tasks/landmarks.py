@@ -140,7 +140,7 @@ FACE_DATASETS.update({
     'drawn-faces': DatasetSpec('drawn faces', _drawings, settings=dict(n_train=3000)),
     'faces68': DatasetSpec('faces68', _table, archive='faces68/faces68_ytf.tar', publishable=False),
     'aflw2000': DatasetSpec('AFLW2000-3D', _aflw2000, archive='AFLW2000-3D.zip', download=True, publishable=False)})
-TWO_PASS = dict(eta=8, weight_net='turned', mask='dimmed', fill='blur', temperature=.3)  # of the detectors
+TWO_PASS = dict(eta=8, cells='pixels', mask='dimmed', fill='blur', temperature=.3)  # of the detectors
 LANDMARK_SETTINGS = TWO_PASS | dict(arch='landmark_cnn', lr=3e-3, seed=0, n_train=None,
                                     groups=('nose', 'eyes', 'mouth', 'all'), compare=('mouth',))
 LANDMARK_PROFILES = Registry('profile')  # n_cam: training images that choose Grad-CAM's layer

@@ -82,7 +82,10 @@ def antehoc_learner(dls, # fastai DataLoaders with images (B,C,H,W) as first inp
                     layers: Sequence[str] | None = None, # Layers by name, instead of `eta`
                     soft_attention: str = 'softmax_l2', # A name in `soft_attentions`
                     temperature: float = 3., # Of the soft attention: above 1 softens
-                    weight_net: str = 'autoencoder', # A name in `weight_nets`
+                    weight_net: str = 'auto', # A name in `weight_nets`
+                    class_specific: bool | None = None, # A map for each class? None: if labels are class numbers
+                    cells: int | str | None = None, # Cells of the map along the shorter side, or 'pixels'; None: 16,
+                    # and 'pixels' for `weight_net='paper'`
                     scale: bool = True, # Min-max scale the map to [0,1]
                     mask: str | Mask | None = None, # Of pass 2, a name in `masks` or a mask; None: see `TwoPass.attach`
                     fill: str | float | Sequence[float] = 'black', # What masked pixels become in pass 2
@@ -94,7 +97,7 @@ def antehoc_learner(dls, # fastai DataLoaders with images (B,C,H,W) as first inp
                    ) -> Learner: # `learn.model` is an `AntehocModel`
     "A fastai learner whose CNN explains itself: `plain_learner` with `TwoPass`. Errors as of both."
     method = dict(eta=eta, layers=layers, soft_attention=soft_attention, temperature=temperature,
-                  weight_net=weight_net, scale=scale)
+                  weight_net=weight_net, class_specific=class_specific, cells=cells, scale=scale)
     if isinstance(arch, AntehocModel): method = _without_defaults(method)  # it has its own; `TwoPass` refuses others
     two_pass = TwoPass(mask, fill, int_loss, train_cnn=train_cnn, keep_maps=keep_maps, **method)
     return plain_learner(dls, arch, cbs=[*L(cbs), two_pass], **kwargs)

@@ -24,7 +24,7 @@ from antehoc_nb.train.learner import Bf16, antehoc_learner
 from antehoc_nb.train.two_pass import TwoPass
 
 pytestmark = pytest.mark.usefixtures('one_thread')
-class_specific_nets = pytest.mark.parametrize('net', ['conditional', 'directed'])
+class_specific_or_not = pytest.mark.parametrize('class_specific', [True, False])
 
 
 def quiet_fit(learn, epochs, lr, one_cycle=True):
@@ -32,8 +32,8 @@ def quiet_fit(learn, epochs, lr, one_cycle=True):
     return learn
 
 
-def conditional_model(cnn=None, **kwargs):
-    return AntehocModel(cnn or small_cnn(), torch.rand(2, 3, 32, 32), eta=3, weight_net='conditional', **kwargs)
+def class_model(cnn=None, **kwargs):
+    return AntehocModel(cnn or small_cnn(), torch.rand(2, 3, 32, 32), eta=3, **kwargs)
 
 
 # --- Maps learn where their target is
@@ -126,21 +126,21 @@ def red_or_blue(i): return torch.tensor(i % 2),
 def test_a_class_specific_map_lies_on_its_class():
     "A map for red lies on the red patch and a map for blue on the blue one; a class-agnostic map has to lie on both."
     share = {}
-    for net in ('conditional', 'directed', 'informed'):
+    for class_specific in (True, False):
         model = trained_on_patches(RedOrBlue(), red_or_blue, CrossEntropyLossFlat(), layers=['red.1', 'blue.1'],
-                                   weight_net=net)
+                                   class_specific=class_specific)
         for colour in (RED, BLUE):
-            target = dict(target=colour) if model.class_specific else {}
-            share[net, colour] = share_of_map(model, colour, **target)
-    assert min(share[net, colour] for net in ('conditional', 'directed') for colour in (RED, BLUE)) > .8, share
-    assert max(share['informed', colour] for colour in (RED, BLUE)) < .7, share
+            target = dict(target=colour) if class_specific else {}
+            share[class_specific, colour] = share_of_map(model, colour, **target)
+    assert min(share[True, colour] for colour in (RED, BLUE)) > .8, share
+    assert max(share[False, colour] for colour in (RED, BLUE)) < .7, share
 
 
 def test_the_map_of_a_word_lies_on_what_it_names():
     "Every caption is 'red blue'; with one of the words as target, the map lies on the patch of that colour."
     tokens = torch.tensor([2, 4, 5, 3])
     model = trained_on_patches(RedAndBlue(), lambda i: (tokens, tokens), CaptionLoss(), epochs=5, n_inputs=2,
-                               layers=['red.1', 'blue.1'], weight_net='conditional')
+                               layers=['red.1', 'blue.1'], class_specific=True, mask='soft+capped')
     share = {}
     for colour, word in ((RED, 4), (BLUE, 5)):
         target = torch.tensor([[2, word, 3]]).expand(64, -1)
@@ -151,22 +151,25 @@ def test_the_map_of_a_word_lies_on_what_it_names():
 def test_what_no_choice_of_layers_can_show():
     "Both patches are bright in both layers: weights cannot separate them, maps modulated for a class can."
     share = {}
-    for net in ('conditional', 'directed'):
-        model = trained_on_patches(Everywhere(), red_or_blue, CrossEntropyLossFlat(), layers=['a.1', 'b.1'],
-                                   weight_net=net)
-        for colour in (RED, BLUE): share[net, colour] = share_of_map(model, colour, target=colour)
-    assert min(share['directed', colour] for colour in (RED, BLUE)) > .7, share
-    assert max(share['conditional', colour] for colour in (RED, BLUE)) < .55, share
+    for colour in (RED, BLUE):
+        model = trained_on_patches(Everywhere(), red_or_blue, CrossEntropyLossFlat(), layers=['a.1', 'b.1'])
+        share['auto', colour] = share_of_map(model, colour, target=colour)
+        for net in ('paper', 'scalars', 'mean'):
+            model = trained_on_patches(Everywhere(), red_or_blue, CrossEntropyLossFlat(), layers=['a.1', 'b.1'],
+                                       weight_net=net, epochs=1)
+            share[net, colour] = share_of_map(model, colour)
+    assert min(share['auto', colour] for colour in (RED, BLUE)) > .7, share
+    assert max(share[net, colour] for net in ('paper', 'scalars', 'mean') for colour in (RED, BLUE)) < .65, share
 
 
 def test_a_modulated_map_leaves_out_what_does_not_count():
     "The blue patch is as bright in both layers as the red one, but does not count. Only a modulated map can darken it."
     share = {}
-    for net in ('informed', 'turned'):
+    for net in ('auto', 'paper'):
         model = trained_on_patches(Reddest(), lambda i: (torch.zeros(1),), nn.MSELoss(), layers=['a.1', 'b.1'],
-                                   weight_net=net, mask='soft+capped+threshold')
+                                   weight_net=net)
         share[net] = share_of_map(model, RED)
-    assert share['turned'] > .75 and share['informed'] < .55, share
+    assert share['auto'] > .75 and share['paper'] < .6, share
 
 
 # --- Training
@@ -181,21 +184,21 @@ def test_masks_and_losses_that_go_with_a_weight_network():
         return Learner(DataLoaders(loader(), loader()), model, loss_func=CrossEntropyLossFlat(), cbs=callback)
     def mask(**kwargs): return learner(small_cnn(), TwoPass(eta=2, **kwargs)).two_pass.mask
 
-    assert [mask(weight_net=net) for net in ('directed', 'turned')] == ['soft+capped+threshold'] * 2
-    assert [mask(weight_net=net) for net in ('conditional', 'autoencoder')] == ['soft+top_area'] * 2
-    assert mask(weight_net='directed', mask='soft+capped') == 'soft+capped' and mask(mask='soft') == 'soft'
+    assert [mask(weight_net=net) for net in ('auto', 'paper', 'scalars')] == ['soft+capped+threshold', 'soft', 'soft']
+    assert mask(class_specific=False) == 'soft+capped+threshold' and mask(mask='soft+capped') == 'soft+capped'
     callback = TwoPass()  # goes from a learner of one network to one of another
-    for net, expected in (('directed', ('soft+capped+threshold', 'cross_entropy')),
-                          ('turned', ('soft+capped+threshold', 'mse')), ('autoencoder', ('soft+top_area', 'mse'))):
-        learner(AntehocModel(small_cnn(), torch.rand(2, 3, 32, 32), eta=2, weight_net=net), callback)
+    for settings, expected in ((dict(), ('soft+capped+threshold', 'cross_entropy')),
+                               (dict(class_specific=False), ('soft+capped+threshold', 'mse')),
+                               (dict(weight_net='paper'), ('soft', 'mse'))):
+        learner(AntehocModel(small_cnn(), torch.rand(2, 3, 32, 32), eta=2, **settings), callback)
         assert (callback.mask, callback.int_loss) == expected
 
 
 def test_another_model_on_the_same_callback():
     "The loss follows the weight network, unless it was given."
-    learn = antehoc_learner(scenes(32), small_cnn(), eta=3)
+    learn = antehoc_learner(scenes(32), small_cnn(), eta=3, weight_net='paper')
     assert learn.two_pass.int_loss == 'mse'
-    learn.model = conditional_model()
+    learn.model = class_model()
     learn.two_pass.model_kwargs = {}
     quiet_fit(learn, 1, 1e-3, one_cycle=False)
     assert learn.two_pass.int_loss == 'cross_entropy'
@@ -207,26 +210,29 @@ def test_labels_that_are_not_one_class_per_image(labels):
     x, y = torch.rand(8, 3, 32, 32), labels(torch.arange(8))
     dl = DataLoader(list(zip(x, y)), bs=4, num_workers=0)
     loss = nn.BCEWithLogitsLoss() if y.ndim == 2 else lambda p, t: F.mse_loss(p[:, 0], t)
-    learn = Learner(DataLoaders(dl, dl), small_cnn(), loss_func=loss, cbs=TwoPass(eta=3, weight_net='conditional'))
+    learn = Learner(DataLoaders(dl, dl), small_cnn(), loss_func=loss, cbs=TwoPass(eta=3, class_specific=True))
     with pytest.raises(ValueError, match='trained with one class per image: labels must be class numbers'):
         quiet_fit(learn, 1, None, one_cycle=False)
+    learn = Learner(DataLoaders(dl, dl), small_cnn(), loss_func=loss, cbs=TwoPass(eta=3))  # by default
+    assert not learn.model.class_specific
+    quiet_fit(learn, 1, None, one_cycle=False)
 
 
-@class_specific_nets
+@class_specific_or_not
 @pytest.mark.parametrize('cbs', [[Bf16()], [GradientAccumulation(64)]], ids=['bf16', 'accumulation'])
-def test_training_in_half_precision_and_in_parts(cbs, net):
-    learn = antehoc_learner(scenes(64), small_cnn(), eta=3, weight_net=net, cbs=cbs)
+def test_training_in_half_precision_and_in_parts(cbs, class_specific):
+    learn = antehoc_learner(scenes(64), small_cnn(), eta=3, class_specific=class_specific, cbs=cbs)
     quiet_fit(learn, 2, 1e-3, one_cycle=False)
-    assert learn.model.weight_net.out.weight.abs().max() > 0
+    assert learn.model.weight_net.autoencoder.out.weight.abs().max() > 0
     assert all(p.isfinite().all() for p in learn.model.parameters())
 
 
-@class_specific_nets
-def test_a_resumed_run_gets_the_same_targets(tmp_path, net):
+@class_specific_or_not
+def test_a_resumed_run_gets_the_same_targets(tmp_path, class_specific):
     "Interrupted and resumed, the weights end the same to the bit."
     def run(*cbs):
         set_seed(0)
-        learn = antehoc_learner(scenes(64), small_cnn(), eta=3, weight_net=net, cbs=cbs)
+        learn = antehoc_learner(scenes(64), small_cnn(), eta=3, class_specific=class_specific, cbs=cbs)
         return quiet_fit(learn, 3, 1e-2).model.state_dict()
 
     class Cut(Callback):
@@ -245,8 +251,8 @@ def test_a_resumed_run_gets_the_same_targets(tmp_path, net):
 def test_one_forward_pass_whatever_the_target():
     calls, cnn = [], small_cnn()
     cnn.register_forward_hook(lambda *args: calls.append(1))
-    model = conditional_model(cnn)
-    nn.init.normal_(model.weight_net.out.weight)
+    model = class_model(cnn)
+    nn.init.normal_(model.weight_net.autoencoder.out.weight)
     calls.clear()
     x = torch.rand(3, 3, 32, 32)
     e = model.explain(x)
@@ -260,21 +266,21 @@ def test_one_forward_pass_whatever_the_target():
 
 def test_names_of_classes():
     x = torch.rand(2, 3, 32, 32)
-    model = conditional_model(meta=dict(vocab=list('abcdefghij')))
+    model = class_model(meta=dict(vocab=list('abcdefghij')))
     assert model.explain(x, target='c').target.tolist() == [2, 2]
     assert model.explain(x, target=['j', 'a']).target.tolist() == [9, 0]
     with pytest.raises(ValueError, match="unknown class 'k'"): model.explain(x, target='k')
-    few = conditional_model(meta=dict(vocab=['a', 'b']))  # fewer names than classes
+    few = class_model(meta=dict(vocab=['a', 'b']))  # fewer names than classes
     assert few.explain(x, target=9).target.tolist() == [9, 9]
     with pytest.raises(ValueError, match='lie in 0..9 for this model, got 10'): few.explain(x, target=10)
     with pytest.raises(ValueError, match="target='c': this model has no class names; give numbers"):
-        conditional_model().explain(x, target='c')
+        class_model().explain(x, target='c')
 
 
 def test_a_learner_takes_targets_by_name():
     "By the names of its own DataLoaders. The titles tell the target."
-    learn = antehoc_learner(scenes(32), small_cnn(), eta=3, weight_net='conditional')
-    nn.init.normal_(learn.model.weight_net.out.weight)
+    learn = antehoc_learner(scenes(32), small_cnn(), eta=3)
+    nn.init.normal_(learn.model.weight_net.autoencoder.out.weight)
     e = learn.explain(n=4, target='7')
     assert e.target.tolist() == [7] * 4 and torch.equal(e.map, learn.explain(n=4, target=[7] * 4).map)
     assert (e.map - learn.explain(n=4).map).abs().max() > 1e-3
@@ -283,16 +289,14 @@ def test_a_learner_takes_targets_by_name():
     with pytest.raises(ValueError, match="unknown class 'seven'"): learn.explain(n=4, target='seven')
 
 
-@class_specific_nets
-def test_a_model_goes_through_files_and_copies(tmp_path, net):
-    model = AntehocModel(small_cnn(), torch.rand(2, 3, 32, 32), eta=3, weight_net=net)
-    nn.init.normal_(model.weight_net.out.weight)
+def test_a_model_goes_through_files_and_copies(tmp_path):
+    model = AntehocModel(small_cnn(), torch.rand(2, 3, 32, 32), eta=3)
+    nn.init.normal_(model.weight_net.autoencoder.out.weight)
     x = torch.rand(2, 3, 32, 32)
     i_map = model.eval().explain(x, target=4).map
     assert model.config['classes'] == 10
-    recorded = [(torch.rand(2, 1, 8, 8), torch.rand(2, 8, 8, 8))] * 3
-    with pytest.raises(ValueError, match='interpret: .* is class-specific, give target'):
-        model.interpret(recorded, (32, 32))
+    with pytest.raises(ValueError, match='interpret: the map is class-specific, give target'):
+        model.interpret([], (32, 32))
     loaded = AntehocModel.from_pretrained(model.save_pretrained(tmp_path/'m'), cnn=small_cnn())
     for other in (loaded, copy.deepcopy(model)): assert torch.equal(other.explain(x, target=4).map, i_map)
 
@@ -300,13 +304,13 @@ def test_a_model_goes_through_files_and_copies(tmp_path, net):
 def test_models_that_cannot_be_class_specific():
     x = torch.rand(2, 3, 32, 32)
     dense = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU())
-    with pytest.raises(ValueError, match=r'a CNN that gives logits \(B,K\), K > 1, is needed, got \(2, 4, 28, 28\)'):
-        AntehocModel(dense, x, eta=2, weight_net='conditional')
-    without_sample = dict(sample=False, layers=['0'], weight_net='conditional')
-    message = "weight_net='conditional' has to know the channels: give channels=, or a sample"
+    with pytest.raises(ValueError, match=r'takes a CNN that gives logits \(B,K\), K > 1; this one gives \(2, 4, 28, 28\)'):
+        AntehocModel(dense, x, eta=2, class_specific=True)
+    assert not AntehocModel(dense, x, eta=2).class_specific
+    without_sample = dict(sample=False, layers=['0'])
+    message = "weight_net='auto' has to know the channels: give channels=, or a sample"
     with pytest.raises(ValueError, match=message):
         AntehocModel(small_cnn(), **without_sample)
-    with pytest.raises(ValueError, match='has to know the classes'):
-        AntehocModel(small_cnn(), **without_sample, channels=[8])
-    with pytest.raises(ValueError, match="int_loss='mse_prob' .* cannot train weight_net='conditional'"):
-        antehoc_learner(scenes(32), small_cnn(), eta=3, weight_net='conditional', int_loss='mse_prob')
+    assert not AntehocModel(small_cnn(), **without_sample, channels=[8]).class_specific
+    with pytest.raises(ValueError, match="int_loss='mse' .* cannot train a class-specific map .weight_net='auto'"):
+        antehoc_learner(scenes(32), small_cnn(), eta=3, int_loss='mse')

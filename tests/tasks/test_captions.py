@@ -178,10 +178,14 @@ def test_padding_changes_nothing(learn, dls):
     with torch.no_grad(): a, b, c = m(x, t), m(x, longer), m(x * .5, longer)
     torch.testing.assert_close(a, b[:, :a.shape[1]], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(D.CaptionLoss()(a, t), D.CaptionLoss()(b, longer))
-    mse = int_losses['mse_padded']
+    mse = int_losses['mse']
     torch.testing.assert_close(mse(c, b), mse(c[:, :a.shape[1]], a))
-    by_hand = torch.cat([((c - b)[i, :int((t[i] != 0).sum()) - 1]**2).flatten() for i in range(len(t))]).mean()
-    torch.testing.assert_close(mse(c, b), by_hand)
+    real = (b != 0).any(-1, keepdim=True)
+    torch.testing.assert_close(mse(c * real, b), mse(c, b))
+    longest = [int((t[i] != 0).sum()) - 1 for i in range(len(t))]
+    error = torch.stack([((c - b)[i, :n]**2).sum() for i, n in enumerate(longest)])
+    scale = ((b - b.mean(0))**2).sum((1, 2)).mean()
+    torch.testing.assert_close(mse(c, b), (1 + error / scale).log2().mean())
 
 
 def test_bleu_against_torchmetrics(tok):
@@ -359,7 +363,7 @@ def antehoc(*args, code=0):
 def class_specific(dls):
     "A learner whose weight network takes target words"
     set_seed(0)
-    learn = C.caption_learner(dls, 'small_cnn', False, 16, 32, eta=6, weight_net='directed')
+    learn = C.caption_learner(dls, 'small_cnn', False, 16, 32, eta=6, class_specific=True)
     assert learn.two_pass.int_loss == 'cross_entropy'
     with learn.no_bar(), learn.no_logging(): learn.fit(1, 3e-3)
     return learn
@@ -418,9 +422,9 @@ def test_target_words_through_the_learner(class_specific, tok, tmp_path):
     back = C.load_captioner(class_specific.model.save_pretrained(tmp_path/'m'))
     want = class_specific.model.eval().explain(e.image, target=word).map
     assert torch.equal(back.explain(e.image, target=word).map, want)
-    with pytest.raises(ValueError, match="cannot train weight_net='directed'"):
-        C.caption_learner(class_specific.dls, 'small_cnn', False, 16, 32, eta=6, weight_net='directed',
-                          int_loss='mse_padded')
+    with pytest.raises(ValueError, match='cannot train a class-specific map'):
+        C.caption_learner(class_specific.dls, 'small_cnn', False, 16, 32, eta=6, class_specific=True,
+                          int_loss='mse')
 
 
 @pytest.mark.parametrize('target, error, message', [

@@ -306,7 +306,7 @@ def test_figure4_from_one_command(tmp_path, monkeypatch):
 
 def test_a_detector_is_a_fastai_learner(lm, tmp_path):
     "It is exported and loaded, shows its results, and names the images with the largest loss"
-    two_pass = TwoPass(mask='dimmed', fill='blur', weight_net='informed')
+    two_pass = TwoPass(mask='dimmed', fill='blur')
     learn = plain_learner(F.landmark_dls(lm, 'eyes', 32, 8), 'landmark_cnn', cbs=two_pass, path=tmp_path)
     with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
     learn.show_results()

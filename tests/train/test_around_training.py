@@ -87,7 +87,7 @@ def test_joins_a_trained_learner_and_trains_the_weight_network_alone(opt, late):
     if late == 'add_cb': learn.add_cb(two_pass)
     cbs = two_pass if late == 'fit' else None
     run(learn, lambda learn: learn.fit_one_cycle(1, slice(1e-3, 1e-2), cbs=cbs))
-    assert same(before, net.state_dict()) and learn.model.weight_net.out.weight.abs().max() > 0
+    assert same(before, net.state_dict()) and learn.model.weight_net.autoencoder.out.weight.abs().max() > 0
     assert isinstance(learn.opt, OptimWrapper) == (opt == 'adamw') and len(learn.opt.hypers) == 2
     assert all(p.requires_grad for p in net.parameters())
 
@@ -127,7 +127,7 @@ def test_interrupted_and_started_again(train_cnn):
     with pytest.raises(KeyboardInterrupt): fit(learn, cbs=Interrupt(eta=3, train_cnn=train_cnn))
     assert all(p.requires_grad for p in learn.model.parameters())
     learn.model(torch.rand(2, 3, 32, 32))
-    assert learn.model.take_sams() is None
+    assert learn.model.take_recorded() is None
     fit(learn, cbs=TwoPass(train_cnn=train_cnn))
     assert all(p.requires_grad for p in learn.model.parameters())
 
@@ -162,7 +162,7 @@ def test_unusual_cnns_are_left_alone_too(kind):
         learn = fit(Learner(scenes(n=64), net, metrics=accuracy, cbs=cbs), 2)
         return start, learn, state(net)
     (_, _, plain), (start, learn, ours) = trained(), trained(TwoPass(eta=2, keep_maps=2))
-    assert same(plain, ours) and not same(start, ours) and learn.model.weight_net.out.weight.abs().max() > 0
+    assert same(plain, ours) and not same(start, ours) and learn.model.weight_net.autoencoder.out.weight.abs().max() > 0
 
 
 def test_a_model_made_by_hand_learns_the_normalisation():

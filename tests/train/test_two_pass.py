@@ -81,18 +81,17 @@ PLAIN = dict(
 CASES = {name: (name, {}) for name in PLAIN} | dict(
     sweep=('plain', dict(mask='top_area')),
     both=('plain', dict(mask='soft+top_area', fill='mean')),
-    single=('plain', dict(weight_net='single', fill='blur')),
-    uniform=('plain', dict(weight_net='uniform', scale=False)),
-    informed=('plain', dict(weight_net='informed')),
-    conditional=('plain', dict(weight_net='conditional')),
-    directed=('plain', dict(weight_net='directed')),
-    turned=('plain', dict(weight_net='turned', mask='dimmed')),
-    informed_bf16=('bf16', dict(weight_net='informed')),
-    directed_fp16=('fp16', dict(weight_net='directed')),
-    map_history=('plain', dict(keep_maps=4, soft_attention='softmax_max')),
+    scalars=('plain', dict(weight_net='scalars', fill='blur')),
+    mean=('plain', dict(weight_net='mean', scale=False)),
+    paper=('plain', dict(weight_net='paper')),
+    paper_fp16=('fp16', dict(weight_net='paper')),
+    agnostic=('plain', dict(class_specific=False, mask='dimmed')),
+    agnostic_bf16=('bf16', dict(class_specific=False)),
+    pixels=('plain', dict(cells='pixels')),
+    map_history=('plain', dict(keep_maps=4, soft_attention='softmax')),
 )
-FAST = ('resnet', 'accumulate_and_clip', 'bf16', 'fp16', 'mixup', 'freeze', 'lr_find', 'adamw', 'both', 'directed',
-        'map_history')
+FAST = ('resnet', 'accumulate_and_clip', 'bf16', 'fp16', 'mixup', 'freeze', 'lr_find', 'adamw', 'both', 'paper',
+        'agnostic', 'map_history')
 MARKED = [case if case in FAST else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
 
 
@@ -126,7 +125,7 @@ def test_cnn_is_bit_identical(case):
     assert torch.equal(plain.random, ours.random), 'the random stream went another way'
     model, two_pass = ours.learn.model, ours.learn.two_pass
     weights = list(model.weight_net.parameters())
-    if hasattr(model.weight_net, 'out'): weights = [model.weight_net.out.weight]
+    if hasattr(model.weight_net, 'autoencoder'): weights = [model.weight_net.autoencoder.out.weight]
     if weights: assert any(p.abs().max() > 0 for p in weights)
     assert all(loss > 0 for loss in two_pass.int_losses)
     assert len(two_pass.int_losses) == len(plain.losses)
@@ -200,19 +199,21 @@ def assert_close_by_size(gradients, by_hand, tolerance):
 def test_gradients_stay_apart(bf16):
     "By hand: the CNN's gradient is the task loss's alone, the weight network's the interpretation loss's alone."
     set_seed(1)
-    take = TakeGradients(eta=3, mask='soft')
+    take = TakeGradients(eta=3, mask='soft', weight_net='paper')
     learn = Learner(scenes(n=32), bare_cnn(), cbs=[take, *[Bf16()] * bf16])
     model = learn.model
-    nn.init.normal_(model.weight_net.out.weight, std=.1)
+    nn.init.normal_(model.weight_net.autoencoder.out.weight, std=.1)
     with pytest.raises(KeyboardInterrupt): run(learn, lambda learn: learn.fit(1, 1e-2))
     x, y = take.batch
     with torch.autocast('cpu', torch.bfloat16, enabled=bf16):
         model.recording = True
         y1 = model(x)
-        maps, *_ = model.interpret(model.take_sams(), x.shape[2:])
+        maps, *_ = model.interpret(model.take_recorded(), x.shape[2:])
         y2 = model.cnn(model.mask(x, maps))
     task = nn.functional.cross_entropy(y1.float(), y.long())
-    interpretation = ((y2.float() - y1.detach().float())**2).mean()
+    error = (y2.float() - y1.detach().float()).square().sum(1)
+    ratio = error / (y1.float() - y1.float().mean(0)).detach().square().sum(1).mean()
+    interpretation = (1 + ratio).log2().mean()
     of_cnn = torch.autograd.grad(task, list(model.cnn.parameters()), retain_graph=True)
     of_weight_net = torch.autograd.grad(interpretation, list(model.weight_net.parameters()))
     assert_close_by_size(take.of_cnn, of_cnn, .05 if bf16 else 1e-4)
@@ -234,7 +235,7 @@ def test_a_cnn_that_is_not_trained_costs_no_gradients(fp16):
     run(learn, lambda learn: learn.fit(2, 1e-2))
     assert gradients and all(gradient is None for gradient in gradients)
     assert same(before, net.state_dict())
-    assert learn.model.weight_net.out.weight.abs().max() > 0
+    assert learn.model.weight_net.autoencoder.out.weight.abs().max() > 0
     assert all(p.requires_grad for p in net.parameters())
 
 
@@ -289,7 +290,7 @@ def test_two_processes_train_as_one(start, tmp_path, n, bs, opt, mask, accumulat
     torch.testing.assert_close(one['model'], first['model'], atol=2e-5, rtol=1e-3)
     means = (torch.tensor(first['int_losses']) + torch.tensor(second['int_losses'])) / 2
     torch.testing.assert_close(torch.tensor(one['int_losses']), means, atol=1e-5, rtol=1e-3)
-    assert one['model']['weight_net.out.weight'].abs().max() > 0
+    assert one['model']['weight_net.autoencoder.out.weight'].abs().max() > 0
 
 
 def wait_for(file, process, seconds=240):
@@ -395,7 +396,7 @@ def test_inputs_and_outputs_of_any_kind(kind):
         return net.state_dict(), learn
     (plain, _), (ours, learn) = trained(), trained(TwoPass(eta=3))
     assert same(plain, ours) and len(learn.two_pass.int_losses) == 6
-    assert learn.model.weight_net.out.weight.abs().max() > 0
+    assert learn.model.weight_net.autoencoder.out.weight.abs().max() > 0
     assert all(value == value for value in learn.recorder.values[-1])  # no nan: validation too
     others = [age[:2]] if kind is TwoInputs else []
     assert learn.model.explain(x[:2], *others).map.shape == (2, 1, 32, 32)
