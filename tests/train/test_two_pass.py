@@ -141,6 +141,7 @@ def test_pass_2_masks_as_the_mask_says():
     hook = learn.model.cnn.register_forward_pre_hook(lambda cnn, args: inputs.append(plain_tensor(args[0]).clone()))
     run(learn, lambda learn: learn.fit(1, 1e-2))
     hook.remove()
+    inputs = [x for x in inputs if len(x) == 16]  # without the noise that border responses are measured with
     pixels = inputs[1] * learn.model.std + learn.model.mean
     darkest = pixels.abs().amax(1).flatten(1).amin(1)
     assert inputs[1].shape == inputs[0].shape
