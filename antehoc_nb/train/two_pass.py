@@ -26,9 +26,8 @@ from fastai.optimizer import OptimWrapper
 from fastai.torch_core import find_bs, to_device, trainable_params
 from fastcore.basics import patch
 from fastcore.foundation import L
-from fastcore.imports import noop
 from torch import nn
-from torch.utils.data import Subset
+from torch.utils.data import IterableDataset, Subset
 
 from ..core.interpretation_loss import draw_targets, int_losses, interpretation_loss, output_at_area, output_change
 from ..core.masking import Mask, as_mask, check_fill
@@ -86,7 +85,7 @@ def untouched(dls): # fastai DataLoaders
     try: yield
     finally: set_rng_state(dls, state)
 
-# %% ../../nbs/train/11_two_pass.ipynb #3a4a2584
+# %% ../../nbs/train/11_two_pass.ipynb #1c332f83
 def _inner(loader): return loader.dl if type(loader).__name__ == 'DistributedDL' else loader
 
 
@@ -123,7 +122,7 @@ def _check_batch(batch):
     raise ValueError('a batch must have the images first, a floating-point tensor (B,C,H,W); '
                      f'the DataLoader gives {found} first')
 
-# %% ../../nbs/train/11_two_pass.ipynb #8fb34ac7
+# %% ../../nbs/train/11_two_pass.ipynb #5c08110f
 def _reader(loader, places):
     "A loader that reads the images at `places` in batches as `loader` does"
     if isinstance(loader, torch.utils.data.DataLoader):
@@ -135,7 +134,8 @@ def _reader(loader, places):
 def _has_places(loader):
     "Whether single images can be read from the loader's data set"
     if isinstance(loader, torch.utils.data.DataLoader):
-        return loader.batch_sampler is not None and hasattr(loader.dataset, '__getitem__') and bool(_image_count(loader))
+        by_place = loader.batch_sampler is not None and not isinstance(loader.dataset, IterableDataset)
+        return by_place and bool(_image_count(loader))
     return getattr(loader, 'bs', None) is not None and hasattr(loader, 'get_idxs') and bool(_image_count(loader))
 
 
@@ -163,7 +163,7 @@ def sample_inputs(dls, # fastai DataLoaders
     inputs = batch[:_n_inputs(dls, batch)]
     return tuple(plain_tensor(o)[:n] if isinstance(o, torch.Tensor) else o for o in inputs)
 
-# %% ../../nbs/train/11_two_pass.ipynb #9eb0276c
+# %% ../../nbs/train/11_two_pass.ipynb #f8ca7c3a
 def _cut(part, n): return plain_tensor(part)[:n].cpu() if isinstance(part, torch.Tensor) else part
 
 
@@ -245,7 +245,7 @@ class IntLoss(Metric):
     @property
     def name(self): return f'{self.which}_int_loss'
 
-# %% ../../nbs/train/11_two_pass.ipynb #bda1bf37
+# %% ../../nbs/train/11_two_pass.ipynb #367eb928
 class MapDrop(Metric):
     """What the CNN's output loses if a fifth of the pixels is kept, in per cent, as `TwoPass` measured it after the
     epoch; nan where there is no `TwoPass`, and outside of training."""
@@ -347,7 +347,7 @@ def mean_int_loss(self: TwoPass,
     losses, sizes = zip(*self._batch_losses[which])
     return float(np.average(losses, weights=sizes))
 
-# %% ../../nbs/train/11_two_pass.ipynb #64b16f11
+# %% ../../nbs/train/11_two_pass.ipynb #5f673702
 @patch
 def map_drop(self: TwoPass,
              which: str, # 'trained' or 'untrained'
@@ -429,9 +429,9 @@ def _extend_optimiser(learn):
         learn.opt.opt.param_groups[-1]['params'].extend(weights)
         return
     learn.opt.param_lists[-1] = learn.opt.param_lists[-1] + L(weights)
-    if learn.wd_bn_bias: return
     for name, weight in learn.model.weight_net.named_parameters():
-        if name.endswith('bias'): learn.opt.state[weight]['do_wd'] = False
+        state = learn.opt.state.setdefault(weight, {})  # after `learn.export` or `learn.load`, `state` is a plain dict
+        if name.endswith('bias') and not learn.wd_bn_bias: state['do_wd'] = False
 
 
 @patch
@@ -702,7 +702,7 @@ def after_step(self: TwoPass):
 @patch
 def after_cancel_step(self: TwoPass): self._pending_gradients = None
 
-# %% ../../nbs/train/11_two_pass.ipynb #e5250825
+# %% ../../nbs/train/11_two_pass.ipynb #fd59ecfa
 def _activation_of(output, labels, loss_func):
     "The activation that turns the output into probabilities; None if it is no classifier's"
     tensors = output_tensors(output)
@@ -711,8 +711,8 @@ def _activation_of(output, labels, loss_func):
     if 'bce' in loss_name or 'binary' in loss_name: return 'sigmoid'
     if not isinstance(labels, torch.Tensor): return None
     if not labels.is_floating_point(): return 'softmax' if labels.ndim == 1 else None
-    shares = labels.shape == tensors[0].shape and (labels >= 0).all() and torch.allclose(labels.sum(1), labels.new_ones(1))
-    return 'softmax' if shares else None
+    if labels.shape != tensors[0].shape or (labels < 0).any(): return None
+    return 'softmax' if torch.allclose(labels.sum(1), labels.new_ones(1)) else None  # shares of the classes
 
 
 def _joined(outputs):
@@ -729,7 +729,7 @@ def _mean_change(y1, y2, activation):
     pairs = [whole] if None not in whole else zip(y1, y2)
     return 100 * torch.cat([output_change(a, b, activation=activation) for a, b in pairs]).mean().item()
 
-# %% ../../nbs/train/11_two_pass.ipynb #f6d4d672
+# %% ../../nbs/train/11_two_pass.ipynb #7bac0c3d
 @contextmanager
 def _other_weight_net(model, weight_net):
     "Inside the block, the model has another weight network."
@@ -741,7 +741,7 @@ def _other_weight_net(model, weight_net):
 
 @patch
 def _outputs(self: TwoPass, inputs, weight_nets):
-    "The CNN's output for a batch, and for what the maps of each weight network keep of it: lists of tensors, on the CPU"
+    "The CNN's output for a batch, and for what the maps of each weight network keep of it: tensors, on the CPU"
     model = self.antehoc
     x, *others = to_device(inputs, model.mean.device)
     model.recording = True
@@ -768,7 +768,7 @@ def _measure(self: TwoPass, *weight_nets):
     if process_count() > 1: dist.broadcast(drops, 0)
     return drops.tolist()
 
-# %% ../../nbs/train/11_two_pass.ipynb #3f1a145d
+# %% ../../nbs/train/11_two_pass.ipynb #d65a254e
 @patch
 def after_validate(self: TwoPass):
     "Measure the maps, after an epoch of training."
@@ -781,7 +781,7 @@ def after_validate(self: TwoPass):
     self._best_weight_net = _copied(self.antehoc.weight_net)
 
 
-# %% ../../nbs/train/11_two_pass.ipynb #a8c0c34a
+# %% ../../nbs/train/11_two_pass.ipynb #8dfa9bde
 _SATURATED = 1.  # per cent: below that, a map keeps all there is to keep
 
 
@@ -800,9 +800,11 @@ class KeptWeights:
 
     def __str__(self):
         verdict = 'better' if self.helped else 'no better'
-        kept = {'last': 'the last weight network', 'untrained': 'the untrained one'}.get(self.kept, f'that of {self.kept}')
+        names = {'last': 'the last weight network', 'untrained': 'the untrained one'}
+        kept = names.get(self.kept, f'that of {self.kept}')
         return (f'the trained map is {verdict} than the untrained one ({self.measure} at 20 % of the pixels '
-                f'{self.drop:.1f}, untrained {self.untrained_drop:.1f} on {self.images} validation images); {kept} is kept')
+                f'{self.drop:.1f}, untrained {self.untrained_drop:.1f} on {self.images} validation images); '
+                f'{kept} is kept')
 
 
 @patch
@@ -828,11 +830,12 @@ def after_fit(self: TwoPass):
     "Keep the best weight network, and say so if training has not helped."
     if not self._fit_begun or self._finding_lr() or not self._drops or not self._trained_weights(): return
     self._choose_weight_net()
-    if self.best is None or self.best.helped or self.learn.logger is noop: return
+    logging_off = getattr(self.learn.logger, '__name__', '') == 'noop'  # as by `no_logging`, or in other processes
+    if self.best is None or self.best.helped or logging_off: return
     trained_cnn = ', or a CNN that is trained already (pretrained=True, or TwoPass(train_cnn=False) after its training)'
     print(f'TwoPass: {self.best}. Try more epochs{trained_cnn * self.train_cnn}.', flush=True)
 
-# %% ../../nbs/train/11_two_pass.ipynb #6f751cbf
+# %% ../../nbs/train/11_two_pass.ipynb #6bfe01be
 @patch
 def state_dict(self: TwoPass) -> dict: # Numbers, tensors, lists and dicts
     "What the rest of a run depends on, beside the model and the optimiser."
