@@ -143,11 +143,11 @@ def interpretation_loss(model, # An `AntehocModel`
     y2 = model.cnn(masked_input(x, maps, number, mask, fill, model.mean, model.std), *others)
     return int_loss(y2, y1 if target is None else target, loss)
 
-# %% ../../nbs/core/06_interpretation_loss.ipynb #046e5945
+# %% ../../nbs/core/06_interpretation_loss.ipynb #1a69f1d3
 from .masking import masked
 from .utils import frozen
 
-# %% ../../nbs/core/06_interpretation_loss.ipynb #5a6a7f1d
+# %% ../../nbs/core/06_interpretation_loss.ipynb #a0d3277c
 def _scattered(height, width):
     "The pixels of an image in an order of which each beginning is spread evenly over the image, (height * width,)"
     rows = torch.arange(height, dtype=torch.float64)[:, None]
@@ -169,7 +169,7 @@ def top_pixels(maps: torch.Tensor, # Maps, (B,1,H,W)
     highest = maps.flatten(1)[:, order].sort(dim=1, descending=True, stable=True).indices[:, :count]
     return torch.zeros_like(maps.flatten(1)).scatter_(1, order[highest], 1.).view(maps.shape)
 
-# %% ../../nbs/core/06_interpretation_loss.ipynb #1f1f822e
+# %% ../../nbs/core/06_interpretation_loss.ipynb #a0ee1c68
 def _check_activation(activation, tensors):
     "The activation to use for these outputs; `ValueError` for an unknown one, or outputs it does not fit"
     if activation not in ('auto', 'softmax', 'sigmoid', None):
@@ -215,7 +215,7 @@ def output_change(y1, # Outputs for the images: a tensor, or tensors in a tuple,
     joined = [torch.cat([tensor.reshape(len(output[0]), -1) for tensor in output], 1) for output in (y1, y2)]
     return _relative_change(*joined)
 
-# %% ../../nbs/core/06_interpretation_loss.ipynb #5b840b18
+# %% ../../nbs/core/06_interpretation_loss.ipynb #cf16a64b
 @torch.no_grad()
 def output_at_area(model, # An `AntehocModel`
                    x: torch.Tensor, # Images, (B,C,H,W), normalised as the CNN expects
@@ -250,7 +250,7 @@ def change_at_area(model, # An `AntehocModel`
     y2 = output_at_area(model, x, maps, share, fill, others)
     return 100 * output_change(y1, y2, target, activation).mean().item()
 
-# %% ../../nbs/core/06_interpretation_loss.ipynb #931e82c8
+# %% ../../nbs/core/06_interpretation_loss.ipynb #03703e00
 class _GradientsKnown(torch.autograd.Function):
     "A loss whose gradients with respect to some weights were computed before."
     @staticmethod
@@ -270,7 +270,7 @@ def _with_gradients(loss, weights):
         gradients = [torch.zeros_like(gradient) for gradient in gradients]
     return _GradientsKnown.apply(loss.detach(), gradients, *weights)
 
-# %% ../../nbs/core/06_interpretation_loss.ipynb #a1c2b470
+# %% ../../nbs/core/06_interpretation_loss.ipynb #0fadd720
 def default_mask(model): # An `AntehocModel`
     "The mask of pass 2 where none is given: the one that the weight network names, else 'soft+top_area'."
     return getattr(model.weight_net, 'mask', 'soft+top_area')

@@ -29,7 +29,8 @@ from fastcore.foundation import L
 from torch import nn
 from torch.utils.data import IterableDataset, Subset
 
-from ..core.interpretation_loss import draw_targets, int_losses, interpretation_loss, output_at_area, output_change
+from ..core.interpretation_loss import draw_targets, int_losses, interpretation_loss
+from ..core.interpretation_loss import output_at_area, output_change
 from ..core.masking import Mask, as_mask, check_fill
 from ..core.model import AntehocModel
 from ..core.utils import frozen, output_tensors, plain_tensor, unknown_name
@@ -85,7 +86,7 @@ def untouched(dls): # fastai DataLoaders
     try: yield
     finally: set_rng_state(dls, state)
 
-# %% ../../nbs/train/11_two_pass.ipynb #1c332f83
+# %% ../../nbs/train/11_two_pass.ipynb #05e40a9a
 def _inner(loader): return loader.dl if type(loader).__name__ == 'DistributedDL' else loader
 
 
@@ -122,7 +123,7 @@ def _check_batch(batch):
     raise ValueError('a batch must have the images first, a floating-point tensor (B,C,H,W); '
                      f'the DataLoader gives {found} first')
 
-# %% ../../nbs/train/11_two_pass.ipynb #5c08110f
+# %% ../../nbs/train/11_two_pass.ipynb #f499f208
 def _reader(loader, places):
     "A loader that reads the images at `places` in batches as `loader` does"
     if isinstance(loader, torch.utils.data.DataLoader):
@@ -163,7 +164,7 @@ def sample_inputs(dls, # fastai DataLoaders
     inputs = batch[:_n_inputs(dls, batch)]
     return tuple(plain_tensor(o)[:n] if isinstance(o, torch.Tensor) else o for o in inputs)
 
-# %% ../../nbs/train/11_two_pass.ipynb #f8ca7c3a
+# %% ../../nbs/train/11_two_pass.ipynb #1e5452cb
 def _cut(part, n): return plain_tensor(part)[:n].cpu() if isinstance(part, torch.Tensor) else part
 
 
@@ -245,7 +246,7 @@ class IntLoss(Metric):
     @property
     def name(self): return f'{self.which}_int_loss'
 
-# %% ../../nbs/train/11_two_pass.ipynb #367eb928
+# %% ../../nbs/train/11_two_pass.ipynb #37bb1b50
 class MapDrop(Metric):
     """What the CNN's output loses if a fifth of the pixels is kept, in per cent, as `TwoPass` measured it after the
     epoch; nan where there is no `TwoPass`, and outside of training."""
@@ -347,7 +348,7 @@ def mean_int_loss(self: TwoPass,
     losses, sizes = zip(*self._batch_losses[which])
     return float(np.average(losses, weights=sizes))
 
-# %% ../../nbs/train/11_two_pass.ipynb #5f673702
+# %% ../../nbs/train/11_two_pass.ipynb #a575a423
 @patch
 def map_drop(self: TwoPass,
              which: str, # 'trained' or 'untrained'
@@ -702,7 +703,7 @@ def after_step(self: TwoPass):
 @patch
 def after_cancel_step(self: TwoPass): self._pending_gradients = None
 
-# %% ../../nbs/train/11_two_pass.ipynb #fd59ecfa
+# %% ../../nbs/train/11_two_pass.ipynb #18aa94a5
 def _activation_of(output, labels, loss_func):
     "The activation that turns the output into probabilities; None if it is no classifier's"
     tensors = output_tensors(output)
@@ -729,7 +730,7 @@ def _mean_change(y1, y2, activation):
     pairs = [whole] if None not in whole else zip(y1, y2)
     return 100 * torch.cat([output_change(a, b, activation=activation) for a, b in pairs]).mean().item()
 
-# %% ../../nbs/train/11_two_pass.ipynb #7bac0c3d
+# %% ../../nbs/train/11_two_pass.ipynb #553c6006
 @contextmanager
 def _other_weight_net(model, weight_net):
     "Inside the block, the model has another weight network."
@@ -768,7 +769,7 @@ def _measure(self: TwoPass, *weight_nets):
     if process_count() > 1: dist.broadcast(drops, 0)
     return drops.tolist()
 
-# %% ../../nbs/train/11_two_pass.ipynb #d65a254e
+# %% ../../nbs/train/11_two_pass.ipynb #41258112
 @patch
 def after_validate(self: TwoPass):
     "Measure the maps, after an epoch of training."
@@ -781,7 +782,7 @@ def after_validate(self: TwoPass):
     self._best_weight_net = _copied(self.antehoc.weight_net)
 
 
-# %% ../../nbs/train/11_two_pass.ipynb #8dfa9bde
+# %% ../../nbs/train/11_two_pass.ipynb #1d8a33b1
 _SATURATED = 1.  # per cent: below that, a map keeps all there is to keep
 
 
@@ -835,7 +836,7 @@ def after_fit(self: TwoPass):
     trained_cnn = ', or a CNN that is trained already (pretrained=True, or TwoPass(train_cnn=False) after its training)'
     print(f'TwoPass: {self.best}. Try more epochs{trained_cnn * self.train_cnn}.', flush=True)
 
-# %% ../../nbs/train/11_two_pass.ipynb #6bfe01be
+# %% ../../nbs/train/11_two_pass.ipynb #b58fd0a6
 @patch
 def state_dict(self: TwoPass) -> dict: # Numbers, tensors, lists and dicts
     "What the rest of a run depends on, beside the model and the optimiser."
