@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import time
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -141,6 +142,7 @@ def checkpointed(folder, opt='adam', kill=None, checkpoint=True):
     run(learn, lambda learn: learn.fit_one_cycle(4, slice(1e-3, 1e-2)))
     end = dict(model=learn.model.state_dict(), moments=list(tensors(learn.opt.state_dict()).values()),
                map_history=learn.two_pass.map_history, int_losses=learn.two_pass.int_losses,
+               best=asdict(learn.two_pass.best),
                losses=[float(loss) for loss in learn.recorder.losses],
                values=[[float(value) for value in row] for row in learn.recorder.values], next=torch.randn(3))
     torch.save(end, folder/'end.pt')
@@ -197,7 +199,7 @@ def together(folder, n, bs, opt, mask, accumulate=0, rank=0, world=1, port=0):
     torch.set_num_threads(1)
     set_seed(5)
     if world > 1: become_process(rank, world, port)
-    cbs = [TwoPass(eta=3, mask=mask, keep_maps=2)]
+    cbs = [TwoPass(eta=3, mask=mask, keep_maps=2, keep_best=False)]
     if accumulate: cbs.append(fastai.callback.training.GradientAccumulation(accumulate))
     dls = tensor_dls(n, bs // world, joint=0 if world > 1 else 2)
     learn = Learner(dls, bare_cnn(), loss_func=nn.CrossEntropyLoss(), opt_func=OPTS[opt], cbs=cbs)
@@ -208,7 +210,7 @@ def together(folder, n, bs, opt, mask, accumulate=0, rank=0, world=1, port=0):
         torch.distributed.destroy_process_group()
     else: run(learn, lambda learn: learn.fit(3, .02))
     end = dict(model=learn.model.state_dict(), int_losses=learn.two_pass.int_losses,
-               map_history=learn.two_pass.map_history)
+               map_history=learn.two_pass.map_history, drops=learn.two_pass.state_dict()['drops'])
     torch.save(end, Path(folder)/f'{world}-{rank}.pt')
 
 

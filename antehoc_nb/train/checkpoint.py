@@ -97,8 +97,7 @@ def _run_state(self: Checkpoint):
                 model=_unwrapped_model(learn).state_dict(), opt=learn.opt.state_dict(),
                 scaler=scaler.state_dict() if scaler else {}, rng=rng_state(learn.dls),
                 recorder=_recorder_state(learn.recorder), trackers=_tracker_states(learn),
-                int_losses=two_pass.int_losses if two_pass else [],
-                map_history=two_pass.map_history if two_pass else [])
+                two_pass=two_pass.state_dict() if two_pass else {})
 
 # %% ../../nbs/train/13_checkpoint.ipynb #c3716fbb
 @patch
@@ -205,9 +204,7 @@ def _go_on(self: Checkpoint):
     if getattr(learn, 'scaler', None) is not None: learn.scaler.load_state_dict(saved['scaler'])
     _set_recorder_state(learn.recorder, saved['recorder'])
     for cb, state in zip(_trackers(learn), saved['trackers']): vars(cb).update(state)
-    if hasattr(learn, 'two_pass'):
-        learn.two_pass.int_losses = saved['int_losses']
-        learn.two_pass.map_history = saved['map_history']
+    if hasattr(learn, 'two_pass') and saved['two_pass']: learn.two_pass.load_state_dict(saved['two_pass'])
 
 # %% ../../nbs/train/13_checkpoint.ipynb #6f4f848b
 @patch

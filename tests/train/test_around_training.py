@@ -82,7 +82,7 @@ def test_joins_a_trained_learner_and_trains_the_weight_network_alone(opt, late):
     set_seed(0)
     learn = Learner(digits(), small_cnn(), splitter=halves, opt_func=OPTS[opt])
     run(learn, lambda learn: learn.fit(1, slice(1e-3, 1e-2)))
-    net, two_pass = learn.model, TwoPass(eta=3, train_cnn=False)
+    net, two_pass = learn.model, TwoPass(eta=3, train_cnn=False, keep_best=False)
     before = state(net)
     if late == 'add_cb': learn.add_cb(two_pass)
     cbs = two_pass if late == 'fit' else None
@@ -96,13 +96,13 @@ def test_one_two_pass_after_another():
     set_seed(0)
     learn = Learner(digits(), small_cnn())
 
-    def valid_int_loss(): return learn.recorder.values[-1][-1]
+    def valid_int_loss(): return learn.recorder.values[-1][learn.recorder.metric_names.index('valid_int_loss') - 1]
     fit(learn, cbs=TwoPass(eta=3))
     first = valid_int_loss()
     fit(learn, cbs=TwoPass())
-    assert first > 0 and valid_int_loss() not in (first, None) and len(learn.metrics) == 2
+    assert first > 0 and valid_int_loss() not in (first, None) and len(learn.metrics) == 4
     cnn, weight_net = state(learn.model.cnn), state(learn.model.weight_net)
-    fit(learn, cbs=TwoPass(train_cnn=False))
+    fit(learn, cbs=TwoPass(train_cnn=False, keep_best=False))
     assert same(cnn, learn.model.cnn.state_dict()) and not same(weight_net, learn.model.weight_net.state_dict())
     fit(learn)
     assert np.isnan(valid_int_loss()) and not same(cnn, learn.model.cnn.state_dict())
@@ -161,7 +161,7 @@ def test_unusual_cnns_are_left_alone_too(kind):
         start = state(net)
         learn = fit(Learner(scenes(n=64), net, metrics=accuracy, cbs=cbs), 2)
         return start, learn, state(net)
-    (_, _, plain), (start, learn, ours) = trained(), trained(TwoPass(eta=2, keep_maps=2))
+    (_, _, plain), (start, learn, ours) = trained(), trained(TwoPass(eta=2, keep_maps=2, keep_best=False))
     assert same(plain, ours) and not same(start, ours) and learn.model.weight_net.autoencoder.out.weight.abs().max() > 0
 
 

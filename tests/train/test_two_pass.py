@@ -119,7 +119,7 @@ def trained_plainly(name):
 def test_cnn_is_bit_identical(case):
     name, arguments = CASES[case]
     plain = trained_plainly(name)
-    ours = trained(**PLAIN[name], two_pass=[TwoPass(eta=3, **arguments)])
+    ours = trained(**PLAIN[name], two_pass=[TwoPass(eta=3, keep_best=False, **arguments)])
     assert same(plain.cnn, ours.cnn)
     assert plain.losses == ours.losses
     assert torch.equal(plain.random, ours.random), 'the random stream went another way'
@@ -232,7 +232,7 @@ def test_a_cnn_that_is_not_trained_costs_no_gradients(fp16):
             super().after_step()
     net = small_cnn()
     before = copy.deepcopy(net.state_dict())
-    learn = Learner(scenes(n=64), net, cbs=[Look(eta=3, train_cnn=False), *[Fp16()] * fp16])
+    learn = Learner(scenes(n=64), net, cbs=[Look(eta=3, train_cnn=False, keep_best=False), *[Fp16()] * fp16])
     run(learn, lambda learn: learn.fit(2, 1e-2))
     assert gradients and all(gradient is None for gradient in gradients)
     assert same(before, net.state_dict())
@@ -289,6 +289,8 @@ def test_two_processes_train_as_one(start, tmp_path, n, bs, opt, mask, accumulat
     for a, b in zip(first['map_history'], second['map_history'], strict=True): assert torch.equal(a, b)
     assert same(first['model'], second['model'])  # both processes hold the same weights, weight network included
     torch.testing.assert_close(one['model'], first['model'], atol=2e-5, rtol=1e-3)
+    assert first['drops'] == second['drops'] and len(first['drops']) == 3  # they keep the same weight network
+    torch.testing.assert_close(torch.tensor(one['drops']), torch.tensor(first['drops']), atol=1e-2, rtol=1e-3)
     means = (torch.tensor(first['int_losses']) + torch.tensor(second['int_losses'])) / 2
     torch.testing.assert_close(torch.tensor(one['int_losses']), means, atol=1e-5, rtol=1e-3)
     assert one['model']['weight_net.autoencoder.out.weight'].abs().max() > 0
@@ -326,7 +328,7 @@ def test_killed_run_ends_as_if_left_alone(start, tmp_path, opt):
         for key in ('map_history', 'moments'):
             assert len(want[key]) == len(got[key]) > 0
             assert all(torch.equal(a, b) for a, b in zip(want[key], got[key], strict=True)), key
-        for key in ('int_losses', 'losses', 'values'): assert want[key] == got[key], key
+        for key in ('int_losses', 'losses', 'values', 'best'): assert want[key] == got[key], key
 
 
 def test_checkpoint_of_a_plain_learner(tmp_path):
@@ -395,7 +397,7 @@ def test_inputs_and_outputs_of_any_kind(kind):
         dls = table(x, age, y, n_inp=2) if kind is TwoInputs else table(x, y)
         learn = run(Learner(dls, net, loss_func=any_loss, cbs=cbs), lambda learn: learn.fit(2, 1e-2))
         return net.state_dict(), learn
-    (plain, _), (ours, learn) = trained(), trained(TwoPass(eta=3))
+    (plain, _), (ours, learn) = trained(), trained(TwoPass(eta=3, keep_best=False))
     assert same(plain, ours) and len(learn.two_pass.int_losses) == 6
     assert learn.model.weight_net.autoencoder.out.weight.abs().max() > 0
     assert all(value == value for value in learn.recorder.values[-1])  # no nan: validation too
