@@ -21,6 +21,7 @@ from torch import nn
 
 from ..core.masking import Mask
 from ..core.model import AntehocModel
+from ..core.utils import own_seed
 from .archs import build_cnn, find_arch, own_cnns
 from .two_pass import TwoPass
 
@@ -52,18 +53,28 @@ def _can_be_rebuilt(name, kwargs):
     return True
 
 
+def _vision_learner(dls, arch, name, kwargs):
+    "fastai's `vision_learner`; `ValueError` for an architecture that it can't give a head"
+    try: return vision_learner(dls, arch, **kwargs)
+    except (StopIteration, RuntimeError):
+        if _can_be_rebuilt(name, {}): own_seed(lambda: build_cnn(name, get_c(dls)))  # raises that error, if it is one
+        raise
+
+
 def plain_learner(dls, # fastai DataLoaders
                   arch, # "resnet18", "timm/convnext_atto", "small_cnn", a torchvision function, or a CNN (nn.Module)
                   **kwargs, # As for `vision_learner`; for a CNN of your own, or one of ours, as for `Learner`
                  ) -> Learner: # Without a weight network, unless `cbs` brings `TwoPass`
-    """fastai's `vision_learner`, or `Learner` for a CNN that is already built. `ValueError` for an unknown name.
+    """fastai's `vision_learner`, or `Learner` for a CNN that is already built.
+
+    `ValueError` for an unknown name, and for an architecture that can't be given a head, such as `vit_b_16`.
 
     `pretrained` and the arguments that shape a head have no meaning for a CNN of your own, and are left out."""
     name, head = _arch_name(arch), _head_arguments(kwargs)
     if isinstance(arch, str): arch = find_arch(arch)
     if name in own_cnns: arch = build_cnn(name, get_c(dls), **head)
     whole = isinstance(arch, nn.Module)
-    learn = Learner(dls, arch, **_learner_arguments(kwargs)) if whole else vision_learner(dls, arch, **kwargs)
+    learn = Learner(dls, arch, **_learner_arguments(kwargs)) if whole else _vision_learner(dls, arch, name, kwargs)
     if isinstance(learn.model, AntehocModel) and _can_be_rebuilt(name, kwargs):
         learn.model.meta['cnn'] = dict(arch=name, n_out=get_c(dls) if whole else learn.n_out, **head)
     return learn

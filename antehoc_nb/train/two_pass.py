@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['rng_state', 'set_rng_state', 'untouched', 'sample_inputs', 'normalisation', 'process_count', 'process_rank',
-           'antehoc_splitter', 'IntLoss', 'TwoPass']
+           'antehoc_splitter', 'IntLoss', 'TwoPass', 'read_learner']
 
 # %% ../../nbs/train/11_two_pass.ipynb #cell0002
 import inspect
@@ -22,6 +22,7 @@ from fastai.data.transforms import Normalize
 from fastai.learner import Metric
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import find_bs, to_device, trainable_params
+from fastai.vision.core import PILImage
 from fastcore.basics import patch
 from fastcore.foundation import L
 from torch import nn
@@ -29,7 +30,8 @@ from torch import nn
 from ..core.interpretation_loss import draw_targets, int_losses, interpretation_loss
 from ..core.masking import Mask, as_mask, check_fill
 from ..core.model import AntehocModel
-from ..core.utils import frozen, output_tensors, plain_tensor, unknown_name
+from ..core.utils import frozen, output_tensors, plain_tensor, train_functions, unknown_name
+import antehoc_nb.train.archs  # noqa: F401  knows the names of CNNs, for saving and loading
 import fastai.callback.all  # noqa: F401  gives Learner fit_one_cycle, lr_find, to_fp16
 
 # %% ../../nbs/train/11_two_pass.ipynb #cell0004
@@ -203,6 +205,23 @@ def _image_facts(dls, sample):
     return facts
 
 
+def _first_inputs(learn):
+    "A few inputs of the learner's CNN, on its device; made of a black image if the learner has none"
+    try: inputs = sample_inputs(learn.dls)
+    except ValueError:  # as in a learner that was exported and loaded
+        inputs = learn.dls.test_dl([PILImage.create(np.zeros((64, 64, 3), np.uint8))]).one_batch()
+        inputs = tuple(plain_tensor(tensor) for tensor in inputs[:learn.dls.n_inp])
+    return to_device(inputs, next(learn.model.parameters()).device)
+
+
+@train_functions.register
+def read_learner(learn) -> dict: # cnn, sample, mean, std, meta
+    "What `AntehocModel(learn)` takes from a fastai learner: its network, and what it knows about its images."
+    sample = _first_inputs(learn)
+    mean, std = normalisation(learn.dls)
+    return dict(cnn=learn.model, sample=sample, mean=mean, std=std, meta=_image_facts(learn.dls, sample))
+
+
 @patch
 def _wrap_model(self: TwoPass):
     "Put the learner's CNN into an `AntehocModel`."
@@ -210,10 +229,7 @@ def _wrap_model(self: TwoPass):
     if isinstance(learn.model, nn.parallel.DistributedDataParallel):
         raise ValueError('TwoPass was added after the model was distributed; pass it when the learner is made: '
                          'cbs=TwoPass()')
-    sample = to_device(sample_inputs(learn.dls), next(learn.model.parameters()).device)
-    mean, std = normalisation(learn.dls)
-    facts = _image_facts(learn.dls, sample)
-    learn.model = AntehocModel(learn.model, sample, mean=mean, std=std, meta=facts, **self.model_kwargs)
+    learn.model = AntehocModel(**read_learner(learn), **self.model_kwargs)
 
 # %% ../../nbs/train/11_two_pass.ipynb #f1d55eda
 @patch
