@@ -464,7 +464,7 @@ def image_batch(self: AntehocModel,
               if photo.size != (width, height) else photo for photo in photos]
     arrays = [np.asarray(photo.convert('L' if channels == 1 else 'RGB')) for photo in fitted]
     x = torch.from_numpy(np.stack(arrays)).view(len(photos), height, width, channels).permute(0, 3, 1, 2)
-    x = (x.to(self.mean.device).float() / 255 - self.mean.float()) / self.std.float()
+    x = (x.contiguous().to(self.mean.device).float() / 255 - self.mean.float()) / self.std.float()
     weight = next(self.cnn.parameters(), x)
     return x.to(weight.dtype) if weight.is_floating_point() else x, photos
 

@@ -9,7 +9,6 @@ __all__ = ['own_cnns', 'fastai_names', 'HEAD_ARGUMENTS', 'small_cnn', 'landmark_
 # %% ../../nbs/train/10_archs.ipynb #cell0002
 import math
 from collections.abc import Callable
-from copy import deepcopy
 from types import FunctionType
 
 import torch
@@ -142,6 +141,7 @@ def build_cnn(arch: str, # As for `find_arch`
 
     `ValueError` as of `find_arch`, and for an architecture that can't be given a head, such as `vit_b_16`."""
     found = find_arch(arch)
+    head = {name: list(value) if isinstance(value, list) else value for name, value in head.items()}  # fastai pops
     if arch in own_cnns: return found(n_out, **head)
     if whole: return _whole_network(found, n_out, pretrained, **head)
     if isinstance(found, str): return create_timm_model(found, n_out, pretrained=pretrained, **head)[0]
@@ -187,7 +187,7 @@ def _n_weights(arch):
 
 def _is_built_by(cnn, description):
     "Whether `build_cnn` makes a CNN of this architecture from a description"
-    def build(): return build_cnn(**deepcopy(description))  # fastai takes items out of the lists it is given
+    def build(): return build_cnn(**description)
     try:
         try:
             with torch.device('meta'): built = own_seed(build)
@@ -278,7 +278,7 @@ def _candidates(cnn):
     names = [f'timm/{_timm_name(body.model)}'] if isinstance(body, TimmBody) else _family_names(body)
     for name in names:
         yield dict(arch=name, **_without_defaults(found), **grey)
-        yield dict(arch=name, **found | _if_linear_first(head), **grey)
+        if not found['first_bn']: yield dict(arch=name, **found | _if_linear_first(head), **grey)
 
 
 @train_functions.register

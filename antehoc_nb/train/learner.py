@@ -26,7 +26,9 @@ from .archs import HEAD_ARGUMENTS, build_cnn, find_arch, own_cnns
 from .two_pass import TwoPass
 
 # %% ../../nbs/train/12_learner.ipynb #cell0008
-def _head_arguments(kwargs): return {key: value for key, value in kwargs.items() if key in HEAD_ARGUMENTS}
+def _head_arguments(kwargs):
+    "Copies of the arguments that shape a head; fastai takes items out of lists"
+    return {key: list(value) if isinstance(value, list) else value for key, value in kwargs.items() if key in HEAD_ARGUMENTS}
 
 
 def _learner_arguments(kwargs):
