@@ -214,12 +214,12 @@ def _choose(cnn, sample, eta):
         raise ValueError(f'eta={eta!r}: give a whole number of layers, 1 or more')
     found = candidate_layers(cnn, sample)
     kind = type(cnn).__name__
-    if not found:
-        raise ValueError(f'cnn: no activation of {kind} can be recorded: none of shape (B,C,H,W) has more than one pixel '
-                         'and comes after a convolution; give larger images as the sample')
-    if len(found) == 1 and any('Attention' in type(module).__name__ for module in cnn.modules()):
-        raise ValueError(f'cnn: {kind} is a transformer behind one convolution ({found[0].name}); antehoc_nb explains '
+    if len(found) < 2 and any('Attention' in type(module).__name__ for module in cnn.modules()):
+        raise ValueError(f'cnn: {kind} is a transformer, with no more than one convolution; antehoc_nb explains '
                          'convolutional networks, whose activations have the shape (B,C,H,W)')
+    if not found:
+        raise ValueError(f'cnn: no activation of {kind} can be recorded: none of shape (B,C,H,W) has more than one '
+                         'pixel and comes after a convolution; give larger images as the sample')
     if eta is None: eta = min(8, len(found))
     return tuple(layer.name for layer in _evenly_spaced(found, eta))
 
@@ -258,9 +258,9 @@ def choose_layers(cnn: nn.Module, # Any CNN
                  ) -> tuple[str, ...]: # Their names, in order of computation
     """`eta` layers of `cnn`, evenly spaced from the first stage to the last (paper, section 3); or the given `layers`.
 
-    Raises `ValueError` for a CNN without convolutions or a transformer, an `eta` below 1 or above the number of layers found,
-    an unknown name (with near matches), a repeated name, a module called several times without saying which call,
-    or an output that is not (B,C,H,W)."""
+    Raises `ValueError` for a CNN without convolutions or a transformer, an `eta` below 1 or above the number of layers
+    found, an unknown name (with near matches), a repeated name, a module called several times without saying which
+    call, or an output that is not (B,C,H,W)."""
     if layers is None: return _choose(cnn, sample, eta)
     if isinstance(layers, str): layers = [layers]
     _check_names(cnn, layers)

@@ -28,7 +28,8 @@ from .two_pass import TwoPass
 # %% ../../nbs/train/12_learner.ipynb #cell0008
 def _head_arguments(kwargs):
     "Copies of the arguments that shape a head; fastai takes items out of lists"
-    return {key: list(value) if isinstance(value, list) else value for key, value in kwargs.items() if key in HEAD_ARGUMENTS}
+    chosen = {key: value for key, value in kwargs.items() if key in HEAD_ARGUMENTS}
+    return {key: list(value) if isinstance(value, list) else value for key, value in chosen.items()}
 
 
 def _learner_arguments(kwargs):

@@ -284,6 +284,7 @@ def test_a_learner_takes_targets_by_name():
 
 
 @class_specific_nets
+@pytest.mark.filterwarnings('ignore:save_pretrained')
 def test_a_model_goes_through_files_and_copies(tmp_path, net):
     model = AntehocModel(small_cnn(), torch.rand(2, 3, 32, 32), eta=3, weight_net=net)
     nn.init.normal_(model.weight_net.out.weight)
