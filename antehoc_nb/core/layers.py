@@ -201,7 +201,8 @@ def _evenly_spaced(found, eta):
     found = plain if len(plain) >= eta else found
     if eta > len(found):
         names = ', '.join(layer.name for layer in found)
-        raise ValueError(f'eta={eta} is larger than the {len(found)} layers found ({names}); '
+        layers = f"{len(found)} layer{'s' * (len(found) != 1)}"
+        raise ValueError(f'eta={eta} is larger than the {layers} found ({names}); '
                          f'use eta={len(found)} or less, or name the layers yourself with layers=[...]')
     if eta == 1: return [found[-1]]
     return [found[i] for i in np.linspace(0, len(found) - 1, eta).round().astype(int)]
@@ -212,7 +213,14 @@ def _choose(cnn, sample, eta):
     if eta is not None and (isinstance(eta, bool) or not isinstance(eta, Integral) or eta < 1):
         raise ValueError(f'eta={eta!r}: give a whole number of layers, 1 or more')
     found = candidate_layers(cnn, sample)
-    if eta is None: eta = max(2, min(8, len(found)))  # one layer makes no blend
+    kind = type(cnn).__name__
+    if len(found) < 2 and any('Attention' in type(module).__name__ for module in cnn.modules()):
+        raise ValueError(f'cnn: {kind} is a transformer, with no more than one convolution; antehoc_nb explains '
+                         'convolutional networks, whose activations have the shape (B,C,H,W)')
+    if not found:
+        raise ValueError(f'cnn: no activation of {kind} can be recorded: none of shape (B,C,H,W) has more than one '
+                         'pixel and comes after a convolution; give larger images as the sample')
+    if eta is None: eta = min(8, len(found))
     return tuple(layer.name for layer in _evenly_spaced(found, eta))
 
 
@@ -245,14 +253,14 @@ def choose_layers(cnn: nn.Module, # Any CNN
                   sample, # Input like the ones to come, (B,C,H,W); a tuple if the CNN takes several.
                   # False: don't run the CNN, only see whether it has the `layers`
                   eta: int | None = 8, # How many layers, if `layers` is not given.
-                  # None: the paper's 8, or all if there are fewer, but never one alone
+                  # None: the paper's 8, or all if there are fewer
                   layers: Sequence[str] | None = None, # Names to use instead of the automatic choice
                  ) -> tuple[str, ...]: # Their names, in order of computation
     """`eta` layers of `cnn`, evenly spaced from the first stage to the last (paper, section 3); or the given `layers`.
 
-    Raises `ValueError` for a CNN without convolutions, an `eta` below 1 or above the number of layers found,
-    an unknown name (with near matches), a repeated name, a module called several times without saying which call,
-    or an output that is not (B,C,H,W)."""
+    Raises `ValueError` for a CNN without convolutions or a transformer, an `eta` below 1 or above the number of layers
+    found, an unknown name (with near matches), a repeated name, a module called several times without saying which
+    call, or an output that is not (B,C,H,W)."""
     if layers is None: return _choose(cnn, sample, eta)
     if isinstance(layers, str): layers = [layers]
     _check_names(cnn, layers)

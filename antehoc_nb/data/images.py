@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['CIFAR10_URL', 'CIFAR10_MD5', 'CIFAR10_SHA256', 'SPLITS', 'IMAGES', 'FOOD11', 'ANIMALS10', 'TINY_IMAGENET_URL',
-           'TINY_IMAGENET_MD5', 'open_rgb', 'OpenImage', 'Fit', 'fetch', 'cache_root', 'data_root', 'unpack',
-           'unpacked', 'cifar10', 'FlipShift', 'image_dls', 'tiny_imagenet']
+           'TINY_IMAGENET_MD5', 'OpenImage', 'Fit', 'fetch', 'cache_root', 'data_root', 'unpack', 'unpacked', 'cifar10',
+           'FlipShift', 'image_dls', 'tiny_imagenet', 'open_rgb']
 
 # %% ../../nbs/data/20_images.ipynb #cell0002
 import hashlib
-import io
 import os
 import pickle
 import re
@@ -33,30 +32,23 @@ from fastai.data.transforms import IndexSplitter, IntToFloatTensor, ItemGetter, 
 from fastai.vision.core import PILImage, TensorImage, imagenet_stats
 from fastcore.foundation import L
 from fasttransform import Transform
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
 
+from ..core.utils import open_rgb, rgb_image, usual_mode
+
 # %% ../../nbs/data/20_images.ipynb #cell0004
-def open_rgb(
-    file, # path of an image file, or a binary file object
-) -> Image.Image: # RGB, upright as its EXIF orientation says
-    "An image file as 8-bit RGB. `OSError` for a file that cannot be read."
-    with Image.open(file) as opened: image = ImageOps.exif_transpose(opened)
-    if image.mode == 'I' or image.mode.startswith('I;16'):
-        image = Image.fromarray((np.asarray(image).clip(0, 65535)//257).astype('uint8'))
-    return image.convert('RGB')
+_all_ = ['open_rgb']
 
 
 class OpenImage(Transform):
-    """An RGB `PILImage` from a path, bytes, an array (H,W,3) or a tensor (3,H,W) of uint8, or another PIL image.
+    """An RGB `PILImage` from an image of any kind that `rgb_image` takes: path, bytes, array, tensor, PIL image.
 
     It does what `PILImage.create` does, as a class that exports with every version of fastai's dependencies."""
     input_types = (Path, str, bytes, np.ndarray, torch.Tensor, Image.Image)
 
     def encodes(self, source):
-        if isinstance(source, bytes): source = io.BytesIO(source)
-        image = PILImage.create(open_rgb(source) if isinstance(source, (str, Path, io.BytesIO)) else source)
-        return image if image.mode == 'RGB' else PILImage.create(image.convert('RGB'))
+        return PILImage.create(rgb_image(source))
 
 # %% ../../nbs/data/20_images.ipynb #13868d79
 class Fit(Transform):
@@ -219,6 +211,7 @@ def unpack(
     part = Path(tempfile.mkdtemp(prefix=f'.{dest.name}-', dir=dest.parent))
     try:
         _extract(archive, part)
+        usual_mode(part)
         _put_in_place(part, dest)
     except tarfile.FilterError as e: raise ValueError(f'{archive}: refused, {e}') from e
     except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error) as e:

@@ -10,12 +10,15 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+import torch
 from fastai.learner import Learner
 from fastai.torch_core import to_device
 from fastcore.basics import patch
+from PIL import Image
 from torch import Tensor
 
 from ..core.model import AntehocModel, Explanation
+from ..core.utils import is_one_image
 from ..core.weight_net import class_numbers
 from .plots import as_rows, check_threshold, draw_image, panel_grid, show_map, show_maps, to_rgb
 
@@ -28,7 +31,13 @@ def antehoc_of(learn):
                     "`antehoc_learner(dls, arch)`, or give `vision_learner` the callback `cbs=TwoPass()`")
 
 # %% ../../nbs/show/31_learner.ipynb #cell0008
-def _is_one_item(items): return isinstance(items, (str, Path, int)) or hasattr(items, 'convert')
+def _are_images(learn, items):
+    "Whether `items` are images that `AntehocModel.explain` opens itself: one, several, or a batch"
+    if items is None or hasattr(items, 'do_item') or getattr(learn.dls, 'n_inp', 1) > 1: return False
+    if isinstance(items, Tensor): return items.is_floating_point() or items.dtype == torch.uint8
+    if isinstance(items, np.ndarray): return items.ndim > 1
+    first = items if is_one_image(items) else next(iter(items), None)
+    return isinstance(first, (str, Path, bytes, Image.Image, np.ndarray, Tensor))
 
 
 def _check_numbers(numbers, n):
@@ -41,7 +50,7 @@ def _loader_and_numbers(learn, items, n):
     "The `DataLoader` that `items` are in, and their numbers there"
     valid = learn.dls.valid
     if items is None: return valid, range(min(n, len(valid.dataset)))
-    if _is_one_item(items): items = [items]
+    if is_one_image(items) and not isinstance(items, (np.ndarray, Tensor)): items = [items]
     if hasattr(items, 'do_item'): return items, range(min(n, len(items.dataset)))
     if len(items) == 0: raise ValueError("items: an empty list, nothing to explain")
     if all(isinstance(item, (int, np.integer)) for item in items):
@@ -69,6 +78,14 @@ def _batch(learn, items=None, n=9):
     return batch[:n_inputs], (batch[n_inputs] if len(batch) == n_inputs+1 else None)
 
 
+def _explain(learn, items, n, target, **kwargs):
+    "The explanation of validation images or items, and their targets (or None)"
+    model = antehoc_of(learn)
+    if _are_images(learn, items): return model.explain(items, target=target, **kwargs), None
+    inputs, y = _batch(learn, items, n)
+    return model.explain(*inputs, target=_target_numbers(learn, target, len(inputs[0])), **kwargs), y
+
+
 def _target_numbers(learn, target, n):
     "Target classes by name or number as numbers, (n,), for a class-specific weight network"
     model = antehoc_of(learn)
@@ -79,7 +96,8 @@ def _target_numbers(learn, target, n):
 # %% ../../nbs/show/31_learner.ipynb #efeeba0f
 @patch
 def explain(self: Learner,
-    items=None, # None: the first `n` validation images; or validation indices, paths, PIL images, or a `DataLoader`
+    items=None, # None: the first `n` validation images; or validation indices, a `DataLoader`, or images of any kind,
+    # as `AntehocModel.explain` takes them: paths, PIL images, arrays, a list of those, a batch
     n: int = 9, # how many, if `items` is None or a `DataLoader`
     threshold: float = .8, # of the binarised map, in (0,1]
     target=None, # target classes, by name or number, or a captioner's words, as `AntehocModel.explain` takes them
@@ -87,10 +105,8 @@ def explain(self: Learner,
     """Predictions and maps, one forward pass.
 
     `TypeError` if the model is not an `AntehocModel`; `IndexError` for an index out of range."""
-    model = antehoc_of(self)
-    inputs, _ = _batch(self, items, n)
-    target = _target_numbers(self, target, len(inputs[0]))
-    return model.explain(*inputs, threshold=check_threshold(threshold), target=target)
+    antehoc_of(self)
+    return _explain(self, items, n, target, threshold=check_threshold(threshold))[0]
 
 # %% ../../nbs/show/31_learner.ipynb #cell0011
 _RIGHT, _WRONG = '#0072B2', '#D55E00'  # blue and vermilion, told apart by all common forms of colour blindness
@@ -140,8 +156,8 @@ def show_maps(self: Learner, # noqa: F811
     """Maps of validation images or items, titled with prediction and, if wrong, truth, and with the target class.
 
     There are no titles if the output is not one score per class."""
-    inputs, y = _batch(self, items, n)
-    e = antehoc_of(self).explain(*inputs, target=_target_numbers(self, target, len(inputs[0])))
+    antehoc_of(self)
+    e, y = _explain(self, items, n, target)
     titles, colors = _titles(self, e.pred, y)
     if target is not None and titles:
         titles = [f'{title}\ntarget {self.dls.vocab[int(c)]}' for title, c in zip(titles, e.target)]

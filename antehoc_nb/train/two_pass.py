@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['rng_state', 'set_rng_state', 'untouched', 'sample_batch', 'sample_inputs', 'labels_are_classes', 'validation_batches',
            'normalisation', 'process_count', 'process_rank', 'antehoc_splitter', 'IntLoss', 'MapDrop', 'TwoPass',
-           'KeptWeights']
+           'read_learner', 'KeptWeights']
 
 # %% ../../nbs/train/11_two_pass.ipynb #cell0002
 import inspect
@@ -25,6 +25,7 @@ from fastai.data.transforms import Normalize
 from fastai.learner import Metric
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import find_bs, to_device, trainable_params
+from fastai.vision.core import PILImage
 from fastcore.basics import patch
 from fastcore.foundation import L
 from torch import nn
@@ -36,7 +37,8 @@ from antehoc_nb.core.interpretation_loss import (
 from ..core.interpretation_loss import output_at_area, output_change
 from ..core.masking import Mask, as_mask, check_fill
 from ..core.model import AntehocModel
-from ..core.utils import frozen, output_tensors, plain_tensor, unknown_name
+from ..core.utils import frozen, output_tensors, plain_tensor, train_functions, unknown_name
+import antehoc_nb.train.archs  # noqa: F401  knows the names of CNNs, for saving and loading
 import fastai.callback.all  # noqa: F401  gives Learner fit_one_cycle, lr_find, to_fp16
 
 # %% ../../nbs/train/11_two_pass.ipynb #cell0004
@@ -387,6 +389,27 @@ def _image_facts(dls, sample):
     return facts
 
 
+def _first_inputs(learn):
+    "A few inputs of the learner's CNN, on its device; made of a black image if the learner has none"
+    try: inputs = sample_inputs(learn.dls)
+    except ValueError:  # as in a learner that was exported and loaded
+        inputs = learn.dls.test_dl([PILImage.create(np.zeros((64, 64, 3), np.uint8))]).one_batch()
+        inputs = tuple(plain_tensor(tensor) for tensor in inputs[:learn.dls.n_inp])
+    return to_device(inputs, next(learn.model.parameters()).device)
+
+
+@train_functions.register
+def read_learner(learn) -> dict: # cnn, sample, mean, std, meta, class_specific
+    "What `AntehocModel(learn)` takes from a fastai learner: its network, and what it knows about its images."
+    sample = _first_inputs(learn)
+    mean, std = normalisation(learn.dls)
+    facts = _image_facts(learn.dls, sample)
+    try: has_classes = labels_are_classes(learn.dls)
+    except ValueError: has_classes = 'vocab' in facts  # a learner that was exported and loaded
+    return dict(cnn=learn.model, sample=sample, mean=mean, std=std, meta=facts,
+                class_specific=None if has_classes else False)
+
+
 @patch
 def _wrap_model(self: TwoPass):
     "Put the learner's CNN into an `AntehocModel`."
@@ -394,12 +417,8 @@ def _wrap_model(self: TwoPass):
     if isinstance(learn.model, nn.parallel.DistributedDataParallel):
         raise ValueError('TwoPass was added after the model was distributed; pass it when the learner is made: '
                          'cbs=TwoPass()')
-    sample = to_device(sample_inputs(learn.dls), next(learn.model.parameters()).device)
-    mean, std = normalisation(learn.dls)
-    facts = _image_facts(learn.dls, sample)
-    settings = dict(mean=mean, std=std, meta=facts) | self.model_kwargs
-    if settings.get('class_specific') is None and not labels_are_classes(learn.dls): settings['class_specific'] = False
-    learn.model = AntehocModel(learn.model, sample, **settings)
+    given = {name: value for name, value in self.model_kwargs.items() if (name, value) != ('class_specific', None)}
+    learn.model = AntehocModel(**read_learner(learn) | given)
 
 # %% ../../nbs/train/11_two_pass.ipynb #f1d55eda
 @patch

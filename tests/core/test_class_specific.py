@@ -289,6 +289,7 @@ def test_a_learner_takes_targets_by_name():
     with pytest.raises(ValueError, match="unknown class 'seven'"): learn.explain(n=4, target='seven')
 
 
+@pytest.mark.filterwarnings('ignore:save_pretrained')
 def test_a_model_goes_through_files_and_copies(tmp_path):
     model = AntehocModel(small_cnn(), torch.rand(2, 3, 32, 32), eta=3)
     nn.init.normal_(model.weight_net.autoencoder.out.weight)

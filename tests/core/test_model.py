@@ -21,7 +21,9 @@ from antehoc_nb.core.utils import eval_mode
 from antehoc_nb.core.weight_net import interpretation_map, weight_nets
 
 FEW = settings(max_examples=15)
-pytestmark = pytest.mark.usefixtures('one_thread')
+# noise is no image, and the CNNs of these tests have no names: both are said, and tested in test_images_in.py
+pytestmark = [pytest.mark.usefixtures('one_thread'), pytest.mark.filterwarnings('ignore:explain'),
+              pytest.mark.filterwarnings('ignore:save_pretrained')]
 
 
 def small_model(eta=3, c=3, **kwargs):

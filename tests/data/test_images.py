@@ -1,5 +1,6 @@
 "What the notebook 20_images does not show: archives, odd servers, CIFAR-10 files as Python 2 wrote them."
 import io
+import os
 import pickle
 import struct
 import tarfile
@@ -15,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from antehoc_nb.core import utils
 from antehoc_nb.data import images
 from antehoc_nb.data.images import FlipShift, fetch, image_dls, unpack, unpacked
 
@@ -192,3 +194,19 @@ def test_flip_shift_only_in_training():
     assert y.shape == x.shape and not torch.equal(x, y)
     flipped = FlipShift(0.)(x, split_idx=0)
     assert all(torch.equal(a, b) or torch.equal(a, b.flip(-1)) for a, b in zip(flipped, x))
+
+
+@pytest.mark.parametrize('umask', [0o022, 0o077])
+def test_unpacked_folders_have_the_usual_mode(tmp_path, umask):
+    with zipfile.ZipFile(tmp_path/'a.zip', 'w') as archive: archive.writestr('cats/a.txt', 'x')
+    before = os.umask(umask)
+    try: unpack(tmp_path/'a.zip', tmp_path/'a')
+    finally: os.umask(before)
+    assert (tmp_path/'a').stat().st_mode & 0o777 == 0o777 & ~umask
+
+
+def test_opened_in_the_same_way_everywhere(tmp_path):
+    Image.new('RGBA', (5, 4), (10, 20, 30, 0)).save(tmp_path/'a.png')
+    assert images.open_rgb is utils.open_rgb
+    opened = images.OpenImage()(tmp_path/'a.png')
+    assert opened.getpixel((0, 0)) == utils.open_rgb(tmp_path/'a.png').getpixel((0, 0)) == (255, 255, 255)
