@@ -151,8 +151,8 @@ def test_the_metric_is_found_by_its_name(tmp_path):
 @pytest.mark.parametrize('arch', ['vit_b_16', 'mnasnet0_5'])
 @pytest.mark.parametrize('plain', [False, True])
 def test_architectures_that_fastai_cannot_take(tmp_path, arch, plain):
-    with pytest.raises(ValueError, match=f"arch='{arch}' cannot be trained on these images: fastai cannot put a head on it "
-                                         r"\([^\n]*\); choose another, such as 'resnet18'"):
+    message = f"arch='{arch}' cannot be trained on these images: fastai cannot put a head on it "
+    with pytest.raises(ValueError, match=message + r"\([^\n]*\); choose another, such as 'resnet18'"):
         train(tmp_path/'run', arch=arch, plain=plain)
     assert not (tmp_path/'run').exists()
 
