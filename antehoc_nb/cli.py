@@ -28,7 +28,7 @@ app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode='markdown',
     help='CNNs that explain themselves: one forward pass gives the prediction and a map of the pixels it rests on.')
 
-# %% ../nbs/90_cli.ipynb #ea206117
+# %% ../nbs/90_cli.ipynb #914d20e5
 class _Output:
     "Where a command writes."
     def __init__(self, quiet=False, as_json=False):
@@ -91,7 +91,7 @@ def _in_one_line(output):
             if os.environ.get('ANTEHOC_DEBUG'): raise
             output.fail(_in_words(error))
 
-# %% ../nbs/90_cli.ipynb #86d04754
+# %% ../nbs/90_cli.ipynb #fcd10a9e
 def _version(show: bool):
     if show:
         typer.echo(f'antehoc_nb {antehoc_nb.__version__}')
@@ -108,7 +108,7 @@ def _main(version: Annotated[bool, typer.Option('--version', callback=_version, 
     warnings.filterwarnings('ignore', module='torchvision.models')
     os.environ.setdefault('MPLBACKEND', 'Agg')
 
-# %% ../nbs/90_cli.ipynb #6a360478
+# %% ../nbs/90_cli.ipynb #0ee233e6
 _RESEARCH = 'Options for research'  # panel of the help
 _Device = Annotated[str, _option('`cpu`, `cuda`, `cuda:1`, `mps`. Default: the GPU if there is one.')]
 _Quiet = Annotated[bool, typer.Option('--quiet', help='Print errors and the last line only.')]
@@ -135,7 +135,7 @@ def _find_device(name):
         raise ValueError(f'--device {name}: there is no number {device.index}, only 0 to {n_found - 1}')
     return device
 
-# %% ../nbs/90_cli.ipynb #85a82485
+# %% ../nbs/90_cli.ipynb #a00ee507
 def _check_out(out, images=None):
     "Errors of a folder that can't be written, or that would become one of the classes of `images`"
     existing = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
@@ -182,7 +182,7 @@ class _CommandWithChoices(TyperCommand):
             if '{' in (parameter.help or ''): parameter.help = parameter.help.format(**choices)
         super().format_help(ctx, formatter)
 
-# %% ../nbs/90_cli.ipynb #c00f3196
+# %% ../nbs/90_cli.ipynb #41956200
 def _command():
     "This command line, without the folders that only this machine has"
     def short(arg):
@@ -218,7 +218,7 @@ def _finished(learn, out, plain, output, device):
                epochs=len(scores), epochs_trained_now=trained, seconds=round(learn.checkpoint.seconds),
                device=str(device), out=str(out), files=files)
 
-# %% ../nbs/90_cli.ipynb #05748e2c
+# %% ../nbs/90_cli.ipynb #2e1095b4
 @app.command(cls=_CommandWithChoices)
 def train(
     data: Annotated[str, typer.Argument(
@@ -297,6 +297,7 @@ def _image_files(images, out):
 
 def _load_model(folder):
     "The model of a folder, or of the run above it; errors that say what to train"
+    import antehoc_nb.train.archs  # noqa: F401  builds CNNs by name
     from antehoc_nb.core.model import AntehocModel
     if not folder.exists(): raise FileNotFoundError(f'{folder}: no such model folder')
     if not folder.is_dir(): raise NotADirectoryError(f'{folder} is a file; give the folder that antehoc train wrote')
@@ -307,7 +308,7 @@ def _load_model(folder):
         raise ValueError(f'{folder}: the training is not finished; start its antehoc train again, it goes on')
     return AntehocModel.from_pretrained(folder)
 
-# %% ../nbs/90_cli.ipynb #0c340b66
+# %% ../nbs/90_cli.ipynb #ba90d921
 def _class_specific_name():
     "The name of a class-specific weight network: the default if it is one"
     weight_nets, default = _registry('core.weight_net', 'weight_nets'), _default_of('weight_net')
@@ -390,7 +391,7 @@ def _localisation_of_maps(model, dls):
             'centred blob': centred_blob(len(x), x.shape[2:])}
     return {name: localisation(of_images, boxes) for name, of_images in maps.items()}
 
-# %% ../nbs/90_cli.ipynb #96ee66bb
+# %% ../nbs/90_cli.ipynb #f6fcaa5c
 def _draw_found_digit(axes, pixels, map, box, title, is_right):
     "A scene, and its map with the strongest point and the box of the digit"
     from matplotlib.patches import Rectangle
@@ -422,7 +423,7 @@ def _write_demo_picture(model, dls, path, about):
     plt.savefig(path, dpi=110, bbox_inches='tight')
     plt.close()
 
-# %% ../nbs/90_cli.ipynb #49c9c80f
+# %% ../nbs/90_cli.ipynb #27293fbb
 def _picture_after_each_epoch(path, epochs, output):
     "A callback that draws the demo's picture, and says where the first one is"
     from fastai.callback.core import Callback

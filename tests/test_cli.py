@@ -331,6 +331,14 @@ def test_everything_that_can_be_reproduced_is_found():
             for profile in ('smoke', 'cpu', 'paper'): assert experiment.config(dataset, profile)['dataset'] == dataset
 
 
+def test_explaining_in_a_process_of_its_own(among_runs, tmp_path):
+    "Nothing that another command has imported is needed."
+    code = 'from antehoc_nb.cli import app; app()'
+    args = 'explain', 'usual', 'a/photos', '--out', str(tmp_path/'m'), '--device', 'cpu', '--json'
+    result = subprocess.run([sys.executable, '-c', code, *args], capture_output=True, text=True, check=True)
+    assert json.loads(result.stdout)['explained'] == 24 and 'antehoc: error' not in result.stderr
+
+
 def test_the_help_imports_neither_torch_nor_fastai():
     code = "import sys, antehoc_nb.cli; sys.exit(any(o in sys.modules for o in ('torch', 'fastai', 'matplotlib')))"
     assert subprocess.run([sys.executable, '-c', code], check=False).returncode == 0
