@@ -6,17 +6,21 @@
 __all__ = ['app', 'REPRODUCIBLE', 'Reproducible', 'train', 'explain', 'demo', 'find_experiment', 'reproduce']
 
 # %% ../nbs/90_cli.ipynb #cell0003
+import errno
 import importlib
+import json
 import os
+import shlex
 import sys
 import time
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer.core import TyperCommand
 
 import antehoc_nb
 
@@ -24,22 +28,70 @@ app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode='markdown',
     help='CNNs that explain themselves: one forward pass gives the prediction and a map of the pixels it rests on.')
 
+# %% ../nbs/90_cli.ipynb #914d20e5
+class _Output:
+    "Where a command writes."
+    def __init__(self, quiet=False, as_json=False):
+        self.quiet = quiet
+        self.as_json = as_json
+        self.stdout = sys.stdout
+
+    def say(self, text):
+        if not self.quiet: typer.echo(text, err=self.as_json)
+
+    @property
+    def lines(self):
+        "`say`; None if nothing is to be said"
+        return None if self.quiet else self.say
+
+    def end(self, summary, next_command=None, **facts):
+        "The last lines for people, or the facts as JSON"
+        if self.as_json: text = json.dumps(facts | dict(next=next_command))
+        elif next_command: text = f'{summary}{"; " if self.quiet else chr(10)}next: {next_command}'
+        else: text = summary
+        typer.echo(text, file=self.stdout)
+
+    def fail(self, text):
+        typer.echo(f'antehoc: error: {text}', err=True)
+        if self.as_json: typer.echo(json.dumps(dict(error=text)), file=self.stdout)
+        raise typer.Exit(1)
+
 # %% ../nbs/90_cli.ipynb #cell0006
+_FORESEEN = ValueError, OSError, FloatingPointError, ImportError
+
+
+def _is_disk_full(error, text):
+    return getattr(error, 'errno', None) == errno.ENOSPC or 'No space left' in text or 'file write failed' in text
+
+
+def _in_words(error):
+    "An error as a user can read it"
+    text = str(error)
+    if 'Exception occured in' in text: text = text.split('\n\t', 1)[-1]  # fastai wraps errors of callbacks
+    if _is_disk_full(error, text): return 'the disk is full; what was written before is whole. Make room, start again'
+    if isinstance(error, PermissionError) and error.filename: return f'no permission for {error.filename}'
+    if 'out of memory' in text: return "the GPU's memory is full: use a smaller --bs or --size, or --device cpu"
+    text = text.split(' (file could not be opened')[0]  # where tarfile lists all formats that it has tried
+    if isinstance(error, _FORESEEN): return text.strip()
+    first_line = (text.strip().splitlines() or ['no message'])[0]
+    return f'{type(error).__name__}: {first_line} (ANTEHOC_DEBUG=1 shows where)'
+
+
 @contextmanager
-def _in_one_line():
-    "Turn foreseen errors into one line and exit code 1, an interruption into 130."
-    try: yield
-    except KeyboardInterrupt:
-        typer.echo('\nantehoc: interrupted; the same command goes on from the last finished epoch or file', err=True)
-        raise typer.Exit(130) from None
-    except (ValueError, OSError, FloatingPointError, RuntimeError, ImportError) as e:
-        if os.environ.get('ANTEHOC_DEBUG'): raise
-        text = str(e)
-        if 'Exception occured in' in text: text = text.split('\n\t', 1)[-1]  # fastai wraps errors of callbacks
-        typer.echo(f'antehoc: error: {text.strip()}', err=True)
-        raise typer.Exit(1) from None
+def _in_one_line(output):
+    "Turn errors into one line and exit code 1, an interruption into 130."
+    with redirect_stdout(sys.stderr) if output.as_json else nullcontext():
+        try: yield
+        except KeyboardInterrupt:
+            last = 'the last finished epoch or file'
+            typer.echo(f'\nantehoc: interrupted; the same command goes on from {last}', err=True)
+            raise typer.Exit(130) from None
+        except (typer.Exit, typer.BadParameter): raise
+        except Exception as error:
+            if os.environ.get('ANTEHOC_DEBUG'): raise
+            output.fail(_in_words(error))
 
-
+# %% ../nbs/90_cli.ipynb #fcd10a9e
 def _version(show: bool):
     if show:
         typer.echo(f'antehoc_nb {antehoc_nb.__version__}')
@@ -53,19 +105,84 @@ def _option(text, **kwargs): return typer.Option(help=text, **kwargs)
 def _main(version: Annotated[bool, typer.Option('--version', callback=_version, is_eager=True,
                                                 help='Show the version and exit.')] = False):
     warnings.filterwarnings('ignore', category=FutureWarning)  # of the libraries underneath; nothing a user can mend
+    warnings.filterwarnings('ignore', module='torchvision.models')
     os.environ.setdefault('MPLBACKEND', 'Agg')
 
+# %% ../nbs/90_cli.ipynb #0ee233e6
+_RESEARCH = 'Options for research'  # panel of the help
+_Device = Annotated[str, _option('`cpu`, `cuda`, `cuda:1`, `mps`. Default: the GPU if there is one.')]
+_Quiet = Annotated[bool, typer.Option('--quiet', help='Print errors and the last line only.')]
+_AsJson = Annotated[bool, typer.Option('--json', help='Print one JSON object at the end; all else to standard error.')]
+
+
+def _default_device():
+    import torch
+    if torch.cuda.is_available(): return torch.device('cuda')
+    return torch.device('mps' if torch.backends.mps.is_available() else 'cpu')
+
+
+def _find_device(name):
+    "A device by name; `ValueError` for one that is not there"
+    import torch
+    if not name: return _default_device()
+    try: device = torch.device(name)
+    except RuntimeError: device = None
+    if device is None or device.type not in ('cpu', 'cuda', 'mps'):
+        raise ValueError(f'--device {name}: no such device; choose cpu, cuda, cuda:1 or mps')
+    n_found = dict(cpu=1, cuda=torch.cuda.device_count(), mps=int(torch.backends.mps.is_available()))[device.type]
+    if n_found == 0: raise ValueError(f'--device {name}: PyTorch finds no such GPU here; use --device cpu')
+    if (device.index or 0) >= n_found:
+        raise ValueError(f'--device {name}: there is no number {device.index}, only 0 to {n_found - 1}')
+    return device
+
+# %% ../nbs/90_cli.ipynb #a00ee507
+def _check_out(out, images=None):
+    "Errors of a folder that can't be written, or that would become one of the classes of `images`"
+    existing = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    if not existing.is_dir(): raise NotADirectoryError(f'--out {out}: {existing.name} is a file, not a folder')
+    if not os.access(existing, os.W_OK | os.X_OK): raise PermissionError(f'--out {out}: no permission to write there')
+    if images is not None and images.is_dir() and images.resolve() in (out.resolve(), *out.resolve().parents):
+        raise ValueError(f'--out {out} lies in the folder of the images, and would be taken for a class; '
+                         f'choose one outside, such as --out ../{out.name}')
+
 # %% ../nbs/90_cli.ipynb #cell0008
-def _one_of(module, registry):
+def _default_of(argument):
+    "The library's default of an argument of `AntehocModel` or `TwoPass`"
+    import inspect
+
+    from antehoc_nb.train.learner import antehoc_learner
+    return inspect.signature(antehoc_learner).parameters[argument].default
+
+
+def _registry(module, name): return getattr(importlib.import_module(f'antehoc_nb.{module}'), name)
+
+
+def _one_of(module, registry, argument):
     "A check of an option against a registry"
     def check(value: str | None):
         if value is None: return None
-        try: getattr(importlib.import_module(f'antehoc_nb.{module}'), registry)[value]
+        known = _registry(module, registry)
+        if value in known or value == _default_of(argument): return value
+        try: known[value]
         except ValueError as e: raise typer.BadParameter(str(e)) from None
-        return value
     return check
 
 
+class _CommandWithChoices(TyperCommand):
+    "A command whose help names the entries of registries, which are imported for it"
+    def format_help(self, ctx, formatter):
+        choices = {}
+        for argument, registry in dict(soft_attention=_registry('core.attention', 'soft_attentions'),
+                                       weight_net=_registry('core.weight_net', 'weight_nets'),
+                                       mask=_registry('core.masking', 'masks')).items():
+            default = _default_of(argument)
+            names = [*([default] if default else []), *(name for name in registry if name != default)]
+            choices[argument] = ', '.join(f'`{name}`' for name in names)
+        for parameter in self.params:
+            if '{' in (parameter.help or ''): parameter.help = parameter.help.format(**choices)
+        super().format_help(ctx, formatter)
+
+# %% ../nbs/90_cli.ipynb #41956200
 def _command():
     "This command line, without the folders that only this machine has"
     def short(arg):
@@ -74,68 +191,97 @@ def _command():
     return ' '.join(['antehoc', *map(short, sys.argv[1:])])
 
 
-def _training_dls(data, size, bs, seed, valid, aug, workers):
-    "The images that `antehoc train` is given"
+def _training_dls(data, size, bs, seed, valid, aug, workers, device):
+    "The images that `antehoc train` is given; `ValueError` where there are too few"
     if data == 'photo-digits':
         from antehoc_nb.data.photo_digits import photo_digits_dls
-        return photo_digits_dls(size=size, bs=bs, seed=seed)
+        if valid: raise ValueError('--valid: photo-digits has validation scenes of its own; leave it out')
+        return photo_digits_dls(size=size, bs=bs, seed=seed, num_workers=workers, device=device)
     from antehoc_nb.data.images import cifar10, image_dls
     path = cifar10() if data == 'cifar10' else Path(data)
     is_share = valid.replace('.', '', 1).isdigit()
     split = float(valid) if is_share else valid or None
-    return image_dls(path, size, bs, valid=split, aug=aug, seed=seed, num_workers=workers)
+    dls = image_dls(path, size, bs, valid=split, aug=aug, seed=seed, num_workers=workers, device=device)
+    if len(dls.train_ds) < 2: raise ValueError(f'{path}: only one image to train on; give at least three')
+    return dls
 
 # %% ../nbs/90_cli.ipynb #8d625080
-@app.command()
+def _finished(learn, out, plain, output, device):
+    "Say what a run has ended with, and what to do next"
+    from antehoc_nb.tasks.experiment import epoch_scores
+    scores, trained = epoch_scores(learn), learn.checkpoint.epochs
+    files = sorted(path.relative_to(out).as_posix() for path in out.rglob('*') if path.is_file())
+    if trained: output.say(f'wrote {", ".join(sorted(path.name for path in out.iterdir()))} to {out}/')
+    state = '' if trained else f'{out} is finished already, with {len(scores)} epochs; a larger --epochs trains on; '
+    next_command = None if plain else f'antehoc explain {shlex.quote(str(out))} <your images>'
+    output.end(f'{state}accuracy {scores[-1]["accuracy"]:.4f}', next_command, accuracy=scores[-1]['accuracy'],
+               epochs=len(scores), epochs_trained_now=trained, seconds=round(learn.checkpoint.seconds),
+               device=str(device), out=str(out), files=files)
+
+# %% ../nbs/90_cli.ipynb #2e1095b4
+@app.command(cls=_CommandWithChoices)
 def train(
     data: Annotated[str, typer.Argument(
         help='Class folders (`train/<class>/*.jpg`, or just `<class>/*.jpg`), CIFAR-10 python batches, or a tar or zip '
              'of either; `cifar10` downloads it; `photo-digits` makes it.')],
-    out: Annotated[Path, _option('Where the model, the record and the figures go. A stopped run resumes from here.')]
-        = Path('antehoc-run'),
+    out: Annotated[Path, _option('Where the model, the record and the figures go. A stopped run resumes from here, a '
+                                 'finished one goes on when --epochs is raised.')] = Path('antehoc-run'),
     arch: Annotated[str, _option("A torchvision architecture, `timm/<name>`, or `small_cnn`.")] = 'resnet18',
+    pretrained: Annotated[bool, _option('Start from ImageNet weights (downloads them once).')] = False,
     size: Annotated[int, _option('Side of the square the images are brought to, pixels.', min=8)] = 128,
     epochs: Annotated[int, _option('Passes over the training images.', min=1)] = 5,
-    bs: Annotated[int, _option('Batch size.', min=1)] = 64,
-    lr: Annotated[float, _option('Highest learning rate of the one-cycle schedule.', min=1e-8, max=10)] = 3e-3,
+    bs: Annotated[int, _option('Batch size.', min=2)] = 64,
+    lr: Annotated[float, _option('Highest learning rate of the one-cycle schedule.', min=1e-8, max=10,
+                                 metavar='<float>')] = 3e-3,
     valid: Annotated[str, _option('Split to validate on (`valid`, `test`), or a fraction of the training images. '
-                                  'Default: the split that is there.')] = '',
-    pretrained: Annotated[bool, _option('Start from ImageNet weights (downloads them once).')] = False,
-    aug: Annotated[bool, _option('Mirror and shift the training images.')] = True,
-    eta: Annotated[int | None, _option('How many layers the map is made of. Default: 8, or all if there are fewer.',
-                                       min=1)] = None,
-    layers: Annotated[str, _option('Layers by name, comma-separated, instead of --eta.')] = '',
-    soft_attention: Annotated[str, _option('How an activation becomes a map.',
-                                           callback=_one_of('core.attention', 'soft_attentions'))] = 'softmax_l2',
-    temperature: Annotated[float, _option('Of the soft attention; above 1 softens.')] = 3.,
-    weight_net: Annotated[str, _option('How the layers are combined.',
-                                       callback=_one_of('core.weight_net', 'weight_nets'))] = 'autoencoder',
-    mask: Annotated[str | None, _option('What pass 2 multiplies the image with. Default: `soft+capped+threshold` with '
-                                        '--weight-net turned or directed, else `soft+top_area`.',
-                                        callback=_one_of('core.masking', 'masks'))] = None,
-    fill: Annotated[str, _option('What masked pixels become: `black`, `mean` or `blur`.')] = 'black',
+                                  'Default: the split that is there, else 0.2.')] = '',
+    aug: Annotated[bool, _option('Mirror and shift the training images (never those of `photo-digits`).')] = True,
+    device: _Device = '',
     bf16: Annotated[bool, _option('bfloat16 mixed precision; fast on recent CPUs and GPUs.')] = False,
-    channels_last: Annotated[bool, _option('Channels-last memory format.')] = False,
-    seed: Annotated[int, _option('Of weights, shuffling and augmentation.')] = 0,
     workers: Annotated[int, _option('Processes that load images.', min=0)] = 0,
-    plain: Annotated[bool, _option('Train the CNN without its weight network, to compare: it must come out the same.')]
-        = False):
+    quiet: _Quiet = False,
+    as_json: _AsJson = False,
+    seed: Annotated[int, _option('Of weights, shuffling and augmentation.', rich_help_panel=_RESEARCH)] = 0,
+    plain: Annotated[bool, _option('Train the CNN without its weight network, to compare: it must come out the same.',
+                                   rich_help_panel=_RESEARCH)] = False,
+    weight_net: Annotated[str | None, _option(
+        'How the layers are combined, by default as the first of: {weight_net}.', rich_help_panel=_RESEARCH,
+        callback=_one_of('core.weight_net', 'weight_nets', 'weight_net'))] = None,
+    eta: Annotated[int | None, _option('How many layers the map is made of. Default: 8, or all if there are fewer.',
+                                       min=1, rich_help_panel=_RESEARCH)] = None,
+    layers: Annotated[str, _option('Layers by name, comma-separated, instead of --eta.', rich_help_panel=_RESEARCH)]
+        = '',
+    soft_attention: Annotated[str | None, _option(
+        'How an activation becomes a map, by default as the first of: {soft_attention}.', rich_help_panel=_RESEARCH,
+        callback=_one_of('core.attention', 'soft_attentions', 'soft_attention'))] = None,
+    temperature: Annotated[float | None, _option('Of the soft attention; above 1 softens.', rich_help_panel=_RESEARCH)]
+        = None,
+    mask: Annotated[str | None, _option(
+        'What pass 2 multiplies the image with. Default: as the weight network needs. One of: {mask}.',
+        rich_help_panel=_RESEARCH, callback=_one_of('core.masking', 'masks', 'mask'))] = None,
+    fill: Annotated[str | None, _option('What masked pixels become: `black`, `mean` or `blur`.',
+                                        rich_help_panel=_RESEARCH)] = None,
+    channels_last: Annotated[bool, _option('Channels-last memory format.', rich_help_panel=_RESEARCH)] = False):
     "Train a CNN that explains itself on a folder of images."
-    with _in_one_line():
+    output = _Output(quiet, as_json)
+    with _in_one_line(output):
+        found_device = _find_device(device)
+        _check_out(out, Path(data))
+        if eta and layers: raise ValueError('--eta and --layers: give one of the two')
         from antehoc_nb.train.archs import find_arch
         find_arch(arch)
-        dls = _training_dls(data, size, bs, seed, valid, aug, workers)
+        dls = _training_dls(data, size, bs, seed, valid, aug, workers, found_device)
         from antehoc_nb.tasks.experiment import train_run
-        typer.echo(f'{len(dls.train_ds):,} training and {len(dls.valid_ds):,} validation images '
-                   f'of {len(dls.vocab)} classes, on {dls.device}')
+        output.say(f'{len(dls.train_ds):,} training and {len(dls.valid_ds):,} validation images '
+                   f'of {len(dls.vocab)} classes, on {found_device}')
+        chosen = dict(soft_attention=soft_attention, temperature=temperature, weight_net=weight_net, fill=fill)
+        chosen = {name: _default_of(name) if value is None else value for name, value in chosen.items()}
         config = dict(
             data=Path(data).resolve().name, arch=arch, size=size, epochs=epochs, bs=bs, lr=lr, valid=valid,
-            pretrained=pretrained, aug=aug, eta=eta, layers=layers.split(',') if layers else None,
-            soft_attention=soft_attention, temperature=temperature, weight_net=weight_net, mask=mask, fill=fill,
-            bf16=bf16, channels_last=channels_last, seed=seed, plain=plain)
-        learn = train_run(dls, config, out, _command())
-        files = ', '.join(sorted(f.name for f in out.iterdir()))
-        typer.echo(f'accuracy {learn.recorder.values[-1][2]:.4f}; wrote {files} to {out}/')
+            pretrained=pretrained, aug=aug, eta=eta, layers=layers.split(',') if layers else None, mask=mask,
+            bf16=bf16, channels_last=channels_last, seed=seed, plain=plain) | chosen
+        learn = train_run(dls, config, out, _command(), say=output.lines)
+        _finished(learn, out, plain, output, found_device)
 
 # %% ../nbs/90_cli.ipynb #cell0010
 def _image_files(images, out):
@@ -150,16 +296,39 @@ def _image_files(images, out):
 
 
 def _load_model(folder):
-    "The model of a folder, or of the run above it"
+    "The model of a folder, or of the run above it; errors that say what to train"
+    import antehoc_nb.train.archs  # noqa: F401  builds CNNs by name
     from antehoc_nb.core.model import AntehocModel
     if not folder.exists(): raise FileNotFoundError(f'{folder}: no such model folder')
-    return AntehocModel.from_pretrained(folder/'model' if (folder/'model'/'config.json').exists() else folder)
+    if not folder.is_dir(): raise NotADirectoryError(f'{folder} is a file; give the folder that antehoc train wrote')
+    if (folder/'model'/'config.json').exists(): return AntehocModel.from_pretrained(folder/'model')
+    if (folder/'cnn.safetensors').exists():
+        raise ValueError(f'{folder} was trained with --plain and has no maps; train without --plain')
+    if [*folder.glob('checkpoint*.pt')]:
+        raise ValueError(f'{folder}: the training is not finished; start its antehoc train again, it goes on')
+    return AntehocModel.from_pretrained(folder)
+
+# %% ../nbs/90_cli.ipynb #ba90d921
+def _class_specific_name():
+    "The name of a class-specific weight network: the default if it is one"
+    weight_nets, default = _registry('core.weight_net', 'weight_nets'), _default_of('weight_net')
+    if default not in weight_nets or getattr(weight_nets[default], 'class_specific', False): return default
+    return next(name for name, kind in weight_nets.items() if getattr(kind, 'class_specific', False))
 
 
-def _class_number_or_name(target, model):
-    "What --target means to a model: a number where no class has that name; None where it is not given"
-    is_number = target.isdecimal() and target not in (model.meta.get('vocab') or ())
-    return int(target) if is_number else target or None
+def _target_class(target, model):
+    "What --target means to a model: a number, or a name; None where it is not given. `ValueError` if it has none"
+    from antehoc_nb.core.utils import unknown_name
+    if not target: return None
+    if not model.class_specific:
+        raise ValueError(f'--target {target}: the maps of this model are about its whole output, not about one class. '
+                         'Train one for maps of a class: antehoc train ... '
+                         f'--weight-net {_class_specific_name()} --out <new folder>')
+    vocab, classes = list(model.meta.get('vocab') or ()), model.classes
+    if target in vocab: return target
+    if not target.isdecimal(): raise ValueError(f'--target: {unknown_name("class", target, vocab)}')
+    if int(target) >= classes: raise ValueError(f'--target {target}: the classes have the numbers 0 to {classes - 1}')
+    return int(target)
 
 # %% ../nbs/90_cli.ipynb #be4d1219
 @app.command()
@@ -167,81 +336,159 @@ def explain(
     model: Annotated[Path, typer.Argument(
         help='A folder that `antehoc train` or `save_pretrained` wrote (`.../model`, or the run above it).')],
     images: Annotated[Path, typer.Argument(help='An image, or a folder searched with its subfolders.')],
-    out: Annotated[Path, _option('Where maps, overlays and explanations.csv go.')] = Path('explanations'),
+    out: Annotated[Path, _option('Where contact sheet, overlays, maps and table go.')] = Path('explanations'),
+    target: Annotated[str, _option('The class that the maps are about, by name or number, for a model with a '
+                                   'class-specific weight network. Default: the predicted one.')] = '',
     bs: Annotated[int, _option('Images at a time.', min=1)] = 32,
+    device: _Device = '',
     threshold: Annotated[float, _option('Where the map is cut into concept regions, in (0,1].')] = 0.8,
-    target: Annotated[str, _option('The class that the map is about, by name or number, for --weight-net directed or '
-                                   'conditional. Default: the predicted one.')] = ''):
-    "Predict and explain images: overlays, maps, and a table of concept regions."
-    with _in_one_line():
+    arrays: Annotated[bool, _option('Write an NPZ file with all numbers of every image too.')] = False,
+    quiet: _Quiet = False,
+    as_json: _AsJson = False):
+    "Predict and explain images: a contact sheet, overlays, maps, and a table of concept regions."
+    output = _Output(quiet, as_json)
+    with _in_one_line(output):
         from antehoc_nb.show.explain_files import explain_files
         if not 0 < threshold <= 1: raise ValueError(f'--threshold {threshold} must lie in (0,1]')
+        found_device = _find_device(device)
+        _check_out(out)
         files = _image_files(images, out)
-        net = _load_model(model)
-        n, before, failed = explain_files(net, files, out, bs, threshold, _class_number_or_name(target, net))
-    done_before = f', {before} were done already' if before else ''
-    typer.echo(f'{n} images explained{done_before}; see {out}/explanations.csv')
-    for name, why in failed: typer.echo(f'antehoc: could not read {name} ({why})', err=True)
-    if failed: raise typer.Exit(1)
+        net = _load_model(model).to(found_device)
+        target_class = _target_class(target, net)
+        output.say(f'{len(files):,} images, on {found_device}')
+        say = None if quiet else lambda text: typer.echo(text, err=True)
+        n, before, failed = explain_files(net, files, out, bs, threshold, target_class, arrays=arrays, say=say)
+        for name, why in failed: typer.echo(f'antehoc: could not read {name} ({why})', err=True)
+        done_before = f', {before} were done already' if before else ''
+        sheet = f'; look at {out}/contact_sheet.png' if n + before else ''
+        output.end(f'{n} images explained{done_before}{sheet}', explained=n, done_before=before, out=str(out),
+                   failed=[dict(image=name, reason=why) for name, why in failed], device=str(found_device),
+                   table=str(out/'explanations.csv'), contact_sheet=str(out/'contact_sheet.png') if sheet else None)
+        if failed: raise typer.Exit(1)
 
 # %% ../nbs/90_cli.ipynb #cell0012
-def _localisation_of_maps(model, dls):
-    "Whether the map finds the digit, beside an untrained weight network's and a centred blob: name -> scores"
+def _validation_scenes(dls):
+    "The validation scenes as the CNN gets them (N,3,H,W), and the boxes of the digits (N,4)"
     import torch
 
-    from antehoc_nb.core.model import AntehocModel
     from antehoc_nb.core.utils import plain_tensor
+    return torch.cat([plain_tensor(batch[0]) for batch in dls.valid]), torch.as_tensor(dls.valid_ds.boxes)
+
+
+def _maps_of(model, x):
+    import torch
+    return torch.cat([model.explain(batch).map for batch in x.split(100)]).cpu()
+
+
+def _localisation_of_maps(model, dls):
+    "Whether the map finds the digit, beside an untrained weight network's and a centred blob: name -> scores"
+    from antehoc_nb.core.model import AntehocModel
     from antehoc_nb.evaluate.explainers import centred_blob
     from antehoc_nb.evaluate.localisation import localisation
-    boxes = torch.as_tensor(dls.valid_ds.boxes)
-    x = torch.cat([plain_tensor(batch[0]) for batch in dls.valid])
+    x, boxes = _validation_scenes(dls)
     untrained = AntehocModel(model.cnn, x[:2], layers=model.layers)
-    def maps_of(explained): return torch.cat([explained.explain(batch).map for batch in x.split(100)]).cpu()
-    maps = {'interpretation map': maps_of(model), 'untrained weights': maps_of(untrained),
+    maps = {'interpretation map': _maps_of(model, x), 'untrained weights': _maps_of(untrained, x),
             'centred blob': centred_blob(len(x), x.shape[2:])}
     return {name: localisation(of_images, boxes) for name, of_images in maps.items()}
 
+# %% ../nbs/90_cli.ipynb #f6fcaa5c
+def _draw_found_digit(axes, pixels, map, box, title, is_right):
+    "A scene, and its map with the strongest point and the box of the digit"
+    from matplotlib.patches import Rectangle
 
-def _save_concepts(model, dls, path):
-    "A picture of the concept regions of four images"
+    from antehoc_nb.show.plots import draw_image, show_map, to_rgb
+    draw_image(to_rgb(pixels), axes[0], title, color='black' if is_right else 'firebrick')
+    show_map(pixels, map, axes[1])
+    row, column = divmod(int(map.flatten().argmax()), map.shape[-1])
+    x0, y0, x1, y1 = (float(edge) for edge in box)
+    axes[1].add_patch(Rectangle((x0 - .5, y0 - .5), x1 - x0, y1 - y0, fill=False, color='white', lw=1))
+    axes[1].plot(column, row, '+', color='cyan', ms=12, mew=2)
+
+
+def _write_demo_picture(model, dls, path, about):
+    "The first eight validation scenes, with the digit that was read and the place that the map shows"
     import matplotlib.pyplot as plt
 
-    from antehoc_nb.show.plots import show_concepts
+    from antehoc_nb.show.plots import panel_grid, to_rgb
     from antehoc_nb.train.two_pass import sample_inputs
-    show_concepts(model.explain(sample_inputs(dls, 4)[0]))
+    explanation = model.explain(sample_inputs(dls, 8)[0])
+    axes = panel_grid(2, 8, 1.5, to_rgb(explanation.pixels[0])).reshape(-1, 2)
+    digits, labels = explanation.pred.argmax(1).tolist(), dls.valid_ds.labels
+    for i, digit in enumerate(digits):
+        title = f'read: {digit}' + (f', is {labels[i]}' if digit != labels[i] else '')
+        _draw_found_digit(axes[i], explanation.pixels[i], explanation.map[i].cpu(), dls.valid_ds.boxes[i], title,
+                          digit == labels[i])
+    axes[0, 0].figure.suptitle(f'{about}: each scene, and its map with the strongest point (+) and the digit (box)')
+    path.parent.mkdir(parents=True, exist_ok=True)
     plt.savefig(path, dpi=110, bbox_inches='tight')
+    plt.close()
+
+# %% ../nbs/90_cli.ipynb #27293fbb
+def _picture_after_each_epoch(path, epochs, output):
+    "A callback that draws the demo's picture, and says where the first one is"
+    from fastai.callback.core import Callback
+
+    class PictureAfterEachEpoch(Callback):
+        order = 70  # after the table of epochs
+
+        def after_epoch(self):
+            is_first = not path.exists()
+            _write_demo_picture(self.learn.model, self.dls, path, f'after epoch {self.epoch + 1} of {epochs}')
+            if is_first: output.say(f'a first picture is in {path}; the training goes on')
+    return PictureAfterEachEpoch()
+
+
+def _write_demo_record(learn, config, found, out, seconds):
+    "Write `demo.json`, once for a run"
+    from antehoc_nb.evaluate.scoreboard import run_record, write_record
+    from antehoc_nb.tasks.experiment import epoch_scores
+    path = out/'demo.json'
+    if path.exists() and not learn.checkpoint.epochs: return
+    results = dict(accuracy=epoch_scores(learn)[-1]['accuracy'], localisation=found, n_valid=len(learn.dls.valid_ds),
+                   seconds=round(seconds))
+    write_record(run_record(config, config['seed'], results, experiment='demo', command='antehoc demo'), path)
+
+
+def _tell_demo(accuracy, found, n, picture, output, **facts):
+    "The two numbers of the demo, its picture, and what to do next"
+    ours, untrained = (round(found[name]['pointing']*n) for name in ('interpretation map', 'untrained weights'))
+    output.say(f'\n{accuracy:.1%} of {n} new scenes, with digits by other writers, are read correctly')
+    summary = (f"the strongest point of the map lies on the digit in {ours} of {n} scenes "
+               f"(with a weight network that was not trained: {untrained})")
+    output.say(f'picture: {picture}')
+    output.end(summary, 'antehoc train <folder of photographs with one subfolder per class>', accuracy=accuracy,
+               scenes=n, on_digit=ours, on_digit_untrained=untrained, picture=str(picture), **facts)
 
 # %% ../nbs/90_cli.ipynb #cddec19e
 @app.command()
 def demo(
-    out: Annotated[Path, _option('Where the model, the record and the figures go.')] = Path('antehoc-demo'),
+    out: Annotated[Path, _option('Where the picture, the model and the record go.')] = Path('antehoc-demo'),
     images: Annotated[int, _option('Training scenes.', min=64)] = 4000,
     epochs: Annotated[int, _option('Passes over them.', min=1)] = 5,
-    seed: Annotated[int, _option('Of scenes and weights.')] = 0):
+    device: _Device = '',
+    quiet: _Quiet = False,
+    as_json: _AsJson = False,
+    seed: Annotated[int, _option('Of scenes and weights.', rich_help_panel=_RESEARCH, min=0)] = 0):
     "Train on photo-digits (made on the spot, nothing is downloaded) and see whether the map finds the digit."
-    with _in_one_line():
-        from antehoc_nb.data.photo_digits import photo_digits_dls
-        from antehoc_nb.evaluate.scoreboard import run_record, write_record
-        from antehoc_nb.tasks.experiment import train_run
+    output = _Output(quiet, as_json)
+    with _in_one_line(output):
         start = time.time()
-        typer.echo(f'making {images:,} scenes ...')
-        dls = photo_digits_dls(images, 500, size=48, bs=32, seed=seed)
+        found_device = _find_device(device)
+        _check_out(out)
+        from antehoc_nb.data.photo_digits import photo_digits_dls
+        from antehoc_nb.tasks.experiment import epoch_scores, train_run
+        output.say(f'making {images:,} scenes: a digit somewhere on a photograph, among shapes that are none')
+        dls = photo_digits_dls(images, 500, size=48, bs=32, seed=seed, device=found_device)
         config = dict(data='photo-digits', images=images, arch='small_cnn', eta=6, epochs=epochs, lr=6e-3, seed=seed)
-        learn = train_run(dls, config, out, command='antehoc demo')
-        found = _localisation_of_maps(learn.model, dls)
-        accuracy = float(learn.recorder.values[-1][2])
-        results = dict(accuracy=accuracy, localisation=found, seconds=round(time.time() - start))
-        new = learn.checkpoint.epochs or not (out/'demo.json').exists()
-        record = run_record(config, seed, results, experiment='demo', command='antehoc demo')
-        if new: write_record(record, out/'demo.json')
-        _save_concepts(learn.model, dls, out/'concepts.png')
-        typer.echo(f'\naccuracy on digits of other writers: {accuracy:.3f}\n\n'
-                   f'{"does the map find the digit?":30}{"pointing":>10}{"energy in box":>16}')
-        for name, scores in found.items():
-            typer.echo(f'{name:30}{scores["pointing"]:>10.2f}{scores["energy_in_box"]:>16.2f}')
-        seconds = time.time() - start
-        typer.echo(f'\nwrote maps.png, concepts.png, losses.png, demo.json and model/ to {out}/ in {seconds:.0f} s\n'
-                   f'next: antehoc explain {out} <your images>')
+        picture = out/'demo.png'
+        output.say(f'training a small CNN to read the digits, on {found_device}')
+        learn = train_run(dls, config, out, command='antehoc demo', say=output.lines,
+                          cbs=[_picture_after_each_epoch(picture, epochs, output)])
+        found, seconds = _localisation_of_maps(learn.model, dls), time.time() - start
+        _write_demo_record(learn, config, found, out, seconds)
+        _write_demo_picture(learn.model, dls, picture, f'after {epochs} epochs')
+        _tell_demo(epoch_scores(learn)[-1]['accuracy'], found, len(dls.valid_ds), picture, output,
+                   seconds=round(seconds), device=str(found_device), out=str(out), model=str(out/'model'))
 
 # %% ../nbs/90_cli.ipynb #cell0014
 REPRODUCIBLE = {  # name -> the module of its experiment
@@ -272,7 +519,7 @@ def reproduce(
     work: Annotated[Path, _option('Folder of checkpoints and models; an interrupted run goes on from there.')]
         = Path('runs')):
     "Run an experiment and write its record, from which the notebooks make their tables."
-    with _in_one_line():
+    with _in_one_line(_Output()):
         name = experiment.value
         found = find_experiment(name)
         if name in found.tables:

@@ -4,29 +4,40 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
-import numpy as np
 import pytest
+import torch
+import typer
 from PIL import Image
 from typer.testing import CliRunner
 
+from antehoc_nb import cli
 from antehoc_nb.cli import REPRODUCIBLE, app, find_experiment
+from antehoc_nb.core.attention import soft_attentions
+from antehoc_nb.core.masking import masks
+from antehoc_nb.core.weight_net import weight_nets
 from antehoc_nb.data.photo_digits import PhotoDigits
 
 pytestmark = pytest.mark.usefixtures('one_thread')
-TRAIN = '--arch', 'small_cnn', '--size', 32, '--epochs', 1, '--bs', 8, '--eta', 4
+TRAIN = '--arch', 'small_cnn', '--size', 32, '--epochs', 1, '--bs', 8, '--eta', 4, '--device', 'cpu'
+AGNOSTIC, SPECIFIC = ('--weight-net', 'autoencoder'), ('--weight-net', 'conditional')
+
+
+def make_photos(folder, root, seed=0):
+    "A folder of 24 images in two classes"
+    scenes = PhotoDigits(24, size=32, seed=seed)
+    for i, (im, y) in enumerate(zip(scenes.images, scenes.labels)):
+        f = folder/root/'photos'/('odd' if y % 2 else 'even')/f'{i}.png'
+        f.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(im).save(f)
 
 
 @pytest.fixture
 def folders(tmp_path, monkeypatch):
     "Two folders of 24 images in two classes"
     monkeypatch.chdir(tmp_path)
-    for seed, root in enumerate(('a', 'b')):
-        scenes = PhotoDigits(24, size=32, seed=seed)
-        for i, (im, y) in enumerate(zip(scenes.images, scenes.labels)):
-            f = tmp_path/root/'photos'/('odd' if y % 2 else 'even')/f'{i}.png'
-            f.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(im).save(f)
+    for seed, root in enumerate(('a', 'b')): make_photos(tmp_path, root, seed)
     return tmp_path
 
 
@@ -65,7 +76,7 @@ def test_changed_images_are_explained_again(folders):
 
 
 def test_records_name_no_folder_of_this_machine(folders, monkeypatch):
-    options = [str(o) for o in TRAIN[:-2]]
+    options = [str(o) for o in TRAIN[:8]]
     args = ['train', str(folders/'a'/'photos'), *options, f'--out={folders}/secret/r']
     monkeypatch.setattr('sys.argv', ['antehoc', *args])
     antehoc(*args)
@@ -73,23 +84,243 @@ def test_records_name_no_folder_of_this_machine(folders, monkeypatch):
     assert str(folders) not in text and json.loads(text)['command'].endswith('--bs 8 --out=r')
 
 
-def test_a_class_by_name(folders):
-    def explain(run, target, code=0):
-        return antehoc('explain', run, 'a/photos', '--target', target, '--out', 'm', code=code)
+@pytest.fixture(scope='module')
+def runs(tmp_path_factory):
+    "Three runs over one folder of images: class-agnostic, class-specific, and without a weight network"
+    folder = tmp_path_factory.mktemp('runs')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        make_photos(folder, 'a')
+        for name, options in dict(usual=AGNOSTIC, specific=SPECIFIC, plain=('--plain',)).items():
+            antehoc('train', 'a/photos', *TRAIN, '--out', name, *options)
+    return folder
 
-    antehoc('train', 'a/photos', *TRAIN, '--out', 'usual')
-    assert "a map of one class takes 'directed' or 'conditional'" in explain('usual', 'odd', code=1)
-    antehoc('train', 'a/photos', *TRAIN, '--out', 'specific', '--weight-net', 'conditional')
-    records = [json.loads((folders/run/'record.json').read_text())['results'] for run in ('usual', 'specific')]
-    assert records[0]['cnn_sha256'] == records[1]['cnn_sha256']
-    assert "unknown class 'od': did you mean 'odd'?" in explain('specific', 'od', code=1)
-    assert 'target must lie in 0..1 for this model, got 2' in explain('specific', 2, code=1)
-    assert not (folders/'m').exists()
+
+@pytest.fixture
+def among_runs(runs, monkeypatch): monkeypatch.chdir(runs)
+
+
+def json_of(*args, code=0):
+    "What a command writes to standard output: one JSON object"
+    result = CliRunner().invoke(app, [*map(str, args), '--json'])
+    assert result.exit_code == code, result.output
+    assert result.stdout.count('\n') == 1
+    return json.loads(result.stdout)
+
+
+def test_a_class_by_name(among_runs, tmp_path):
+    def explain(run, target, out=tmp_path/'m', code=0):
+        return antehoc('explain', run, 'a/photos', '--target', target, '--out', out, code=code)
+
+    message = explain('usual', 'odd', code=1)
+    assert '--target odd: the maps of this model are about its whole output, not about one class' in message
+    advised = message.split('--weight-net ')[1].split()[0]
+    assert getattr(weight_nets.get(advised), 'class_specific', advised not in weight_nets)
+    records = [json.loads(open(f'{run}/record.json').read())['results'] for run in ('usual', 'specific', 'plain')]
+    assert len({record['cnn_sha256'] for record in records}) == 1
+    assert "--target: unknown class 'od': did you mean 'odd'?" in explain('specific', 'od', code=1)
+    assert '--target 2: the classes have the numbers 0 to 1' in explain('specific', 2, code=1)
+    assert "--target: unknown class '-1'. Known: even, odd" in explain('specific', -1, code=1)
+    assert not (tmp_path/'m').exists()
     assert '24 images explained' in explain('specific', 'odd')
     for same in ('odd', 1):  # the class by its name, and by its number
         assert '0 images explained, 24 were done already' in explain('specific', same)
-    assert np.load(next((folders/'m').rglob('*.npz')))['target'] == 1
+    assert json.loads((tmp_path/'m'/'explanations.json').read_text())['target'] == 'odd'
     assert 'target: odd there, even now' in explain('specific', 'even', code=1)
+
+
+def test_a_run_goes_on_says_so_and_names_the_next_command(folders):
+    run = 'a/photos', '--out', 'a run', *TRAIN
+    assert antehoc('train', *run).endswith("next: antehoc explain 'a run' <your images>\n")
+    assert not [*(folders/'a run').glob('checkpoint*')]
+    again = antehoc('train', *run)
+    assert 'a run is finished already, with 1 epochs; a larger --epochs trains on; accuracy' in again
+    more = antehoc('train', *run, '--epochs', 2)
+    assert '1 epochs are done, 1 to go, as a one-cycle of their own\n' in more
+    header, row = more.splitlines()[2:4]
+    assert header.split()[:2] == ['epoch', 'train_loss'] and row.split()[0] == '2/2' and len(header) == len(row)
+    assert 'epochs: 2 there, 1 now' in antehoc('train', *run, code=1)
+    facts = json_of('train', *run, '--epochs', 2)
+    assert (facts['epochs'], facts['epochs_trained_now']) == (2, 0) and facts['device'] == 'cpu'
+    assert facts['next'] == "antehoc explain 'a run' <your images>" and 'model/model.safetensors' in facts['files']
+
+
+def test_quiet_and_json(folders):
+    def lines(*args):
+        result = CliRunner().invoke(app, [*map(str, args)])
+        assert result.exit_code == 0, result.output
+        return result.stdout.splitlines(), result.stderr
+    out, err = lines('train', 'a/photos', *TRAIN, '--quiet')
+    assert len(out) == 1 and out[0].startswith('accuracy 0.') and out[0].endswith('<your images>') and not err
+    out, err = lines('explain', 'antehoc-run', 'a/photos', '--quiet')
+    assert out == ['24 images explained; look at explanations/contact_sheet.png'] and not err
+    result = CliRunner().invoke(app, ['train', 'a/photos', *map(str, TRAIN), '--out', 'b', '--json'])
+    facts = json.loads(result.stdout)
+    assert facts['epochs_trained_now'] == 1 and 'train_loss' in result.stderr
+    assert 0 <= facts['accuracy'] <= 1 and facts['out'] == 'b'
+    (folders/'a'/'photos'/'odd'/'broken.png').write_bytes(b'')
+    facts = json_of('explain', 'antehoc-run', 'a/photos', '--device', 'cpu', code=1)
+    assert (facts['explained'], facts['done_before'], facts['device']) == (0, 24, 'cpu')
+    assert facts['failed'] == [dict(image='odd/broken.png', reason='the file is empty')]
+    assert 'no such image or folder' in json_of('explain', 'antehoc-run', 'nowhere', code=1)['error']
+
+
+def test_what_explaining_leaves(among_runs, tmp_path):
+    antehoc('explain', 'usual', 'a/photos', '--out', tmp_path/'m', '--arrays')
+    assert sorted(path.name for path in (tmp_path/'m').iterdir()) == [
+        'arrays', 'contact_sheet.png', 'explanations.csv', 'explanations.json', 'maps', 'overlays']
+    images = [path.relative_to('a/photos').with_suffix('') for path in sorted(Path('a/photos').rglob('*.png'))]
+    for kind in ('maps', 'overlays', 'arrays'):
+        found = [path.relative_to(tmp_path/'m'/kind).with_suffix('') for path in (tmp_path/'m'/kind).rglob('*.*')]
+        assert sorted(found) == images
+
+
+@pytest.mark.parametrize('device, message', [
+    ('gpu', '--device gpu: no such device; choose cpu, cuda, cuda:1 or mps'),
+    ('meta', '--device meta: no such device'), ('cuda', '--device cuda: PyTorch finds no such GPU here'),
+    ('cuda:7', '--device cuda:7: PyTorch finds no such GPU here'), ('mps', '--device mps: PyTorch finds no such GPU'),
+    ('cpu:1', '--device cpu:1: there is no number 1, only 0 to 0')])
+def test_devices_that_are_not_there(among_runs, monkeypatch, device, message):
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 0)
+    monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: False)
+    assert message in antehoc('explain', 'usual', 'a/photos', '--device', device, code=1)
+    assert message in antehoc('train', 'a/photos', '--device', device, code=1)
+    assert message in antehoc('demo', '--device', device, code=1)
+
+
+def test_which_device_is_chosen(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    assert cli._find_device('cuda:1') == torch.device('cuda:1')
+    with pytest.raises(ValueError, match='--device cuda:2: there is no number 2, only 0 to 1'):
+        cli._find_device('cuda:2')
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    assert cli._find_device('') == torch.device('cuda')
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: False)
+    assert cli._find_device('') == torch.device('cpu') == cli._find_device('cpu')
+
+
+@pytest.mark.parametrize('args, message', [
+    (('train', 'a/photos', '--arch', 'vit_b_16'), "arch='vit_b_16' cannot be trained on these images: fastai cannot"),
+    (('train', 'a/photos', '--out', 'a/photos/run'), '--out a/photos/run lies in the folder of the images, and would'),
+    (('train', 'a/photos', '--out', 'a/photos'), '--out a/photos lies in the folder of the images'),
+    (('train', 'a/photos', '--out', 'file'), '--out file: file is a file, not a folder'),
+    (('train', 'a/photos', '--out', 'file/run'), '--out file/run: file is a file, not a folder'),
+    (('train', 'file'), 'antehoc: error: file: not an archive, or damaged'),
+    (('train', 'empty'), 'no images found; expected <class>/<image>.jpg'),
+    (('train', 'one'), "only one class, 'cats'; give each of two or more classes a folder"),
+    (('train', 'a/photos/odd'), 'no images found'),
+    (('train', 'a/photos', '--eta', 2, '--layers', '0'), '--eta and --layers: give one of the two'),
+    (('train', 'a/photos', *TRAIN, '--fill', 'green', '--out', 'new'), "unknown fill 'green'"),
+    (('train', 'photo-digits', '--valid', 'test'), '--valid: photo-digits has validation scenes of its own'),
+    (('explain', 'plain', 'a/photos'), 'plain was trained with --plain and has no maps; train without --plain'),
+    (('explain', 'half', 'a/photos'), 'half: the training is not finished; start its antehoc train again'),
+    (('explain', 'file', 'a/photos'), 'file is a file; give the folder that antehoc train wrote'),
+    (('explain', 'a', 'a/photos'), 'a is not a saved antehoc_nb model'),
+    (('explain', 'usual', 'empty'), 'empty: no image files found in this folder'),
+    (('explain', 'usual', 'a/photos', '--out', 'file'), '--out file: file is a file, not a folder'),
+    (('demo', '--out', 'file'), '--out file: file is a file, not a folder'),
+    (('explain', 'usual', 'a/photos', '--threshold', 0), '--threshold 0.0 must lie in (0,1]')])
+def test_what_a_stranger_may_do(among_runs, runs, args, message):
+    (runs/'file').write_text('text')
+    (runs/'empty').mkdir(exist_ok=True)
+    (runs/'half').mkdir(exist_ok=True)
+    (runs/'one'/'cats').mkdir(parents=True, exist_ok=True)
+    Image.new('RGB', (9, 9)).save(runs/'one'/'cats'/'1.png')
+    (runs/'half'/'checkpoint.pt').write_bytes(b'')
+    output = antehoc(*args, code=1)
+    assert message in output and 'Traceback' not in output
+    assert [line for line in output.splitlines() if line.startswith('antehoc: error: ')] == [output.splitlines()[-1]]
+    assert not (runs/'new').exists()
+
+
+@pytest.mark.parametrize('error, message', [
+    (OSError(28, 'No space left on device'), 'the disk is full; what was written before is whole'),
+    (RuntimeError('PytorchStreamWriter failed writing file data/3: file write failed'), 'the disk is full'),
+    (PermissionError(13, 'Permission denied', 'antehoc-run/config.json'), 'no permission for antehoc-run/config.json'),
+    (RuntimeError('CUDA out of memory. Tried to allocate 2 GiB'), "the GPU's memory is full: use a smaller --bs"),
+    (StopIteration(), 'StopIteration: no message (ANTEHOC_DEBUG=1 shows where)'),
+    (KeyError('x'), "KeyError: 'x' (ANTEHOC_DEBUG=1 shows where)"),
+    (RuntimeError('first\nsecond'), 'RuntimeError: first (ANTEHOC_DEBUG=1 shows where)')])
+def test_what_may_go_wrong_on_the_way(among_runs, monkeypatch, tmp_path, error, message):
+    from antehoc_nb.tasks import experiment
+
+    def fails(*args, **kwargs): raise error
+    monkeypatch.setattr(experiment, 'train_run', fails)
+    args = 'train', 'a/photos', *TRAIN, '--out', tmp_path/'x'
+    assert antehoc(*args, code=1).splitlines()[-1].startswith(f'antehoc: error: {message}')
+    assert json_of(*args, code=1)['error'].startswith(message)
+    monkeypatch.setenv('ANTEHOC_DEBUG', '1')
+    assert CliRunner().invoke(app, list(map(str, args))).exception is error or isinstance(error, StopIteration)
+
+
+def test_no_permission_is_noticed_before_training(among_runs, monkeypatch):
+    monkeypatch.setattr(os, 'access', lambda path, mode: not mode & os.W_OK)
+    for command in (('train', 'a/photos'), ('explain', 'usual', 'a/photos'), ('demo',)):
+        assert '--out there: no permission to write there' in antehoc(*command, '--out', 'there', code=1)
+
+
+def test_interrupted(among_runs, monkeypatch, tmp_path):
+    from antehoc_nb.tasks import experiment
+
+    def interrupted(*args, **kwargs): raise KeyboardInterrupt
+    monkeypatch.setattr(experiment, 'train_run', interrupted)
+    output = antehoc('train', 'a/photos', *TRAIN, '--out', tmp_path/'x', code=130)
+    assert 'interrupted; the same command goes on from the last finished epoch or file' in output
+
+
+def test_the_help_lists_every_choice(monkeypatch):
+    monkeypatch.setenv('COLUMNS', '300')
+    text = antehoc('train', '--help')
+    for name in [*soft_attentions, *weight_nets, *masks, 'black', 'blur', 'mps']: assert name in text
+    everyday, research = text.split('Options for research')
+    for option in ('--epochs', '--device', '--quiet', '--json', '--out', '--pretrained'): assert option in everyday
+    for option in ('--temperature', '--mask', '--plain', '--eta', '--weight-net'):
+        assert option in research and f'{option} ' not in everyday
+    assert '{' not in research and '--target' in antehoc('explain', '--help')
+
+
+def test_every_option_of_training_is_used(folders):
+    "Each option that is not about the output changes the settings that are recorded."
+    antehoc('train', 'a/photos', *TRAIN)
+    options = [parameter.name for parameter in typer.main.get_command(app).commands['train'].params]
+    settings = json.loads((folders/'antehoc-run'/'config.json').read_text())
+    assert {*options} - {*settings} - {'help'} == {'out', 'device', 'workers', 'quiet', 'as_json'}
+
+
+@pytest.fixture(scope='module')
+def demo(tmp_path_factory):
+    "A short demo: its output, and its folder"
+    out = tmp_path_factory.mktemp('demo')/'demo'
+    return antehoc('demo', '--out', out, '--images', 64, '--epochs', 2, '--device', 'cpu'), out
+
+
+def test_the_demo_tells_one_story(demo):
+    output, out = demo
+    lines = output.splitlines()
+    header = next(i for i, line in enumerate(lines) if line.split()[:1] == ['epoch'])
+    rows = [line for line in lines if line.split()[:1] in (['1/2'], ['2/2'])]
+    assert len(rows) == 2 and all(len(row) == len(lines[header]) for row in rows)
+    assert f'a first picture is in {out}/demo.png; the training goes on' in lines
+    accuracy, picture, numbers, following = lines[-4:]
+    results = json.loads((out/'demo.json').read_text())['results']
+    assert accuracy.startswith(f"{results['accuracy']:.1%} of 500 new scenes") and picture == f'picture: {out}/demo.png'
+    ours, untrained = (round(results['localisation'][name]['pointing']*500)
+                       for name in ('interpretation map', 'untrained weights'))
+    assert numbers == (f'the strongest point of the map lies on the digit in {ours} of 500 scenes '
+                       f'(with a weight network that was not trained: {untrained})')
+    assert following == 'next: antehoc train <folder of photographs with one subfolder per class>'
+    with Image.open(out/'demo.png') as image: assert image.width > 800
+    assert results['seconds'] < 180 and not [*out.glob('checkpoint*')]
+
+
+def test_the_demo_again(demo):
+    output, out = demo
+    record = (out/'demo.json').read_bytes()
+    facts = json_of('demo', '--out', out, '--images', 64, '--epochs', 2, '--device', 'cpu')
+    assert (out/'demo.json').read_bytes() == record and facts['picture'] == str(out/'demo.png')
+    assert f"in {facts['on_digit']} of {facts['scenes']} scenes" in output
+    assert facts['next'].startswith('antehoc train ')
 
 
 def test_everything_that_can_be_reproduced_is_found():
@@ -98,6 +329,14 @@ def test_everything_that_can_be_reproduced_is_found():
         assert name in experiment.tables or name in experiment.figures
         for dataset in experiment.datasets:
             for profile in ('smoke', 'cpu', 'paper'): assert experiment.config(dataset, profile)['dataset'] == dataset
+
+
+def test_explaining_in_a_process_of_its_own(among_runs, tmp_path):
+    "Nothing that another command has imported is needed."
+    code = 'from antehoc_nb.cli import app; app()'
+    args = 'explain', 'usual', 'a/photos', '--out', str(tmp_path/'m'), '--device', 'cpu', '--json'
+    result = subprocess.run([sys.executable, '-c', code, *args], capture_output=True, text=True, check=True)
+    assert json.loads(result.stdout)['explained'] == 24 and 'antehoc: error' not in result.stderr
 
 
 def test_the_help_imports_neither_torch_nor_fastai():
