@@ -309,21 +309,13 @@ def _load_model(folder):
     return AntehocModel.from_pretrained(folder)
 
 # %% ../nbs/90_cli.ipynb #ba90d921
-def _class_specific_name():
-    "The name of a class-specific weight network: the default if it is one"
-    weight_nets, default = _registry('core.weight_net', 'weight_nets'), _default_of('weight_net')
-    if default not in weight_nets or getattr(weight_nets[default], 'class_specific', False): return default
-    return next(name for name, kind in weight_nets.items() if getattr(kind, 'class_specific', False))
-
-
 def _target_class(target, model):
     "What --target means to a model: a number, or a name; None where it is not given. `ValueError` if it has none"
     from antehoc_nb.core.utils import unknown_name
     if not target: return None
     if not model.class_specific:
         raise ValueError(f'--target {target}: the maps of this model are about its whole output, not about one class. '
-                         'Train one for maps of a class: antehoc train ... '
-                         f'--weight-net {_class_specific_name()} --out <new folder>')
+                         'Train one for maps of a class: antehoc train ... --weight-net auto --out <new folder>')
     vocab, classes = list(model.meta.get('vocab') or ()), model.classes
     if target in vocab: return target
     if not target.isdecimal(): raise ValueError(f'--target: {unknown_name("class", target, vocab)}')
@@ -494,7 +486,7 @@ def demo(
 REPRODUCIBLE = {  # name -> the module of its experiment
     'table1': 'classification', 'table2': 'classification', 'table3': 'concept_tables', 'table4': 'captioning',
     'table5': 'noise', 'figure1': 'classification', 'figure3': 'classification', 'figure4': 'landmarks',
-    'weight-choice': 'ablation', 'weight-net': 'ablation'}
+    'weight-choice': 'ablation', 'default': 'default'}
 Reproducible = Enum('Reproducible', {name.replace('-', '_'): name for name in REPRODUCIBLE}, type=str)
 
 

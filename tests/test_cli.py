@@ -21,7 +21,7 @@ from antehoc_nb.data.photo_digits import PhotoDigits
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 TRAIN = '--arch', 'small_cnn', '--size', 32, '--epochs', 1, '--bs', 8, '--eta', 4, '--device', 'cpu'
-AGNOSTIC, SPECIFIC = ('--weight-net', 'autoencoder'), ('--weight-net', 'conditional')
+AGNOSTIC, SPECIFIC = ('--weight-net', 'paper'), ('--weight-net', 'auto')
 
 
 def make_photos(folder, root, seed=0):
@@ -115,7 +115,7 @@ def test_a_class_by_name(among_runs, tmp_path):
     message = explain('usual', 'odd', code=1)
     assert '--target odd: the maps of this model are about its whole output, not about one class' in message
     advised = message.split('--weight-net ')[1].split()[0]
-    assert getattr(weight_nets.get(advised), 'class_specific', advised not in weight_nets)
+    assert weight_nets[advised].takes_classes
     records = [json.loads(open(f'{run}/record.json').read())['results'] for run in ('usual', 'specific', 'plain')]
     assert len({record['cnn_sha256'] for record in records}) == 1
     assert "--target: unknown class 'od': did you mean 'odd'?" in explain('specific', 'od', code=1)
