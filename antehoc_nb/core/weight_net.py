@@ -100,19 +100,21 @@ class LayerReader(nn.Module):
     def __init__(self,
                  channels: int, # Of the layer's activation
                  views: int, # Learned projections
-                 directions: int, # One for all images, or one for each class
+                 classes: int | None = None, # How many classes have a direction of their own; None: class-agnostic
                 ):
         super().__init__()
         self.norm = nn.GroupNorm(1, channels)
         self.views = nn.Conv2d(channels, views, 1)
-        self.directions = nn.Embedding(directions, channels)
-        nn.init.zeros_(self.directions.weight)
+        self.shared_direction = nn.Parameter(torch.zeros(1, channels))
+        self.class_directions = nn.Embedding(classes, channels) if classes else None
+        if classes: nn.init.zeros_(self.class_directions.weight)
 
     def direction(self,
                   target: torch.Tensor | None, # Target classes, (B,), or several each, (B,Q) with -1 for none
                  ) -> torch.Tensor: # (B,C), or (1,C) without a target
-        "The direction that modulates the map; for n targets the sum of theirs divided by the root of n."
-        return self.directions.weight if target is None else _of_targets(self.directions, target, .5)
+        "The direction that modulates the map: the shared one, and the target's; of n targets their sum / n**0.5."
+        if target is None: return self.shared_direction
+        return self.shared_direction + _of_targets(self.class_directions, target, .5)
 
     def forward(self,
                 activation: torch.Tensor, # (B,C,h,w)
@@ -145,7 +147,7 @@ class FeatureWeights(nn.Module):
                  views: int = 8, # Learned projections of each activation
                 ):
         super().__init__()
-        self.readers = nn.ModuleList(LayerReader(count, views, classes or 1) for count in channels)
+        self.readers = nn.ModuleList(LayerReader(count, views, classes) for count in channels)
         self.image_embedding = nn.Sequential(nn.LayerNorm(channels[-1]), nn.Linear(channels[-1], 2 * width))
         self.class_embedding = nn.Embedding(classes, 2 * width) if classes else None
         if classes: nn.init.normal_(self.class_embedding.weight, std=.3)

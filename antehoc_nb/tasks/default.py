@@ -121,7 +121,7 @@ CANDIDATES = { # name -> arguments of `antehoc_learner`
     'auto, class-agnostic': dict(class_specific=False),
     'auto, pixels': dict(cells='pixels'),
 }
-REPEATED = ('auto', 'paper')  # with every seed
+REPEATED = ('auto',)  # with every seed
 UNTRAINED, GRAD_CAM, BLOB, WRONG_TARGET = 'untrained', 'grad-cam', 'centred blob', 'auto, wrong target'
 SHARES = (.1, .2, .5)
 

@@ -305,7 +305,7 @@ def test_a_model_goes_through_files_and_copies(tmp_path):
 def test_models_that_cannot_be_class_specific():
     x = torch.rand(2, 3, 32, 32)
     dense = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU())
-    with pytest.raises(ValueError, match=r'takes a CNN that gives logits \(B,K\), K > 1; this one gives \(2, 4, 28, 28\)'):
+    with pytest.raises(ValueError, match=r'CNN that gives logits \(B,K\), K > 1; this one gives \(2, 4, 28, 28\)'):
         AntehocModel(dense, x, eta=2, class_specific=True)
     assert not AntehocModel(dense, x, eta=2).class_specific
     without_sample = dict(sample=False, layers=['0'])

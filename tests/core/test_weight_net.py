@@ -31,17 +31,17 @@ def pass_1(model, x):
 def test_modulated_maps_written_out(layout):
     "The modulated map written out, class-specific or not."
     activation = torch.randn(3, 5, 7, 4).to(memory_format=layout)
-    for directions, target in ((6, torch.tensor([5, 0, 2])), (1, None)):
-        reader = LayerReader(5, 2, directions)
-        nn.init.normal_(reader.directions.weight)
-        rows = reader.directions.weight[target] if target is not None else reader.directions.weight
+    for classes, target in ((6, torch.tensor([5, 0, 2])), (None, None)):
+        reader = LayerReader(5, 2, classes)
+        rows = nn.init.normal_(reader.shared_direction)
+        if classes: rows = rows + nn.init.normal_(reader.class_directions.weight)[target]
         normalised = F.group_norm(activation, 1, reader.norm.weight, reader.norm.bias)
         change = (normalised * rows[:, :, None, None]).sum(1, keepdim=True)
         strength = activation.square().mean(1, keepdim=True).sqrt()
         z = (strength - strength.mean((2, 3), keepdim=True)) / strength.std((2, 3), correction=0, keepdim=True)
         response = z + change
-        exponent = (response - response.mean((2, 3), keepdim=True)) / response.std((2, 3), correction=0, keepdim=True) / 3
-        e = exponent.exp()
+        deviation = response.std((2, 3), correction=0, keepdim=True)
+        e = ((response - response.mean((2, 3), keepdim=True)) / deviation / 3).exp()
         expected = (e - e.amin((2, 3), keepdim=True)) / (e.amax((2, 3), keepdim=True) - e.amin((2, 3), keepdim=True))
         torch.testing.assert_close(reader(activation, target)[1], expected, atol=1e-5, rtol=1e-4)
 
@@ -52,7 +52,7 @@ def test_views_are_projections_written_out(n, classes, seed):
     torch.manual_seed(seed)
     activation, target = torch.randn(n, 5, 4, 3), torch.randint(0, classes, (n,))
     reader = LayerReader(5, 2, classes)
-    nn.init.normal_(reader.directions.weight)
+    nn.init.normal_(reader.class_directions.weight)
     views, _ = reader(activation, target)
     normalised = F.group_norm(activation, 1, reader.norm.weight, reader.norm.bias)
     assert views.shape == (n, 2, 4, 3)
@@ -95,7 +95,7 @@ def test_only_the_target_classes_learn():
     x, target = images(4), torch.tensor([1, 7, 7, 1])
     i_map, *_ = model.interpret(pass_1(model, x), (32, 32), target)
     with frozen(model.cnn): int_loss(model.cnn(model.mask(x, i_map)), target, 'cross_entropy').backward()
-    for embedding in [*(r.directions for r in model.weight_net.readers), model.weight_net.class_embedding]:
+    for embedding in [*(r.class_directions for r in model.weight_net.readers), model.weight_net.class_embedding]:
         learned = embedding.weight.grad.abs().sum(1) > 0
         assert learned.nonzero().flatten().tolist() == [1, 7]
     assert all(p.grad is None for p in model.cnn.parameters())
@@ -115,7 +115,7 @@ def test_an_image_without_a_response_spoils_nothing():
     with frozen(model.cnn): int_loss(model.cnn(model.mask(x, i_map)), target, 'cross_entropy').backward()
     gradients = [p.grad for p in model.weight_net.parameters() if p.grad is not None]
     assert all(g.isfinite().all() for g in gradients) and max(g.abs().max() for g in gradients) < 1e3
-    assert all(reader.directions.weight.grad[0].abs().sum() > 0 for reader in model.weight_net.readers)
+    assert all(reader.class_directions.weight.grad[0].abs().sum() > 0 for reader in model.weight_net.readers)
 
 
 def test_a_class_specific_network_of_ones_own():
