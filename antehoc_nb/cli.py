@@ -168,6 +168,13 @@ def _one_of(module, registry, argument):
     return check
 
 
+def _cells(value: str | None):
+    "What --cells means: a number, or 'pixels'"
+    if value in (None, 'pixels'): return value
+    if not value.isdecimal() or not int(value): raise typer.BadParameter(f"{value}: give a number from 1, or 'pixels'")
+    return int(value)
+
+
 class _CommandWithChoices(TyperCommand):
     "A command whose help names the entries of registries, which are imported for it"
     def format_help(self, ctx, formatter):
@@ -247,6 +254,12 @@ def train(
     weight_net: Annotated[str | None, _option(
         'How the layers are combined, by default as the first of: {weight_net}.', rich_help_panel=_RESEARCH,
         callback=_one_of('core.weight_net', 'weight_nets', 'weight_net'))] = None,
+    class_specific: Annotated[bool | None, typer.Option(
+        '--class-specific/--class-agnostic', help='One map for each class, or one of the whole output. Default: for '
+        'each class, if the weight network can.', show_default=False, rich_help_panel=_RESEARCH)] = None,
+    cells: Annotated[str | None, _option(
+        'How fine the map is: cells along the shorter side of the image, or `pixels`. Default: 16, and `pixels` with '
+        '`--weight-net paper`.', callback=_cells, rich_help_panel=_RESEARCH)] = None,
     eta: Annotated[int | None, _option('How many layers the map is made of. Default: 8, or all if there are fewer.',
                                        min=1, rich_help_panel=_RESEARCH)] = None,
     layers: Annotated[str, _option('Layers by name, comma-separated, instead of --eta.', rich_help_panel=_RESEARCH)]
@@ -280,6 +293,8 @@ def train(
             data=Path(data).resolve().name, arch=arch, size=size, epochs=epochs, bs=bs, lr=lr, valid=valid,
             pretrained=pretrained, aug=aug, eta=eta, layers=layers.split(',') if layers else None, mask=mask,
             bf16=bf16, channels_last=channels_last, seed=seed, plain=plain) | chosen
+        given = dict(class_specific=class_specific, cells=cells)
+        config |= {name: value for name, value in given.items() if value is not None}
         learn = train_run(dls, config, out, _command(), say=output.lines)
         _finished(learn, out, plain, output, found_device)
 
@@ -315,7 +330,8 @@ def _target_class(target, model):
     if not target: return None
     if not model.class_specific:
         raise ValueError(f'--target {target}: the maps of this model are about its whole output, not about one class. '
-                         'Train one for maps of a class: antehoc train ... --weight-net auto --out <new folder>')
+                         'Train one for maps of a class: antehoc train ... --weight-net auto '
+                         '--class-specific --out <new folder>')
     vocab, classes = list(model.meta.get('vocab') or ()), model.classes
     if target in vocab: return target
     if not target.isdecimal(): raise ValueError(f'--target: {unknown_name("class", target, vocab)}')
@@ -372,13 +388,20 @@ def _maps_of(model, x):
     return torch.cat([model.explain(batch).map for batch in x.split(100)]).cpu()
 
 
+def _untrained_like(model, sample):
+    "A model of the same CNN and settings with a weight network that has learnt nothing: a plain average of the layers"
+    from antehoc_nb.core.model import AntehocModel
+    same = 'layers', 'grids', 'soft_attention', 'temperature', 'weight_net', 'scale', 'mean', 'std', 'cells'
+    settings = {name: value for name, value in model.config.items() if name in same}
+    return AntehocModel(model.cnn, sample, class_specific=model.class_specific, border=model.corrects_border, **settings)
+
+
 def _localisation_of_maps(model, dls):
     "Whether the map finds the digit, beside an untrained weight network's and a centred blob: name -> scores"
-    from antehoc_nb.core.model import AntehocModel
     from antehoc_nb.evaluate.explainers import centred_blob
     from antehoc_nb.evaluate.localisation import localisation
     x, boxes = _validation_scenes(dls)
-    untrained = AntehocModel(model.cnn, x[:2], layers=model.layers)
+    untrained = _untrained_like(model, x[:2])
     maps = {'interpretation map': _maps_of(model, x), 'untrained weights': _maps_of(untrained, x),
             'centred blob': centred_blob(len(x), x.shape[2:])}
     return {name: localisation(of_images, boxes) for name, of_images in maps.items()}

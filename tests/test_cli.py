@@ -16,8 +16,10 @@ from antehoc_nb import cli
 from antehoc_nb.cli import REPRODUCIBLE, app, find_experiment
 from antehoc_nb.core.attention import soft_attentions
 from antehoc_nb.core.masking import masks
+from antehoc_nb.core.model import AntehocModel
 from antehoc_nb.core.weight_net import weight_nets
 from antehoc_nb.data.photo_digits import PhotoDigits
+from antehoc_nb.train.archs import build_cnn
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 TRAIN = '--arch', 'small_cnn', '--size', 32, '--epochs', 1, '--bs', 8, '--eta', 4, '--device', 'cpu'
@@ -114,8 +116,8 @@ def test_a_class_by_name(among_runs, tmp_path):
 
     message = explain('usual', 'odd', code=1)
     assert '--target odd: the maps of this model are about its whole output, not about one class' in message
-    advised = message.split('--weight-net ')[1].split()[0]
-    assert weight_nets[advised].takes_classes
+    advised, option = message.split('--weight-net ')[1].split()[:2]
+    assert weight_nets[advised].takes_classes and option == '--class-specific'
     records = [json.loads(open(f'{run}/record.json').read())['results'] for run in ('usual', 'specific', 'plain')]
     assert len({record['cnn_sha256'] for record in records}) == 1
     assert "--target: unknown class 'od': did you mean 'odd'?" in explain('specific', 'od', code=1)
@@ -201,7 +203,7 @@ def test_which_device_is_chosen(monkeypatch):
 
 
 @pytest.mark.parametrize('args, message', [
-    (('train', 'a/photos', '--arch', 'vit_b_16'), "arch='vit_b_16' cannot be trained on these images: fastai cannot"),
+    (('train', 'a/photos', '--arch', 'vit_b_16'), "arch='vit_b_16': fastai cannot cut off its head"),
     (('train', 'a/photos', '--out', 'a/photos/run'), '--out a/photos/run lies in the folder of the images, and would'),
     (('train', 'a/photos', '--out', 'a/photos'), '--out a/photos lies in the folder of the images'),
     (('train', 'a/photos', '--out', 'file'), '--out file: file is a file, not a folder'),
@@ -275,7 +277,7 @@ def test_the_help_lists_every_choice(monkeypatch):
     for name in [*soft_attentions, *weight_nets, *masks, 'black', 'blur', 'mps']: assert name in text
     everyday, research = text.split('Options for research')
     for option in ('--epochs', '--device', '--quiet', '--json', '--out', '--pretrained'): assert option in everyday
-    for option in ('--temperature', '--mask', '--plain', '--eta', '--weight-net'):
+    for option in ('--temperature', '--mask', '--plain', '--eta', '--weight-net', '--class-agnostic', '--cells'):
         assert option in research and f'{option} ' not in everyday
     assert '{' not in research and '--target' in antehoc('explain', '--help')
 
@@ -285,7 +287,27 @@ def test_every_option_of_training_is_used(folders):
     antehoc('train', 'a/photos', *TRAIN)
     options = [parameter.name for parameter in typer.main.get_command(app).commands['train'].params]
     settings = json.loads((folders/'antehoc-run'/'config.json').read_text())
-    assert {*options} - {*settings} - {'help'} == {'out', 'device', 'workers', 'quiet', 'as_json'}
+    noted_if_given = {'class_specific', 'cells'}
+    about_output = {'out', 'device', 'workers', 'quiet', 'as_json'}
+    assert {*options} - {*settings} - {'help'} == about_output | noted_if_given
+    antehoc('train', 'a/photos', *TRAIN, '--class-agnostic', '--cells', 8, '--out', 'other')
+    given = json.loads((folders/'other'/'config.json').read_text())
+    assert {name: given[name] for name in noted_if_given} == dict(class_specific=False, cells=8)
+    assert {*given} - {*settings} == noted_if_given
+    models = [json.loads((folders/run/'model'/'config.json').read_text()) for run in ('antehoc-run', 'other')]
+    assert [(model.get('classes'), model['cells']) for model in models] == [(2, 16), (None, 8)]
+    message = antehoc('explain', 'other', 'a/photos', '--target', 'odd', code=1)
+    assert 'the maps of this model are about its whole output, not about one class' in message
+
+
+def test_how_fine_and_for_which_class(among_runs, runs):
+    "What `--cells` and `--class-specific` mean, and what they may not"
+    assert [cli._cells(value) for value in (None, 'pixels', '16')] == [None, 'pixels', 16]
+    for wrong in ('0', '-4', '2.5', 'pixel', ''):
+        assert "a number from 1, or 'pixels'" in antehoc('train', 'a/photos', f'--cells={wrong}', code=2)
+    paper = 'train', 'a/photos', *TRAIN, '--weight-net', 'paper', '--class-specific', '--out', 'new'
+    assert "class_specific=True: weight_net='paper' has one map for all classes" in antehoc(*paper, code=1)
+    assert not (runs/'new').exists()
 
 
 @pytest.fixture(scope='module')
@@ -321,6 +343,19 @@ def test_the_demo_again(demo):
     assert (out/'demo.json').read_bytes() == record and facts['picture'] == str(out/'demo.png')
     assert f"in {facts['on_digit']} of {facts['scenes']} scenes" in output
     assert facts['next'].startswith('antehoc train ')
+
+
+@pytest.mark.parametrize('settings', [
+    {}, dict(temperature=1.5, cells=5, soft_attention='softmax', mean=[.5] * 3, std=[.25] * 3),
+    dict(weight_net='paper', scale=False), dict(class_specific=False, border=False)])
+def test_the_untrained_map_is_made_as_the_trained_one(settings):
+    model = AntehocModel(build_cnn('small_cnn', 3), torch.rand(2, 3, 24, 32), eta=3, **settings).eval()
+    x = (torch.rand(4, 3, 24, 32, generator=torch.Generator().manual_seed(0)) - model.mean) / model.std
+    untrained = cli._untrained_like(model, x[:2]).eval()
+    assert untrained.cnn is model.cnn and untrained.weight_net is not model.weight_net
+    torch.testing.assert_close(untrained.explain(x).map, model.explain(x).map, atol=1e-5, rtol=0)
+    torch.nn.init.normal_(model.weight_net.autoencoder.out.weight)  # once trained, the two differ
+    assert (untrained.explain(x).map - model.explain(x).map).abs().max() > .05
 
 
 def test_everything_that_can_be_reproduced_is_found():

@@ -29,6 +29,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
+from ..core.utils import import_extra
 from .images import Fit, OpenImage, cache_root, fetch, unpack, unpacked
 from .photo_digits import LUMA, draw_ink, paint, random_crop, random_photo, scene_material
 
@@ -319,10 +320,7 @@ SPECIAL = PAD, UNK, START, END = '<pad>', '<unk>', '<start>', '<end>'  # numbers
 # %% ../../nbs/data/23_captions.ipynb #aa313891
 def import_tokenizers():
     "The library tokenizers; `ImportError` that says how to install it"
-    try: import tokenizers
-    except ImportError as e:
-        raise ImportError("captions need the library tokenizers: pip install 'antehoc_nb[captions]'") from e
-    return tokenizers
+    return import_extra('tokenizers', package='tokenizers', what='captions need the library tokenizers')
 
 # %% ../../nbs/data/23_captions.ipynb #90623986
 def _untrained_tokenizer(library):

@@ -341,10 +341,18 @@ def _strip(expl, tiles, titles, vmax, cmap, cols=4, size=1.5):
     return axs
 
 
-def _layer_titles(expl):
-    "Names of the layers, shortened in the middle"
-    if not expl.layers: return [f'layer {i}' for i in range(expl.sams.shape[1])]
-    return [name if len(name) <= 22 else f'{name[:10]}…{name[-11:]}' for name in expl.layers]
+def _layer_title(layer, note):
+    "The name of a layer, shortened in the middle; below it whether the map is modulated, and a note"
+    name, _, kind = layer.partition(', ')
+    short = name if len(name) <= 22 else f'{name[:10]}…{name[-11:]}'
+    below = ', '.join(text for text in (kind, note) if text)
+    return f'{short}\n{below}' if below else short
+
+
+def _layer_titles(expl, notes):
+    "A title for each soft attention map"
+    layers = expl.layers or [f'layer {i}' for i in range(expl.sams.shape[1])]
+    return [_layer_title(layer, note) for layer, note in zip(layers, notes)]
 
 
 def show_sams(
@@ -356,9 +364,8 @@ def show_sams(
 ): # array (rows, cols) of `Axes`
     "The soft attention maps of one image, shallow to deep, each under its layer's name and resolution. Scale 0 to 1."
     expl = _one_of(expl, i)
-    titles = _layer_titles(expl)
-    if expl.sizes: titles = [f'{title}\n{h} × {w}' for title, (h, w) in zip(titles, expl.sizes)]
-    return _strip(expl, expl.sams[0], titles, 1, cmap, cols, size)
+    notes = [f'{h} × {w}' for h, w in expl.sizes] or [''] * expl.sams.shape[1]
+    return _strip(expl, expl.sams[0], _layer_titles(expl, notes), 1, cmap, cols, size)
 
 
 def show_weights(
@@ -370,5 +377,5 @@ def show_weights(
     "The weight maps of one image, each under its layer's name and mean weight (they sum to 1). Scale 0 to the largest."
     expl = _one_of(expl, i)
     weights = expl.weights[0].float()
-    titles = [f'{title}\nmean {mean:.2f}' for title, mean in zip(_layer_titles(expl), weights.mean((1, 2)).tolist())]
-    return _strip(expl, weights, titles, float(weights.max()), cmap, **kwargs)
+    notes = [f'mean {mean:.2f}' for mean in weights.mean((1, 2)).tolist()]
+    return _strip(expl, weights, _layer_titles(expl, notes), float(weights.max()), cmap, **kwargs)

@@ -102,6 +102,7 @@ def antehoc_learner(dls, # fastai DataLoaders with images (B,C,H,W) as first inp
                     int_loss: str | None = None, # A name in `int_losses`; None: see `TwoPass.attach`
                     train_cnn: bool = True, # False: `arch` is trained already; train the weight network alone
                     keep_maps: int = 0, # Keep the maps of so many validation images after every epoch
+                    keep_best: bool = True, # At the end of a fit, keep the best weight network; False: the last one
                     cbs=None, # More callbacks
                     **kwargs, # As for `vision_learner`; for a CNN of your own as for `Learner`
                    ) -> Learner: # `learn.model` is an `AntehocModel`
@@ -109,7 +110,7 @@ def antehoc_learner(dls, # fastai DataLoaders with images (B,C,H,W) as first inp
     method = dict(eta=eta, layers=layers, soft_attention=soft_attention, temperature=temperature,
                   weight_net=weight_net, class_specific=class_specific, cells=cells, scale=scale)
     if isinstance(arch, AntehocModel): method = _without_defaults(method)  # it has its own; `TwoPass` refuses others
-    two_pass = TwoPass(mask, fill, int_loss, train_cnn=train_cnn, keep_maps=keep_maps, **method)
+    two_pass = TwoPass(mask, fill, int_loss, train_cnn, keep_maps, keep_best, **method)
     return plain_learner(dls, arch, cbs=[*L(cbs), two_pass], **kwargs)
 
 # %% ../../nbs/train/12_learner.ipynb #cell0005

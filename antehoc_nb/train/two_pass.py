@@ -24,7 +24,7 @@ from fastai.callback.fp16 import MixedPrecision
 from fastai.data.transforms import Normalize
 from fastai.learner import Metric
 from fastai.optimizer import OptimWrapper
-from fastai.torch_core import find_bs, to_device, trainable_params
+from fastai.torch_core import find_bs, norm_bias_params, to_device, trainable_params
 from fastai.vision.core import PILImage
 from fastcore.basics import patch
 from fastcore.foundation import L
@@ -389,10 +389,16 @@ def _image_facts(dls, sample):
     return facts
 
 
+def _was_emptied(loader):
+    "Whether a loader is fastai's and has no images, as in a learner that was exported and loaded"
+    return hasattr(loader, 'one_batch') and _image_count(loader) == 0
+
+
 def _first_inputs(learn):
     "A few inputs of the learner's CNN, on its device; made of a black image if the learner has none"
     try: inputs = sample_inputs(learn.dls)
-    except ValueError:  # as in a learner that was exported and loaded
+    except ValueError:
+        if not _was_emptied(learn.dls.train): raise
         inputs = learn.dls.test_dl([PILImage.create(np.zeros((64, 64, 3), np.uint8))]).one_batch()
         inputs = tuple(plain_tensor(tensor) for tensor in inputs[:learn.dls.n_inp])
     return to_device(inputs, next(learn.model.parameters()).device)
@@ -473,9 +479,12 @@ def _extend_optimiser(learn):
         learn.opt.opt.param_groups[-1]['params'].extend(weights)
         return
     learn.opt.param_lists[-1] = learn.opt.param_lists[-1] + L(weights)
-    for name, weight in learn.model.weight_net.named_parameters():
-        state = learn.opt.state.setdefault(weight, {})  # after `learn.export` or `learn.load`, `state` is a plain dict
-        if name.endswith('bias') and not learn.wd_bn_bias: state['do_wd'] = False
+    state = learn.opt.state
+    for weight in weights: state.setdefault(weight, {})  # after `learn.export` or `learn.load`, it is a plain dict
+    if not learn.wd_bn_bias:
+        for weight in norm_bias_params(learn.model.weight_net): state[weight]['do_wd'] = False
+    if learn.train_bn:
+        for weight in norm_bias_params(learn.model.weight_net, with_bias=False): state[weight]['force_train'] = True
 
 
 @patch

@@ -219,8 +219,14 @@ def test_joining_late_is_the_same_weight_network():
         learn = Learner(digits(), small_cnn(), cbs=[] if late else TwoPass())
         learn.create_opt()
         if late: learn.add_cb(TwoPass())
-        return fit(learn, 2).model.state_dict()
-    assert same(trained(False), trained(True))
+        model = fit(learn, 2).model
+        flags = [(name, learn.opt.state[weight].get('do_wd'), learn.opt.state[weight].get('force_train'))
+                 for name, weight in model.weight_net.named_parameters()]
+        return flags, model.state_dict()
+    (flags, at_once), (late_flags, later) = trained(False), trained(True)
+    assert flags == late_flags and {decays for _, decays, _ in flags} == {None, False}
+    assert {name for name, _, kept in flags if kept} == {f'image_embedding.0.{name}' for name in ('weight', 'bias')}
+    assert same(at_once, later)
 
 
 def test_a_model_that_knows_its_normalisation_still_learns_its_size():

@@ -45,9 +45,10 @@ def test_joined_columns_are_found_by_name_and_missing_scores_are_missing():
     first, second = fitted(metrics=[accuracy, error_rate]), fitted(TwoPass(eta=2), epochs=1)
     joined = join_histories(training_history(first), training_history(second))
     assert joined['columns'] == [
-        'train_loss', 'valid_loss', 'accuracy', 'train_int_loss', 'valid_int_loss', 'error_rate']
-    assert joined['values'][0][3:5] == [None, None] and joined['values'][2][5] is None
-    assert joined['values'][0][5] == first.recorder.values[0][3] and joined['iters'] == [2, 4, 6]
+        'train_loss', 'valid_loss', 'accuracy', 'train_int_loss', 'valid_int_loss', 'drop_at_20', 'untrained_drop',
+        'error_rate']
+    assert joined['values'][0][3:7] == [None] * 4 and joined['values'][2][7] is None
+    assert joined['values'][0][7] == first.recorder.values[0][3] and joined['iters'] == [2, 4, 6]
     restore_history(second, joined)
     assert len(second.recorder.losses) == 6 and math.isnan(second.recorder.values[0][3])
     assert second.recorder.values[2][2] == joined['values'][2][2]
