@@ -25,7 +25,9 @@ from safetensors.torch import load_model, save_model
 from torch import nn
 
 import antehoc_nb
-from .attention import fit_border, noise_like_photographs, record_sams, soft_attentions
+from antehoc_nb.core.attention import (
+    channel_rms, fit_border, noise_like_photographs, record_sams, soft_attentions, take_off_border,
+)
 from .geometry import layer_grids, pool_cells, resize_maps
 from .layers import choose_layers
 from .masking import masked
@@ -424,6 +426,13 @@ def measure_border(self: AntehocModel,
 
 
 @patch
+def _strength(self: AntehocModel, i, activation):
+    "How strongly layer `i` responds, without its border response, (B,1,h,w)"
+    strength = soft_attentions.option(self.soft_attention, 'strength', None) or channel_rms
+    return take_off_border(strength(activation), self._border(i, activation.shape[2:]))
+
+
+@patch
 def _border(self: AntehocModel, i, size):
     "The border response of layer `i` for an activation of a size, (1,1,h,w); 0. if there is none"
     return fit_border(self.get_buffer(self._border_names[i]), size) if self.corrects_border else 0.
@@ -502,8 +511,8 @@ def interpret(self: AntehocModel,
     dtype = next((parameter.dtype for parameter in self.weight_net.parameters()), torch.float32)
     read, specific = [], dict(target=target) if self.class_specific else {}
     if self.reads_activations:
-        borders = [self._border(i, activation.shape[2:]) for i, activation in enumerate(activations)]
-        views, modulated = self.weight_net.read(activations, target, borders, self.temperature)
+        strengths = [self._strength(i, activation) for i, activation in enumerate(activations)]
+        views, modulated = self.weight_net.read(activations, strengths, target, self.temperature)
         read = [resize_maps(views, size, grids, cells).to(dtype), activations[-1].to(dtype).mean((2, 3))]
         sams = *sams, *modulated
     aligned = resize_maps(sams, size, (grids * 2)[:len(sams)], cells)

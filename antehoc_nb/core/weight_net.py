@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .attention import channel_rms, minmax, softmax_map, standardise, take_off_border
+from .attention import minmax, softmax_map, standardise
 from .geometry import resize
 from .utils import Registry, unknown_name
 
@@ -118,13 +118,13 @@ class LayerReader(nn.Module):
 
     def forward(self,
                 activation: torch.Tensor, # (B,C,h,w)
+                strength: torch.Tensor, # How strongly the layer responds, without the border response, (B,1,h,w)
                 target: torch.Tensor | None = None, # As for `direction`
-                border: torch.Tensor | float = 0., # The border response of the layer, (1,1,h,w)
                 temperature: float = 3., # Of the soft attention
                ) -> tuple[torch.Tensor, torch.Tensor]: # Projections (B,views,h,w); modulated map (B,1,h,w) in [0,1]
         normalised = self.norm(activation.to(self.norm.weight.dtype))
         change = _project_channels(normalised, self.direction(target)).float()
-        response = standardise(take_off_border(channel_rms(activation), border)) + change
+        response = standardise(strength) + change
         # A constant response has nothing to learn from, and its gradients would be infinite.
         constant = response.detach().var((2, 3), correction=0, keepdim=True) < 1e-8
         return self.views(normalised), softmax_map(torch.where(constant, response.detach(), response), temperature)
@@ -155,13 +155,13 @@ class FeatureWeights(nn.Module):
 
     def read(self,
              activations: Sequence[torch.Tensor], # Of each layer, (B,C_i,h_i,w_i)
+             strengths: Sequence[torch.Tensor], # How strongly each responds, without border responses, (B,1,h_i,w_i)
              target: torch.Tensor | None, # Of a class-specific network: classes, (B,), or several each, (B,Q)
-             borders: Sequence, # Border response of each layer, (1,1,h_i,w_i), or 0.
              temperature: float, # Of the soft attention
             ) -> tuple[list, list]: # Projections, (B,views,h_i,w_i), and modulated maps, (B,1,h_i,w_i), of each layer
         "What the network reads of the activations."
-        read = [reader(activation, target, border, temperature)
-                for reader, activation, border in zip(self.readers, activations, borders)]
+        read = [reader(activation, strength, target, temperature)
+                for reader, activation, strength in zip(self.readers, activations, strengths)]
         return [views for views, _ in read], [modulated for _, modulated in read]
 
     def forward(self,

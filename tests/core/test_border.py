@@ -109,3 +109,12 @@ def test_noise_has_no_preferred_place_and_the_spectrum_of_photographs():
     power = torch.fft.rfft2(noise - noise.mean((2, 3), keepdim=True)).abs().square().mean((0, 1))
     for low, high in ((2, 4), (4, 8), (8, 16)):  # twice the frequency, a quarter of the power
         assert power[0, high].item() == pytest.approx(power[0, low].item() / 4, rel=.4)
+
+
+@pytest.mark.parametrize('attention', ['softmax', 'softmax_l2'])
+def test_an_untrained_default_is_the_plain_average(attention):
+    "Its modulated maps are made from the strength that the soft attention takes, without its border response."
+    cnn, x = small_cnn().eval(), torch.rand(3, 3, 40, 32)
+    settings = dict(sample=x, eta=3, soft_attention=attention, cells=5, temperature=1.5)
+    default, average = AntehocModel(cnn, **settings), AntehocModel(cnn, weight_net='mean', **settings)
+    torch.testing.assert_close(default.explain(x).map, average.explain(x).map, atol=1e-4, rtol=0)

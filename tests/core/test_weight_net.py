@@ -43,7 +43,7 @@ def test_modulated_maps_written_out(layout):
         deviation = response.std((2, 3), correction=0, keepdim=True)
         e = ((response - response.mean((2, 3), keepdim=True)) / deviation / 3).exp()
         expected = (e - e.amin((2, 3), keepdim=True)) / (e.amax((2, 3), keepdim=True) - e.amin((2, 3), keepdim=True))
-        torch.testing.assert_close(reader(activation, target)[1], expected, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(reader(activation, strength, target)[1], expected, atol=1e-5, rtol=1e-4)
 
 
 @given(st.integers(1, 3), st.integers(2, 6), st.integers(0, 2**30))
@@ -53,7 +53,7 @@ def test_views_are_projections_written_out(n, classes, seed):
     activation, target = torch.randn(n, 5, 4, 3), torch.randint(0, classes, (n,))
     reader = LayerReader(5, 2, classes)
     nn.init.normal_(reader.class_directions.weight)
-    views, _ = reader(activation, target)
+    views, _ = reader(activation, activation[:, :1], target)
     normalised = F.group_norm(activation, 1, reader.norm.weight, reader.norm.bias)
     assert views.shape == (n, 2, 4, 3)
     for i in range(n):
@@ -75,7 +75,7 @@ def test_modulated_maps_are_named(class_specific, target):
     torch.testing.assert_close(e.sams[:, 3:], e.sams[:, :3], atol=1e-5, rtol=1e-4)  # before training
     show_sams(e[0]), show_weights(e[0])
     titles = [ax.get_title() for ax in plt.gcf().axes]
-    assert sum(f'{model.layers[-1]}, modulated' in title for title in titles) == 1, titles
+    assert sum(f'{model.layers[-1]}\nmodulated' in title for title in titles) == 1, titles
 
 
 def test_modulated_maps_follow_the_settings_of_the_model():
