@@ -261,7 +261,7 @@ def text_table(rows):
 def measure(arch, size, options):
     "What is measured of one CNN: its name, the results, and the rows of the table."
     name = f'{arch} {size}px bs{options.bs}'
-    if options.weight_net != 'autoencoder': name += f', {options.weight_net}'
+    if options.weight_net != 'auto': name += f', {options.weight_net}'
     print(f'{name} ...', file=sys.stderr, flush=True)
     found, rows = {}, []
     if 'step' in options.only:
@@ -281,7 +281,7 @@ def parse_options():
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0], formatter_class=show_defaults)
     add = parser.add_argument
     add('--arch', nargs='+', default=['resnet18', 'resnet50'], help='torchvision architectures')
-    add('--weight-net', default='autoencoder', help='how the layers are blended: autoencoder, informed, ...')
+    add('--weight-net', default='auto', help='how the layers are blended: auto, paper, ...')
     add('--size', nargs='+', type=int, default=[128], help='image sides in pixels')
     add('--bs', type=int, default=32, help='images per batch')
     add('--device', default='cpu', choices=['cpu', 'cuda'])

@@ -25,7 +25,7 @@ from ..core.attention import minmax
 from ..core.geometry import layer_grids, resize
 from ..core.layers import candidate_layers, choose_layers, parse_layer
 from ..core.model import AntehocModel
-from ..core.utils import Registry, eval_mode, plain_tensor
+from ..core.utils import Registry, eval_mode, import_extra, plain_tensor
 from ..core.weight_net import class_numbers
 from .faithfulness import map_area
 
@@ -112,10 +112,7 @@ def stretch_maps(maps):
 @cache
 def torchcam_extractor(name):
     "torchcam's extractor `name`; its Grad-CAM++ with the paper's weights"
-    try: from torchcam import methods
-    except ImportError as e:
-        raise ImportError("Grad-CAM, Grad-CAM++ and Score-CAM are made by torchcam: "
-                          "pip install 'antehoc_nb[benchmark]'") from e
+    methods = import_extra('torchcam.methods', 'torchcam', 'Grad-CAM, Grad-CAM++ and Score-CAM are made by torchcam')
     if name != 'GradCAMpp': return getattr(methods, name)
 
     class GradCAMpp(methods.GradCAM):

@@ -13,6 +13,7 @@ import pandas as pd
 import torch
 from scipy.stats import rankdata
 
+from ..core.model import AntehocModel
 from ..core.utils import eval_mode, unknown_name
 from .faithfulness import check_map
 from .robustness import check_pair, ssim
@@ -48,6 +49,7 @@ def randomised(
     model: torch.nn.Module, # Any model; it is not changed
     layers, # Names of the layers to re-initialise
     seed: int = 0, # Of the new parameters
+    x: torch.Tensor | None = None, # Images, (N,C,H,W): an `AntehocModel` measures its border responses again
 ) -> torch.nn.Module: # A copy of `model`
     "A copy of `model` with some layers re-initialised by their own `reset_parameters`; global random numbers stay"
     model = deepcopy(model)
@@ -62,6 +64,7 @@ def randomised(
             device = next(known[name].parameters()).device
             known[name].cpu().reset_parameters()
             known[name].to(device)
+    if x is not None and isinstance(model, AntehocModel): model.measure_border(x[:1])
     return model
 
 # %% ../../nbs/evaluate/44_sanity.ipynb #cell0014
@@ -80,7 +83,7 @@ def model_randomisation(
     trained = _maps_of(explain, model, x, bs)
     rows = [_similarity('(trained)', trained, trained)]
     for k, layer in enumerate(layers):
-        model = randomised(model, [layer], seed + k)
+        model = randomised(model, [layer], seed + k, x)
         rows.append(_similarity(layer, trained, _maps_of(explain, model, x, bs)))
     return pd.DataFrame(rows).rename_axis('step')
 

@@ -103,7 +103,7 @@ class Trials(Callback):
         sample, (mean, std) = sample_inputs(self.learn.dls), normalisation(self.learn.dls)
         self.models, self.opts = {}, {}
         for name, settings in self.trials.items():
-            of_model = {k: v for k, v in settings.items() if k not in ('mask', 'fill')}
+            of_model = {k: v for k, v in settings.items() if k not in ('mask', 'fill')} | dict(class_specific=False)
             self.models[name] = AntehocModel(self.learn.model, sample, self.eta, mean=mean, std=std, **of_model)
             self.opts[name] = _optimiser(self.models[name].weight_net)
 

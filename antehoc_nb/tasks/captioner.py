@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from ..core.model import AntehocModel, Explanation
-from ..core.utils import eval_mode, in_channels, plain_tensor, unknown_name
+from ..core.utils import eval_mode, import_extra, in_channels, plain_tensor, unknown_name
 from ..data.captions import END, SPECIAL, START, UNK, encode_captions, images_of, import_tokenizers, words_of
 from ..evaluate.benchmark import Task, benchmark_metrics
 from ..evaluate.explainers import CONTROLS, explain_with, explainers, plain_average
@@ -199,10 +199,15 @@ def forward(self: Captioner,
 # %% ../../nbs/tasks/56_captioner.ipynb #11aaff20
 @own_cnns.register
 def captioner(n_out: int, # Entries of the vocabulary
-              **kwargs, # Of `Captioner`
+              backbone: str, # As for `caption_body`
+              tokenizer: str, # The tokenizer's JSON
+              emb: int = 128, # This and the others: as for `Captioner`
+              hidden: int = 256,
+              grid: int = 1,
+              dropout: float = .3,
              ) -> nn.Module:
     "A `Captioner` as `from_pretrained` builds it. `ValueError` for a vocabulary that does not fit."
-    model = Captioner(**kwargs)
+    model = Captioner(backbone, tokenizer, emb, hidden, grid, dropout)
     if model.n_words != n_out:
         raise ValueError(f'the tokenizer has {model.n_words} entries, the model was made for {n_out}; '
                          'they do not belong together')
@@ -372,11 +377,8 @@ def find_target(self: Captioner,
 
 # %% ../../nbs/tasks/56_captioner.ipynb #cell0023
 def import_bleu():
-    "The class `BLEU` of sacrebleu; `ImportError` that names the extra to install"
-    try: from sacrebleu.metrics import BLEU
-    except ImportError as e:
-        raise ImportError("BLEU is counted by sacrebleu: pip install 'antehoc_nb[captions]'") from e
-    return BLEU
+    "The class `BLEU` of sacrebleu; `ImportError` with the command that installs it"
+    return import_extra('sacrebleu.metrics', 'sacrebleu', 'BLEU is counted by sacrebleu').BLEU
 
 
 def bleu(tokenizer, # From `caption_tokenizer`: how captions are split into words

@@ -38,7 +38,7 @@ from antehoc_nb.tasks.experiment import (
 
 # %% ../../nbs/tasks/57_captioning.ipynb #cell0006
 def class_specific_settings(epochs: int, # Of the second weight network
-                           ) -> dict: # For `config['class_specific']`
+                           ) -> dict: # For `config['class_specific_net']`
     "How the weight network that is given the caption is trained, on the finished captioner."
     return dict(weight_net='auto', class_specific=True, cells='pixels', int_loss='cross_entropy', mask='soft+capped',
                 lr=1e-3, epochs=epochs)
@@ -49,13 +49,14 @@ CAPTION_PROFILES = Registry('profile')
 CAPTION_PROFILES.update(
     smoke=dict(backbone='small_cnn', encoder=None, pretrained=False, size=32, eta=6, epochs=1, bs=16, lr=6e-3, emb=16,
                hidden=32, grid=1, dropout=.1, n_train=24, n_valid=4, n_test=6, steps=4, min_freq=1,
-               class_specific=class_specific_settings(1)),
+               class_specific_net=class_specific_settings(1)),
     cpu=dict(backbone='resnet18_half', encoder=dict(data='tinyimagenet200', size=64, bs=64, epochs=12, lr=3e-3),
              pretrained=False, size=128, eta=8, epochs=8, bs=32, lr=1e-3, emb=128, hidden=256, grid=1, dropout=.5,
-             n_train=None, n_valid=None, n_test=None, steps=8, min_freq=3, class_specific=class_specific_settings(5)),
+             n_train=None, n_valid=None, n_test=None, steps=8, min_freq=3,
+             class_specific_net=class_specific_settings(5)),
     paper=dict(backbone='resnet50', encoder=None, pretrained=True, size=128, eta=8, epochs=20, bs=64, lr=5e-4, emb=256,
                hidden=512, grid=1, dropout=.5, n_train=None, n_valid=None, n_test=None, steps=32, min_freq=5,
-               class_specific=class_specific_settings(12)))
+               class_specific_net=class_specific_settings(12)))
 
 # %% ../../nbs/tasks/57_captioning.ipynb #8900f375
 def _scenes(path, config):
@@ -69,7 +70,7 @@ CAPTION_DATASETS = Registry('dataset')  # name -> `DatasetSpec` with load(path, 
 CAPTION_DATASETS.update({
     'photo-digits': DatasetSpec('photo-digits', _scenes, by_profile=dict(
         cpu=dict(backbone='small_cnn', encoder=None, size=48, eta=6, epochs=6, lr=6e-3, bs=32, emb=64, dropout=.1,
-                 n_train=4000, n_valid=300, n_test=300, min_freq=1, class_specific=class_specific_settings(2)),
+                 n_train=4000, n_valid=300, n_test=300, min_freq=1, class_specific_net=class_specific_settings(2)),
         paper=dict(pretrained=False, n_train=20000, n_valid=1000, n_test=1000, min_freq=1))),
     'flickr8k': DatasetSpec('Flickr-8k', _flickr8k, archive='flickr8k/flickr8k_1000.tar', download=True, whole=8000,
                             mirrored=True)})
@@ -123,7 +124,7 @@ def _train(config, tokenizer, dls, paths):
     settings |= dict(data=config['dataset'], channels_last=True)
     learn = train_run(dls, settings, paths.out/'captioner', metric=Perplexity(),
                       build=lambda: _captioner(config, tokenizer, backbone))
-    alone = config['class_specific'] | dict(train_cnn=False, cnn=weights_digest(learn.model.cnn))
+    alone = config['class_specific_net'] | dict(train_cnn=False, cnn=weights_digest(learn.model.cnn))
     class_specific = train_run(dls, settings | alone, paths.out/'class-specific', metric=Perplexity(),
                                build=lambda: deepcopy(learn.model.cnn))
     return learn, class_specific.model.eval()

@@ -278,14 +278,14 @@ def _as_trained(learn, run):
 
 # %% ../../nbs/tasks/50_experiment.ipynb #81a09e46
 def _build(learner, dls, arch, build, **kwargs):
-    "A learner; `ValueError` if fastai can make nothing of an architecture that exists"
+    "A learner; `ValueError` if an architecture that exists cannot be run on the images"
     if build: return learner(dls, build(), **kwargs)
     try: return learner(dls, arch, **kwargs)
     except (ValueError, OSError, ImportError): raise
-    except Exception as e:  # fastai cuts a network at its pooling layer and runs it: it fails in many ways
-        reason = f'{type(e).__name__}: {e}'.removesuffix(': ').splitlines()[0]
-        raise ValueError(f'arch={arch!r} cannot be trained on these images: fastai cannot put a head on it ({reason}); '
-                         "choose another, such as 'resnet18', 'efficientnet_b0' or 'convnext_tiny'") from e
+    except Exception as e:  # each network has its own way of refusing images that are too small
+        reason = [line.strip().rstrip('.') for line in str(e).splitlines()][-1:] or [type(e).__name__]
+        raise ValueError(f'arch={arch!r} cannot be trained on these images: {reason[0]}; give images of another size, '
+                         "or choose another, such as 'resnet18', 'efficientnet_b0' or 'convnext_tiny'") from e
 
 
 def _make_learner(dls, config, out, metric, build, cbs):

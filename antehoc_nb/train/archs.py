@@ -7,6 +7,7 @@ __all__ = ['own_cnns', 'fastai_names', 'HEAD_ARGUMENTS', 'small_cnn', 'landmark_
            'no_head_error', 'build_cnn', 'rebuild_cnn', 'describe_cnn']
 
 # %% ../../nbs/train/10_archs.ipynb #cell0002
+import inspect
 import math
 from collections.abc import Callable
 from types import FunctionType
@@ -157,11 +158,12 @@ HEAD_ARGUMENTS = ('n_in', 'concat_pool', 'pool', 'lin_ftrs', 'ps', 'first_bn', '
 def rebuild_cnn(arch: str, # As for `find_arch`
                 n_out: int, # How many numbers it predicts
                 whole: bool = False, # As for `build_cnn`
-                **head, # As for `build_cnn`, but only `HEAD_ARGUMENTS`
+                **head, # As for `build_cnn`, but only `HEAD_ARGUMENTS`, or what the function of one of our own CNNs takes
                ) -> nn.Module: # (B,n_in,H,W) -> (B,n_out), with random weights
     "`build_cnn` with arguments from a file. `ValueError` for one that does not shape a network, and as of `build_cnn`."
+    known = list(inspect.signature(own_cnns[arch]).parameters)[1:] if arch in own_cnns else HEAD_ARGUMENTS
     for name in head:
-        if name not in HEAD_ARGUMENTS: raise ValueError(unknown_name('argument of a CNN', name, HEAD_ARGUMENTS))
+        if name not in known: raise ValueError(unknown_name('argument of a CNN', name, known))
     return build_cnn(arch, n_out, whole=whole, **head)
 
 # %% ../../nbs/train/10_archs.ipynb #e83b6f72

@@ -687,7 +687,7 @@ for name in ('grad-cam', 'grad-cam++', 'score-cam'):
 '''
     r = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True)
     assert not r.returncode, r.stderr
-    message = "Grad-CAM, Grad-CAM++ and Score-CAM are made by torchcam: pip install 'antehoc_nb[benchmark]'"
+    message = "Grad-CAM, Grad-CAM++ and Score-CAM are made by torchcam: pip install torchcam"
     assert r.stdout.splitlines() == ['[]', message, message, message]
 
 
@@ -699,6 +699,19 @@ def test_the_protocol_of_every_entry(name):
     p = list(inspect.signature(explainers[name]).parameters)
     assert p[:3] == ['model', 'x', 'target']
     assert needs_target(name) == needs_target(explainers[name]) == (name in ('grad-cam', 'grad-cam++', 'score-cam'))
+
+
+@pytest.mark.parametrize('settings', [{}, dict(weight_net='paper'), dict(class_specific=False, cells='pixels')], ids=str)
+def test_the_plain_average_is_what_an_untrained_weight_network_makes(settings):
+    "Whatever the resolution of the map; images are not square, since maps are enlarged along both sides"
+    torch.manual_seed(0)
+    x = torch.rand(3, 3, 64, 88)
+    model = AntehocModel(small_cnn(5), sample=x, **settings).eval()
+    average = explain_with('plain average of layers', model, x)
+    torch.testing.assert_close(average, model.explain(x).map)
+    for p in model.weight_net.parameters(): p.data.add_(0.3 * torch.randn_like(p))  # as if trained
+    assert (average - model.explain(x).map).abs().max() > 0.01
+    torch.testing.assert_close(explain_with('plain average of layers', model, x), average)
 
 
 def test_what_the_registry_says_of_targets():

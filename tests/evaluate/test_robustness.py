@@ -155,7 +155,7 @@ def test_without_scikit_image(monkeypatch):
         monkeypatch.delitem(sys.modules, k)
     monkeypatch.setitem(sys.modules, 'skimage', None)
     for f in (lambda: salt_and_pepper(images(0), 0.1), lambda: ssim(torch.rand(1, 8, 8), torch.rand(1, 8, 8))):
-        with pytest.raises(ImportError, match=r"pip install 'antehoc_nb\[benchmark\]'"):
+        with pytest.raises(ImportError, match='pip install scikit-image'):
             f()
 
 

@@ -43,6 +43,7 @@ def model():
         if isinstance(b, torch.nn.BatchNorm2d):
             b.running_mean.normal_()
             b.running_var.uniform_(0.5, 2)
+    m.measure_border(torch.rand(1, 3, 16, 16))
     for p in m.weight_net.parameters():
         p.data.add_(0.3 * torch.randn_like(p))  # as if trained
     return m
@@ -50,6 +51,10 @@ def model():
 
 def antehoc(m, x):
     return m.explain(x).map
+
+
+def of_class_0(m, x):
+    return m.explain(x, target=0).map
 
 
 # --- similarity
@@ -132,7 +137,7 @@ def test_the_cascade_is_cumulative(part):
     assert t.layer.tolist() == ['(trained)', *names] and t.index.tolist() == list(range(len(names) + 1))
     step, first = m, antehoc(m, x)
     for k, n in enumerate(names):  # by hand
-        step = randomised(step, [n], 2 + k)
+        step = randomised(step, [n], 2 + k, x)
         now = antehoc(step, x)
         assert t.rank_correlation[k + 1] == pytest.approx(rank_correlation(first, now).nanmean().item(), abs=1e-4)
         assert t.ssim[k + 1] == pytest.approx(ssim(first, now).mean().item(), abs=1e-4)
@@ -152,14 +157,29 @@ def test_maps_that_ignore_the_network_are_found_out():
     assert (
         flat.rank_correlation.isna().all() and (flat.flat == 1).all() and flat.layer.tolist() == ['(trained)', 'cnn.5']
     )
-    head = model_randomisation(antehoc, m, x, layers=['cnn.5'])  # behind the last tapped layer
+    head = model_randomisation(of_class_0, m, x, layers=['cnn.5'])  # behind the last tapped layer
     assert head.ssim[1] == pytest.approx(1)
+    assert model_randomisation(antehoc, m, x, layers=['cnn.5']).ssim[1] < 0.999  # it predicts other classes
     axs = plot_randomisation(dict(brightness=t, head=head))
     assert (
         len(axs) == 2
         and axs[0].lines[0].get_ydata().tolist() == t.rank_correlation.tolist()
         and axs[1].lines[1].get_xdata().tolist() == [0, 1]
     )
+
+
+def test_border_responses_are_those_of_the_random_cnn():
+    m, x = model(), torch.rand(4, 3, 16, 16)
+    before = [m.get_buffer(f'border_{i}').clone() for i in range(2)]
+    kept, measured = randomised(m, ['cnn.2.0'], 0), randomised(m, ['cnn.2.0'], 0, x)
+    assert all(torch.equal(kept.get_buffer(f'border_{i}'), before[i]) for i in range(2))
+    wanted = randomised(m, ['cnn.2.0'], 0)
+    wanted.measure_border(x[:1])
+    assert torch.equal(measured.get_buffer('border_1'), wanted.get_buffer('border_1'))
+    assert not torch.allclose(measured.get_buffer('border_1'), before[1])
+    t = model_randomisation(of_class_0, m, x, layers=['cnn.2.0'])
+    assert t.ssim[1] == pytest.approx(ssim(of_class_0(m, x), of_class_0(wanted, x)).mean().item(), abs=1e-4)
+    assert t.ssim[1] != pytest.approx(ssim(of_class_0(m, x), of_class_0(kept, x)).mean().item(), abs=1e-3)
 
 
 def test_a_trained_model_depends_on_its_cnn(trained, scenes):

@@ -2,9 +2,12 @@
 import json
 
 import pytest
+from fastai.learner import Learner
 
+from antehoc_nb.data.photo_digits import photo_digits_dls
 from antehoc_nb.evaluate.scoreboard import read_record
 from antehoc_nb.tasks import ablation
+from antehoc_nb.train.archs import small_cnn
 
 SCORES = {'l2, T=3': 1., 'control: ones': 4.}
 
@@ -55,7 +58,15 @@ def test_another_configuration_does_not_go_on(tmp_path, monkeypatch):
         run('photo-digits', trials={'mine': {}})
 
 
-def test_the_later_trials_have_one_seed_in_the_cpu_profile():
-    assert ablation.weight_net_choice.config('cifar10', 'cpu')['seeds'] == (0,)
-    assert ablation.weight_net_choice.config('cifar10', 'paper')['seeds'] == (0, 1, 2)
-    assert ablation.weight_choice.config('cifar10', 'cpu')['seeds'] == (0, 1, 2)
+def test_every_profile_but_the_smallest_has_three_seeds():
+    for profile, seeds in dict(smoke=(0,), cpu=(0, 1, 2), paper=(0, 1, 2)).items():
+        assert ablation.weight_choice.config('cifar10', profile)['seeds'] == seeds
+
+
+def test_trials_of_the_default_weight_network_are_class_agnostic():
+    "The candidates are compared without a target"
+    learn = Learner(photo_digits_dls(n_train=32, n_valid=16, size=32, bs=16), small_cnn(10))
+    trials = ablation.Trials({'default': {}, 'l2, T=3': ablation.TRIALS['l2, T=3']})
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3, cbs=trials)
+    assert not any(model.class_specific for model in trials.models.values())
+    assert trials.models['default'].modulates and all(len(losses) == 2 for losses in trials.losses.values())
