@@ -80,7 +80,8 @@ class Trials(Callback):
     order = TwoPass.order
 
     def __init__(self,
-                 trials: dict[str, dict], # Name -> arguments of `AntehocModel`, and `mask` and `fill` as for `TwoPass`
+                 trials: dict[str, dict], # Name -> arguments of `AntehocModel`, and `mask` and `fill` as for `TwoPass`;
+                 # all maps are class-agnostic
                  eta: int = 6, # How many layers to record
                  train_cnn: bool = False, # Whether the CNN goes on training meanwhile
                 ):
