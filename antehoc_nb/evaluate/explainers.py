@@ -37,7 +37,7 @@ explainers = Registry('explainer')  # name -> f(model, x, target), which returns
 def ante_hoc(
     model: AntehocModel, # With a trained weight network
     x: torch.Tensor, # Images, (B,C,H,W), normalised as the CNN expects
-    target=None, # Class numbers, (B,), for a class-specific weight network; others do not use them
+    target=None, # Class numbers, (B,), for a class-specific weight network; None: what is predicted
 ) -> torch.Tensor: # (B,1,H,W) in [0,1]
     "The model's own interpretation map. `TypeError` for a model that has none."
     if not isinstance(model, AntehocModel):

@@ -173,8 +173,8 @@ def bars_on_terminals(learn: Learner, # About to be trained
     with learn.no_bar(), learn.no_logging() if say is None else learn.added_cbs(EpochTable(say, done)): yield
 
 # %% ../../nbs/tasks/50_experiment.ipynb #cell0006
-EXPLANATION_SETTINGS = ('eta', 'layers', 'soft_attention', 'temperature', 'weight_net', 'class_specific', 'cells', 'mask',
-                        'fill', 'int_loss', 'train_cnn')  # what a configuration may say about the explanation
+EXPLANATION_SETTINGS = ('eta', 'layers', 'soft_attention', 'temperature', 'weight_net', 'class_specific', 'cells',
+                        'mask', 'fill', 'int_loss', 'train_cnn')  # what a configuration may say about the explanation
 
 
 def train_run(dls, # fastai DataLoaders

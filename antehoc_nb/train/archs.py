@@ -158,7 +158,7 @@ HEAD_ARGUMENTS = ('n_in', 'concat_pool', 'pool', 'lin_ftrs', 'ps', 'first_bn', '
 def rebuild_cnn(arch: str, # As for `find_arch`
                 n_out: int, # How many numbers it predicts
                 whole: bool = False, # As for `build_cnn`
-                **head, # As for `build_cnn`, but only `HEAD_ARGUMENTS`, or what the function of one of our own CNNs takes
+                **head, # As for `build_cnn`, but only `HEAD_ARGUMENTS`; of our own CNNs what they take
                ) -> nn.Module: # (B,n_in,H,W) -> (B,n_out), with random weights
     "`build_cnn` with arguments from a file. `ValueError` for one that does not shape a network, and as of `build_cnn`."
     known = list(inspect.signature(own_cnns[arch]).parameters)[1:] if arch in own_cnns else HEAD_ARGUMENTS

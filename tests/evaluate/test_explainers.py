@@ -701,7 +701,9 @@ def test_the_protocol_of_every_entry(name):
     assert needs_target(name) == needs_target(explainers[name]) == (name in ('grad-cam', 'grad-cam++', 'score-cam'))
 
 
-@pytest.mark.parametrize('settings', [{}, dict(weight_net='paper'), dict(class_specific=False, cells='pixels')], ids=str)
+@pytest.mark.parametrize(
+    'settings', [{}, dict(weight_net='paper'), dict(class_specific=False, cells='pixels')], ids=str
+)
 def test_the_plain_average_is_what_an_untrained_weight_network_makes(settings):
     "Whatever the resolution of the map; images are not square, since maps are enlarged along both sides"
     torch.manual_seed(0)

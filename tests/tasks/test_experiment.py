@@ -150,13 +150,13 @@ def test_the_metric_is_found_by_its_name(tmp_path):
 
 @pytest.mark.parametrize('plain', [False, True])
 def test_an_architecture_that_fastai_cannot_take(tmp_path, plain):
-    message = "arch='vit_b_16': fastai cannot cut off its head and put another in its place, since it has no pooling layer"
+    message = "arch='vit_b_16': fastai cannot cut off its head .*, since it has no pooling layer"
     with pytest.raises(ValueError, match=message): train(tmp_path/'run', arch='vit_b_16', plain=plain)
     assert not (tmp_path/'run').exists()
 
 
 def test_an_architecture_that_images_are_too_small_for(tmp_path):
-    message = r"arch='alexnet' cannot be trained on these images: .*Output size is too small; give images of another size"
+    message = "arch='alexnet' cannot be trained on these images: .*Output size is too small; give images of another"
     with pytest.raises(ValueError, match=message): train(tmp_path/'run', arch='alexnet')
     assert not (tmp_path/'run').exists()
 
