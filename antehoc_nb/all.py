@@ -8,7 +8,7 @@ __all__ = []
 # %% ../nbs/91_all.ipynb #cell0003
 from .core.attention import record_sams, soft_attentions
 from .core.geometry import layer_grids
-from .core.interpretation_loss import int_losses, interpretation_loss
+from .core.interpretation_loss import change_at_area, int_losses, interpretation_loss, two_pass_step
 from .core.layers import ActivationRecorder, candidate_layers, choose_layers, layer_table
 from .core.masking import Alternate, AreaCap, Mask, Soft, Threshold, TopArea, masks
 from .core.model import AntehocModel, Explanation

@@ -393,7 +393,8 @@ def _untrained_like(model, sample):
     from antehoc_nb.core.model import AntehocModel
     same = 'layers', 'grids', 'soft_attention', 'temperature', 'weight_net', 'scale', 'mean', 'std', 'cells'
     settings = {name: value for name, value in model.config.items() if name in same}
-    return AntehocModel(model.cnn, sample, class_specific=model.class_specific, border=model.corrects_border, **settings)
+    return AntehocModel(model.cnn, sample, class_specific=model.class_specific, border=model.corrects_border,
+                        **settings)
 
 
 def _localisation_of_maps(model, dls):

@@ -56,7 +56,8 @@ def cross_entropy(y2: torch.Tensor, # Logits for the masked images, (B,K) or (B,
     "Cross-entropy of the target class over ln K, or its mean over the target words of each caption; 1 is a guess."
     known = (target >= 0).view(len(target), -1)
     classes = target.flatten().long().clamp_min(-1)
-    loss = F.cross_entropy(y2.flatten(0, -2).float(), classes, ignore_index=-1, reduction='none') / math.log(y2.shape[-1])
+    loss = F.cross_entropy(y2.flatten(0, -2).float(), classes, ignore_index=-1, reduction='none')
+    loss = loss / math.log(y2.shape[-1])
     loss = torch.where(loss > 2, 2 + 2 * (loss.clamp_min(2) / 2).log(), loss)  # no image counts for too much
     return (loss.view(len(target), -1).sum(1) / known.sum(1).clamp_min(1)).mean()
 

@@ -504,7 +504,8 @@ def interpret(self: AntehocModel,
               target: torch.Tensor | None = None, # Of a class-specific map: classes, (B,), or several each, (B,Q)
              ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: # Map (B,1,H,W); weights and SAMs (B,n,h,w)
     "Align the soft attention maps, weigh them and blend them (Eq. 1); differentiable in the weight network."
-    if self.class_specific and target is None: raise ValueError('interpret: the map is class-specific, give target, (B,)')
+    if self.class_specific and target is None:
+        raise ValueError('interpret: the map is class-specific, give target, (B,)')
     if not self.class_specific: target = None
     sams, activations, grids = zip(*recorded)
     cells = self.map_cells(size)
@@ -642,8 +643,9 @@ def _check_explain(self: AntehocModel, args, threshold, target):
     if not args: raise ValueError('explain: give the images as the first positional argument')
     if not 0 < threshold <= 1: raise ValueError(f'threshold={threshold} must lie in (0,1]')
     if target is not None and not self.class_specific:
-        raise ValueError(f'target={target!r}: this model (weight_net={self.weight_net_name!r}) explains the whole output, '
-                         "no single class. Train a classifier with weight_net='auto', the default, for maps of classes")
+        raise ValueError(f'target={target!r}: this model (weight_net={self.weight_net_name!r}) explains the whole '
+                         "output, no single class. Train a classifier with weight_net='auto', the default, for maps of "
+                         'classes')
 
 
 @patch
@@ -805,8 +807,8 @@ def from_pretrained(cls: AntehocModel,
     if cnn is None and build is None:
         raise ValueError(f'{folder}: the CNN was not built by name; pass one of the same architecture as cnn=')
     if config.get('weight_net') not in weight_nets:
-        raise ValueError(f'{folder}: weight_net={config.get("weight_net")!r}, saved by version {config.get("version")}, '
-                         f'is not known to version {antehoc_nb.__version__}; register it, or train the model again')
+        raise ValueError(f'{folder}: weight_net={config.get("weight_net")!r}, saved by version '
+                         f'{config.get("version")}, is not known to version {antehoc_nb.__version__}; register it, or train the model again')
     settings = {name: value for name, value in config.items() if name not in ('format', 'version', 'channels_last')}
     try: model = cls(_build_cnn(**build) if cnn is None else cnn, sample=False, **settings)
     except (TypeError, ValueError) as e:

@@ -170,7 +170,8 @@ def _learner(cnn_kind, dls, settings, config):
     "A learner for one candidate: of the pretrained CNN, which stays as it is, or of a CNN from scratch"
     common = dict(metrics=accuracy, loss_func=CrossEntropyLossFlat()) | settings
     if cnn_kind == 'scratch': return antehoc_learner(dls, config['scratch']['arch'], **common)
-    x, y = (torch.cat([plain_tensor(batch[i]) for batch in dls.train.new(shuffle=False, drop_last=False)]) for i in (0, 1))
+    batches = list(dls.train.new(shuffle=False, drop_last=False))
+    x, y = (torch.cat([plain_tensor(batch[i]) for batch in batches]) for i in (0, 1))
     normalize = dls.train.after_batch.fs[-1]
     cnn = fit_head(pretrained_lite0(normalize.mean.cpu(), normalize.std.cpu()), x.cpu(), y.cpu())
     return antehoc_learner(dls, cnn, train_cnn=False, **common)
