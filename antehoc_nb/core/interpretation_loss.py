@@ -83,7 +83,7 @@ def _low_discrepancy(number, step):
 
 
 def _first_half(number):
-    "True for one half of the images, (B,): those whose target is the label, or the whole caption"
+    "True for one half of the images, (B,): those whose target is the predicted class, or the whole caption"
     return _low_discrepancy(number, _WHETHER) < .5
 
 
@@ -120,8 +120,9 @@ def draw_targets(y1: torch.Tensor, # Logits for the images, (B,K), or of the wor
                  temperature: float = 1.5, # Of the softmax that the other classes are drawn from;
                  # above 1, unlikely ones are drawn more often
                 ) -> torch.Tensor: # (B,) or (B,T), int64
-    """The target classes of pass 2: the label for half of the images, else a class drawn by its probability in pass 1.
-    Of captions: all the words for half of the images, else one of them, each as often as any other.
+    """The target classes of pass 2: the predicted class for half of the images, else one drawn by its probability in
+    pass 1; without running numbers, as in validation, the labels, or the predicted classes where there are none. Of
+    captions: all the words for half of the images, else one of them, each as often as any other.
 
     A label that is no class, such as an index to ignore, is replaced by the likeliest class.
     `ValueError` for labels that are not one class per image."""
@@ -129,8 +130,7 @@ def draw_targets(y1: torch.Tensor, # Logits for the images, (B,K), or of the wor
     if label is not None: label = _checked_labels(label, y1)
     if number is None: return y1.argmax(1) if label is None else label
     drawn = _draw_classes(y1, number, temperature)
-    if label is None: return drawn
-    return torch.where(_first_half(number).to(y1.device), label, drawn)
+    return torch.where(_first_half(number).to(y1.device), y1.argmax(1), drawn)
 
 # %% ../../nbs/core/06_interpretation_loss.ipynb #2960225b
 def interpretation_loss(model, # An `AntehocModel`

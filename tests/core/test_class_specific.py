@@ -128,7 +128,7 @@ def test_a_class_specific_map_lies_on_its_class():
     share = {}
     for class_specific in (True, False):
         model = trained_on_patches(RedOrBlue(), red_or_blue, CrossEntropyLossFlat(), layers=['red.1', 'blue.1'],
-                                   class_specific=class_specific)
+                                   class_specific=class_specific, epochs=8)
         for colour in (RED, BLUE):
             target = dict(target=colour) if class_specific else {}
             share[class_specific, colour] = share_of_map(model, colour, **target)
