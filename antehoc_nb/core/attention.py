@@ -111,8 +111,8 @@ def record_sams(cnn: nn.Module, # The network
                 layers: Sequence[str], # Names as `choose_layers` gives them
                 inputs: tuple, # Positional arguments of `cnn`; the image batch (B,C,H,W) is `inputs[0]`
                 kwargs: dict | None = None, # Keyword arguments of `cnn`
-                attention: Callable | Sequence[Callable] = softmax_l2, # (B,C,h,w) -> (B,1,h,w), or anything else to keep
-                # of an activation; one function for all layers, or one for each
+                attention: Callable | Sequence[Callable] = softmax_l2, # (B,C,h,w) -> (B,1,h,w), or what else
+                # to keep of an activation; one function for all layers, or one for each
                ) -> tuple: # What the CNN returned, and the SAMs, each (B,1,h_i,w_i) at its layer's own resolution
     "One forward pass that returns the CNN's output as it is, and the soft attention maps of `layers`."
     with ActivationRecorder(cnn, layers, attention) as recorder: out = cnn(*inputs, **(kwargs or {}))

@@ -808,7 +808,8 @@ def from_pretrained(cls: AntehocModel,
         raise ValueError(f'{folder}: the CNN was not built by name; pass one of the same architecture as cnn=')
     if config.get('weight_net') not in weight_nets:
         raise ValueError(f'{folder}: weight_net={config.get("weight_net")!r}, saved by version '
-                         f'{config.get("version")}, is not known to version {antehoc_nb.__version__}; register it, or train the model again')
+                         f'{config.get("version")}, is not known to version {antehoc_nb.__version__}; '
+                         'register it, or train the model again')
     settings = {name: value for name, value in config.items() if name not in ('format', 'version', 'channels_last')}
     try: model = cls(_build_cnn(**build) if cnn is None else cnn, sample=False, **settings)
     except (TypeError, ValueError) as e:
