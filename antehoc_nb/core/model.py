@@ -38,7 +38,7 @@ from antehoc_nb.core.utils import (
 from .weight_net import class_numbers, count_classes, gives_logits, interpretation_map, weight_nets
 
 # %% ../../nbs/core/07_model.ipynb #cell0006
-@dataclass
+@dataclass(repr=False)
 class Explanation:
     "The prediction for a batch of images, and the map of the pixels it rests on, from one forward pass."
     pred: Any # What the CNN returned
@@ -206,6 +206,16 @@ def show(self: Explanation,
         ax.set_title(title, fontsize=9)
     return axs
 
+# %% ../../nbs/core/07_model.ipynb #b1cd378e
+@patch
+def __repr__(self: Explanation):
+    predicted = [title.replace('\n', ', ') for title in self._titles()[:4] if title]
+    more = [f'and {len(self) - 4} more'] if len(self) > 4 and predicted else []
+    images = '1 image' if len(self) == 1 else f'{len(self)} images'
+    shapes = ', '.join(f'{name} {tuple(getattr(self, name).shape)}' for name in ('map', 'sams', 'weights', 'image'))
+    return (f'Explanation of {images}{": " * bool(predicted)}{"; ".join(predicted + more)}\n'
+            f'{shapes}\nshow() draws the maps over the images, save(\'overlay.png\') writes them')
+
 # %% ../../nbs/core/07_model.ipynb #8af86d7d
 def _facts_of_learner(learn):
     "The network of a fastai learner, and what the learner knows about its images"
@@ -226,6 +236,12 @@ def _check_network(cnn):
         raise TypeError('cnn: this is an AntehocModel already; use it as it is, or wrap its network: model.cnn')
     inside = [name for name, module in cnn.named_modules() if isinstance(module, AntehocModel)]
     if inside: raise TypeError(f'cnn: its module {inside[0]!r} is an AntehocModel already; wrap the network inside it')
+
+
+def _check_classes(classes):
+    "`TypeError` for names, or anything else that is no number"
+    if classes is None or hasattr(classes, '__index__'): return
+    raise TypeError(f'classes={classes!r}: give how many there are; their names go into meta=dict(vocab=[...])')
 
 
 def _find_network(cnn, n_out):
@@ -249,6 +265,13 @@ def _check_settings(temperature, mean, std, soft_attention):
     soft_attentions[soft_attention]  # raises the error for an unknown name
 
 
+def _noise_message(error):
+    "What to do if the CNN can't take the noise that the layers are chosen with"
+    cause = (str(error).splitlines() or [type(error).__name__])[0]
+    return (f'sample: the CNN does not take 128 x 128 noise ({cause}); '
+            'give images like the ones to come, AntehocModel(cnn, images), or repair the CNN')
+
+
 def _per_channel(values, default, device):
     "Numbers as a tensor (1,C,1,1)"
     values = [default] if values is None else values
@@ -258,8 +281,8 @@ def _per_channel(values, default, device):
 class AntehocModel(nn.Module):
     """A CNN with a weight network that explains it (paper, section 2). Calling it is calling the CNN.
 
-    Raises `ValueError` if the CNN has no usable convolutions, `eta` exceeds the layers found, or a name of a layer,
-    soft attention or weight network is not known."""
+    Raises `ValueError` if the CNN has no usable convolutions or does not take the sample, `eta` exceeds the layers
+    found, or a name of a layer, soft attention or weight network is not known."""
     def __init__(self,
                  cnn: nn.Module, # Any CNN; its first argument is the image batch (B,C,H,W). Or a fastai learner; or
                  # the name of an architecture, which is then built with random weights for `classes` (or 1000) classes
@@ -275,7 +298,8 @@ class AntehocModel(nn.Module):
                  scale: bool = True, # Min-max scale the map to [0,1]
                  mean: Sequence[float] | None = None, # Per channel, if images are normalised: (pixel - mean) / std
                  std: Sequence[float] | None = None, # Per channel
-                 meta: dict | None = None, # JSON-able facts to save along, such as the classes' names
+                 meta: dict | None = None, # JSON-able facts to save along, such as the classes' names,
+                 # dict(vocab=['cat', 'dog'])
                  grids: Sequence | None = None, # Where the layers' cells are (see `layer_grids`); None: run the CNN
                  channels: Sequence[int] | None = None, # Of the layers, if activations are read; None: run the CNN
                  classes: int | None = None, # How many, for a class-specific weight network; None: run the CNN
@@ -285,6 +309,7 @@ class AntehocModel(nn.Module):
                  # None: if the map has cells. The sizes (h,w) of a saved model's: to be loaded
                 ):
         super().__init__()
+        _check_classes(classes)
         cnn, facts = _find_network(cnn, classes or len((meta or {}).get('vocab') or ()))
         if facts:
             sample = facts['sample'] if sample is None else sample
@@ -292,7 +317,8 @@ class AntehocModel(nn.Module):
             meta = facts['meta'] | (meta or {})
             class_specific = facts['class_specific'] if class_specific is None else class_specific
         _check_settings(temperature, mean, std, soft_attention)
-        if sample is None: sample = noise_images(cnn)
+        own_noise = sample is None
+        if own_noise: sample = noise_images(cnn)
         device = next(cnn.parameters(), torch.empty(0)).device
         self.cnn = cnn
         self.soft_attention = soft_attention
@@ -300,7 +326,10 @@ class AntehocModel(nn.Module):
         self.scale = scale
         self.meta = meta or {}
         self.cnn_finds_targets = callable(getattr(cnn, 'find_target', None)) and hasattr(cnn, 'n_words')
-        self._choose_layers(sample, eta, layers, grids)
+        try: self._choose_layers(sample, eta, layers, grids)
+        except (RuntimeError, AssertionError) as e:
+            if own_noise: raise ValueError(_noise_message(e)) from e
+            raise
         self._choose_weight_net(weight_net, sample, channels, classes, class_specific)
         self._choose_cells(cells)
         self.weight_net = self._build_weight_net().to(device)
@@ -660,12 +689,15 @@ def _images_in(self: AntehocModel, images):
 
 @patch
 def _run_cnn(self: AntehocModel, x, others, kwargs):
-    "The CNN's output and what is recorded; `ValueError` if it takes images of other channels"
+    "The CNN's output and what is recorded; `ValueError` if it takes images of other channels or another type"
     inputs = x.clone(), *others  # some CNNs write to their input
     try: return self._run_and_record(inputs, kwargs)
     except RuntimeError as e:
-        if x.shape[1] == self.image_channels: raise
-        raise self._wrong_channels(x) from e
+        if x.shape[1] != self.image_channels: raise self._wrong_channels(x) from e
+        weights = next(self.cnn.parameters(), x)
+        if x.dtype == weights.dtype or not weights.is_floating_point(): raise
+        raise ValueError(f'explain: the images are {x.dtype}, the weights of the CNN {weights.dtype}; '
+                         f'use x.to({weights.dtype})') from e
 
 
 @patch
@@ -763,12 +795,20 @@ def _name_cnn(self: AntehocModel):
                     level=4)
 
 # %% ../../nbs/core/07_model.ipynb #a4604324
+def _where(folder):
+    "Where the model may be instead"
+    if folder.is_file(): return f'; give the folder that the file lies in, {folder.parent}'
+    if not folder.exists(): return ', there is no such folder'
+    inside = folder/'model'
+    if all((inside/name).is_file() for name in ('config.json', 'model.safetensors')): return f'; try {inside}'
+    return ' (save_pretrained writes both)'
+
+
 def _read_config(folder):
     "The configuration of a saved model; errors if the folder holds something else"
     for name in ('config.json', 'model.safetensors'):
         if not (folder/name).is_file():
-            raise FileNotFoundError(f'{folder} is not a saved antehoc_nb model: it has no {name} '
-                                    '(save_pretrained writes both)')
+            raise FileNotFoundError(f'{folder} is not a saved antehoc_nb model: it has no {name}{_where(folder)}')
     path = folder/'config.json'
     try: config = json.loads(path.read_text())
     except ValueError as e: raise ValueError(f'{path} is not valid JSON ({e}); save the model again') from e

@@ -383,3 +383,67 @@ def test_bytes_of_one_image():
     file = io.BytesIO()
     Image.fromarray(PIXELS).save(file, 'PNG')
     assert np.array_equal(np.asarray(rgb_image(bytearray(file.getvalue()))), PIXELS)
+
+
+def error_of(f, *args, **kwargs):
+    try: f(*args, **kwargs)
+    except (OSError, TypeError, ValueError) as e: return f'{type(e).__name__}: {e}'
+
+
+def test_printed_an_explanation_is_short(model):
+    assert str(model.explain(torch.rand(1, 3, 32, 32))).splitlines()[1:] == [
+        'map (1, 1, 32, 32), sams (1, 6, 16, 16), weights (1, 6, 16, 16), image (1, 3, 32, 32)',
+        "show() draws the maps over the images, save('overlay.png') writes them"]
+    named = AntehocModel(small_cnn(), eta=3, meta=dict(vocab=[f'class {i}' for i in range(10)]))
+    one, many = (named.explain(torch.rand(n, 3, 32, 32)) for n in (1, 6))
+    assert str(one).splitlines()[0] == f'Explanation of 1 image: {one.labels[0]} {one.probabilities.max():.0%}'
+    first = str(many).splitlines()[0]
+    assert first.startswith(f'Explanation of 6 images: {many.labels[0]} ') and first.endswith('; and 2 more')
+    outputs = AntehocModel(nn.Sequential(small_cnn(), nn.Linear(10, 1)), eta=3, class_specific=False)
+    assert str(outputs.explain(torch.rand(2, 3, 32, 32))).splitlines()[0] == 'Explanation of 2 images'
+
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float16])
+def test_images_of_another_type(model, dtype):
+    assert error_of(model.explain, torch.rand(1, 3, 32, 32).to(dtype)) == (
+        f'ValueError: explain: the images are {dtype}, the weights of the CNN torch.float32; use x.to(torch.float32)')
+
+
+@pytest.mark.parametrize('classes', [['cat', 'dog'], ('a',), 'cat', 2.])
+def test_names_are_no_number_of_classes(classes):
+    assert error_of(AntehocModel, small_cnn(), classes=classes) == (
+        f'TypeError: classes={classes!r}: give how many there are; their names go into meta=dict(vocab=[...])')
+
+
+def test_cnns_that_take_no_noise():
+    class OneSize(nn.Sequential):
+        def forward(self, x):
+            assert x.shape[2:] == (32, 32), 'Wrong image height!'
+            return super().forward(x)
+    class NoReason(OneSize):
+        def forward(self, x):
+            if x.shape[3] != 32: raise AssertionError
+            return super().forward(x)
+    flat = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 32 * 32, 2))
+    for cnn, cause in ((OneSize(small_cnn()), 'Wrong image height!'), (flat, 'mat1 and mat2 shapes cannot be'),
+                       (NoReason(small_cnn()), 'AssertionError')):
+        message = error_of(AntehocModel, cnn)
+        assert message.startswith(f'ValueError: sample: the CNN does not take 128 x 128 noise ({cause}')
+        assert message.endswith('give images like the ones to come, AntehocModel(cnn, images), or repair the CNN')
+        assert AntehocModel(cnn, torch.rand(2, 3, 32, 32)).explain(torch.rand(1, 3, 32, 32)).map.shape[0] == 1
+
+
+def test_folders_that_hold_no_model(tmp_path, model):
+    model.save_pretrained(tmp_path/'run'/'model')
+    load = AntehocModel.from_pretrained
+    no_config = 'is not a saved antehoc_nb model: it has no config.json'
+    assert error_of(load, tmp_path) == f'FileNotFoundError: {tmp_path} {no_config} (save_pretrained writes both)'
+    for written in (None, 'config.json'):  # as a folder above it, and as a run has it
+        if written: (tmp_path/'run'/written).write_text('{}')
+        missing = no_config if written is None else no_config.replace('config.json', 'model.safetensors')
+        assert error_of(load, tmp_path/'run') == (
+            f'FileNotFoundError: {tmp_path/"run"} {missing}; try {tmp_path/"run"/"model"}')
+    assert error_of(load, tmp_path/'no') == f'FileNotFoundError: {tmp_path/"no"} {no_config}, there is no such folder'
+    file = tmp_path/'run'/'model'/'config.json'
+    assert error_of(load, file) == (
+        f'FileNotFoundError: {file} {no_config}; give the folder that the file lies in, {file.parent}')
