@@ -33,7 +33,7 @@ def antehoc_of(learn):
 # %% ../../nbs/show/31_learner.ipynb #cell0008
 def _are_images(learn, items):
     "Whether `items` are images that `AntehocModel.explain` opens itself: one, several, or a batch"
-    if items is None or hasattr(items, 'do_item') or getattr(learn.dls, 'n_inp', 1) > 1: return False
+    if items is None or hasattr(items, 'dataset') or getattr(learn.dls, 'n_inp', 1) > 1: return False
     if isinstance(items, Tensor): return items.is_floating_point() or items.dtype == torch.uint8
     if isinstance(items, np.ndarray): return items.ndim > 1
     first = items if is_one_image(items) else next(iter(items), None)
@@ -51,7 +51,7 @@ def _loader_and_numbers(learn, items, n):
     valid = learn.dls.valid
     if items is None: return valid, range(min(n, len(valid.dataset)))
     if is_one_image(items) and not isinstance(items, (np.ndarray, Tensor)): items = [items]
-    if hasattr(items, 'do_item'): return items, range(min(n, len(items.dataset)))
+    if hasattr(items, 'dataset'): return items, range(min(n, len(items.dataset)))
     if len(items) == 0: raise ValueError("items: an empty list, nothing to explain")
     if all(isinstance(item, (int, np.integer)) for item in items):
         _check_numbers(items, len(valid.dataset))
@@ -61,6 +61,9 @@ def _loader_and_numbers(learn, items, n):
 
 def _load(dl, numbers, device):
     "Items of a `DataLoader` as one batch, a tuple, as they come in validation"
+    if not hasattr(dl, 'do_item'): # a DataLoader of plain PyTorch
+        batch = dl.collate_fn([dl.dataset[int(i)] for i in numbers])
+        return to_device(tuple(batch) if isinstance(batch, (tuple, list)) else (batch,), device)
     dl.before_iter()
     items = [dl.do_item(int(i)) for i in numbers]
     batch = dl.after_batch(to_device(dl.do_batch(items), dl.device))

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import torch
 from fastai.callback.fp16 import MixedPrecision
+from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.vision.data import get_c
 from fastai.vision.learner import vision_learner
@@ -60,15 +61,24 @@ def _vision_learner(dls, arch, name, kwargs):
         raise
 
 
+def _check_dls(dls):
+    "`TypeError` for what is no DataLoaders, such as a folder"
+    if isinstance(dls, DataLoaders): return
+    raise TypeError(f'dls: a {type(dls).__name__} is no DataLoaders; make them first, as by '
+                    'ImageDataLoaders.from_folder(path, valid_pct=0.2, item_tfms=Resize(128))')
+
+
 def plain_learner(dls, # fastai DataLoaders
                   arch, # "resnet18", "timm/convnext_atto", "small_cnn", a torchvision function, or a CNN (nn.Module)
                   **kwargs, # As for `vision_learner`; for a CNN of your own, or one of ours, as for `Learner`
                  ) -> Learner: # Without a weight network, unless `cbs` brings `TwoPass`
     """fastai's `vision_learner`, or `Learner` for a CNN that is already built.
 
-    `ValueError` for an unknown name, and for an architecture that can't be given a head, such as `vit_b_16`.
+    `TypeError` if `dls` are no DataLoaders, `ValueError` for an unknown name, and for an architecture that can't be
+    given a head, such as `vit_b_16`.
 
     `pretrained` and the arguments that shape a head have no meaning for a CNN of your own, and are left out."""
+    _check_dls(dls)
     name, head = _arch_name(arch), _head_arguments(kwargs)
     if isinstance(arch, str): arch = find_arch(arch)
     if name in own_cnns: arch = build_cnn(name, get_c(dls), **head)

@@ -420,6 +420,10 @@ def read_learner(learn) -> dict: # cnn, sample, mean, std, meta, class_specific
 def _wrap_model(self: TwoPass):
     "Put the learner's CNN into an `AntehocModel`."
     learn = self.learn
+    if not isinstance(learn.model, nn.Module):
+        name = getattr(learn.model, '__name__', repr(learn.model))
+        raise TypeError(f'the model of the learner, {name}, is a {type(learn.model).__name__} and no network; give '
+                        f'Learner(dls, cnn, cbs=TwoPass()) an nn.Module, or use vision_learner(dls, arch, cbs=TwoPass())')
     if isinstance(learn.model, nn.parallel.DistributedDataParallel):
         raise ValueError('TwoPass was added after the model was distributed; pass it when the learner is made: '
                          'cbs=TwoPass()')
@@ -501,6 +505,14 @@ def _join_optimiser(self: TwoPass):
 
 # %% ../../nbs/train/11_two_pass.ipynb #17c999b7
 @patch
+def _check_alone(self: TwoPass):
+    "`ValueError` if the learner has two"
+    if sum(isinstance(cb, TwoPass) for cb in self.learn.cbs) > 1:
+        raise ValueError('two TwoPass callbacks on one learner (antehoc_learner brings one): leave one out, or '
+                         'learn.remove_cb(TwoPass)')
+
+
+@patch
 def attach(self: TwoPass):
     """Wrap the learner's model, choose mask and loss, and hand the weight network to the optimiser.
 
@@ -509,6 +521,7 @@ def attach(self: TwoPass):
     labels are class numbers, one for each image.
     `ValueError` for arguments of the model if there is one already, for another normalisation, and for a loss that
     does not fit."""
+    self._check_alone()
     if not isinstance(self.learn.model, AntehocModel): self._wrap_model()
     elif not self.model_kwargs: self._adopt_model()
     else:
@@ -530,8 +543,7 @@ def after_create(self: TwoPass): self.attach()
 @patch
 def before_fit(self: TwoPass):
     "Attach to a model that is new."
-    if sum(isinstance(cb, TwoPass) for cb in self.learn.cbs) > 1:
-        raise ValueError('two TwoPass callbacks on one learner: learn.remove_cb(TwoPass) first')
+    self._check_alone()
     if self._attached_model is not self.antehoc: self.attach()
     self._fit_begun = False
 

@@ -3,12 +3,14 @@ import numpy as np
 import pytest
 import torch
 from fastai.data.block import CategoryBlock, DataBlock
+from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.vision.augment import Resize
 from fastai.vision.core import PILImageBW
 from fastai.vision.data import ImageBlock
 from PIL import Image
+from torch.utils.data import DataLoader, TensorDataset
 from workers import small_cnn
 
 import antehoc_nb.show.learner  # noqa: F401  gives Learner `explain`
@@ -63,3 +65,13 @@ def test_errors_name_what_came(tmp_path, learn):
     with pytest.raises(ValueError, match='these look like pixels from 0 to 255'):
         learn.explain(torch.rand(1, learn.model.image_channels, 32, 32) * 255)
     with pytest.raises(ValueError, match='empty list'): learn.explain([])
+
+
+def test_loaders_of_plain_pytorch():
+    images = torch.rand(6, 3, 32, 32)
+    loader = DataLoader(TensorDataset(images, torch.arange(6) % 2), batch_size=4)
+    learn = Learner(DataLoaders(loader, loader), small_cnn(2), loss_func=CrossEntropyLossFlat(), cbs=TwoPass(eta=2))
+    assert torch.equal(learn.explain(n=3).map, learn.model.explain(images[:3]).map)
+    assert torch.equal(learn.explain(items=[5, 2]).map, learn.model.explain(images[[5, 2]]).map)
+    assert torch.equal(learn.explain(loader, n=2).map, learn.model.explain(images[:2]).map)
+    assert learn.show_maps(n=4).shape == learn.show_maps(n=4, target=1).shape == (2, 4)

@@ -234,3 +234,26 @@ def test_a_model_that_knows_its_normalisation_still_learns_its_size():
     model = AntehocModel(small_cnn(), torch.rand(2, 3, 32, 32), mean=mean, std=std)
     learn = Learner(digits(), model, cbs=TwoPass())
     assert learn.model.meta['size'] == [32, 32] and learn.model.eta == 3
+
+
+def error_of(f):
+    try: f()
+    except (TypeError, ValueError) as e: return f'{type(e).__name__}: {str(e).split(chr(10) + chr(9))[-1]}'
+
+
+def test_what_is_taken_for_a_learner_by_mistake(tmp_path):
+    dls = digits()
+    for wrong, kind in ((str(tmp_path), 'str'), (tmp_path, type(tmp_path).__name__), ('resnet18', 'str'),
+                        (small_cnn(), 'Sequential')):
+        assert error_of(lambda wrong=wrong: antehoc_learner(wrong, 'small_cnn')) == (
+            f'TypeError: dls: a {kind} is no DataLoaders; make them first, as by '
+            'ImageDataLoaders.from_folder(path, valid_pct=0.2, item_tfms=Resize(128))')
+    no_network = ('is a {} and no network; give Learner(dls, cnn, cbs=TwoPass()) an nn.Module, or use '
+                  'vision_learner(dls, arch, cbs=TwoPass())')
+    for wrong, name in (small_cnn, 'small_cnn'), ('resnet18', "'resnet18'"):
+        assert error_of(lambda wrong=wrong: Learner(dls, wrong, opt_func=None, cbs=TwoPass())) == (
+            f'TypeError: the model of the learner, {name}, {no_network.format(type(wrong).__name__)}')
+    for cbs in (TwoPass(), [TwoPass(eta=2)]):
+        assert error_of(lambda cbs=cbs: antehoc_learner(dls, 'small_cnn', cbs=cbs)) == (
+            'ValueError: two TwoPass callbacks on one learner (antehoc_learner brings one): leave one out, or '
+            'learn.remove_cb(TwoPass)')
