@@ -422,8 +422,9 @@ def _wrap_model(self: TwoPass):
     learn = self.learn
     if not isinstance(learn.model, nn.Module):
         name = getattr(learn.model, '__name__', repr(learn.model))
-        raise TypeError(f'the model of the learner, {name}, is a {type(learn.model).__name__} and no network; give '
-                        f'Learner(dls, cnn, cbs=TwoPass()) an nn.Module, or use vision_learner(dls, arch, cbs=TwoPass())')
+        raise TypeError(f'the model of the learner, {name}, is a {type(learn.model).__name__} and no network; '
+                        'give Learner(dls, cnn, cbs=TwoPass()) an nn.Module, or use '
+                        'vision_learner(dls, arch, cbs=TwoPass())')
     if isinstance(learn.model, nn.parallel.DistributedDataParallel):
         raise ValueError('TwoPass was added after the model was distributed; pass it when the learner is made: '
                          'cbs=TwoPass()')
