@@ -18,6 +18,7 @@ from contextlib import contextmanager, nullcontext, redirect_stdout
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
+from urllib.error import URLError
 
 import typer
 from typer.core import TyperCommand
@@ -69,6 +70,9 @@ def _in_words(error):
     text = str(error)
     if 'Exception occured in' in text: text = text.split('\n\t', 1)[-1]  # fastai wraps errors of callbacks
     if _is_disk_full(error, text): return 'the disk is full; what was written before is whole. Make room, start again'
+    if isinstance(error, URLError):
+        return (f'download failed ({error.reason}); see to the network: without --pretrained, images of your own need '
+                'no download')
     if isinstance(error, PermissionError) and error.filename: return f'no permission for {error.filename}'
     if 'out of memory' in text: return "the GPU's memory is full: use a smaller --bs or --size, or --device cpu"
     text = text.split(' (file could not be opened')[0]  # where tarfile lists all formats that it has tried
@@ -225,6 +229,16 @@ def _finished(learn, out, plain, output, device):
                epochs=len(scores), epochs_trained_now=trained, seconds=round(learn.checkpoint.seconds),
                device=str(device), out=str(out), files=files)
 
+# %% ../nbs/90_cli.ipynb #d4726f67
+_FEW_STEPS = 50  # from random weights, a CNN learns next to nothing in fewer
+
+
+def _say_if_few(batches, epochs, bs, output):
+    "Say so if a CNN with random weights is to be trained for too few steps"
+    if batches * epochs >= _FEW_STEPS: return
+    output.say(f'note: {batches} batch{"es" * (batches != 1)} of {bs} in each of {epochs} epoch{"s" * (epochs != 1)}: '
+               'too few steps to train a CNN from random weights; use a smaller --bs, more --epochs or --pretrained')
+
 # %% ../nbs/90_cli.ipynb #2e1095b4
 @app.command(cls=_CommandWithChoices)
 def train(
@@ -281,12 +295,16 @@ def train(
         found_device = _find_device(device)
         _check_out(out, Path(data))
         if eta and layers: raise ValueError('--eta and --layers: give one of the two')
-        from antehoc_nb.train.archs import find_arch
+        from antehoc_nb.train.archs import find_arch, own_cnns
         find_arch(arch)
+        if pretrained and arch in own_cnns:
+            raise ValueError(f'--pretrained: {arch} has no ImageNet weights; leave it out, or choose another --arch')
         dls = _training_dls(data, size, bs, seed, valid, aug, workers, found_device)
         from antehoc_nb.tasks.experiment import train_run
         output.say(f'{len(dls.train_ds):,} training and {len(dls.valid_ds):,} validation images '
                    f'of {len(dls.vocab)} classes, on {found_device}')
+        is_new = not (out/'config.json').exists()
+        if is_new and not pretrained: _say_if_few(len(dls.train), epochs, bs, output)
         chosen = dict(soft_attention=soft_attention, temperature=temperature, weight_net=weight_net, fill=fill)
         chosen = {name: _default_of(name) if value is None else value for name, value in chosen.items()}
         config = dict(

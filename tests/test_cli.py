@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from urllib.error import URLError
 
 import pytest
 import torch
@@ -208,6 +209,8 @@ def test_which_device_is_chosen(monkeypatch):
     (('train', 'a/photos', '--out', 'a/photos'), '--out a/photos lies in the folder of the images'),
     (('train', 'a/photos', '--out', 'file'), '--out file: file is a file, not a folder'),
     (('train', 'a/photos', '--out', 'file/run'), '--out file/run: file is a file, not a folder'),
+    (('train', 'a/photos', '--arch', 'small_cnn', '--pretrained'),
+     'antehoc: error: --pretrained: small_cnn has no ImageNet weights; leave it out, or choose another --arch'),
     (('train', 'file'), 'antehoc: error: file: not an archive, or damaged'),
     (('train', 'empty'), 'no images found; expected <class>/<image>.jpg'),
     (('train', 'one'), "only one class, 'cats'; give each of two or more classes a folder"),
@@ -240,6 +243,8 @@ def test_what_a_stranger_may_do(among_runs, runs, args, message):
     (OSError(28, 'No space left on device'), 'the disk is full; what was written before is whole'),
     (RuntimeError('PytorchStreamWriter failed writing file data/3: file write failed'), 'the disk is full'),
     (PermissionError(13, 'Permission denied', 'antehoc-run/config.json'), 'no permission for antehoc-run/config.json'),
+    (URLError('Name or service not known'), 'download failed (Name or service not known); see to the network: without '
+     '--pretrained, images of your own need no download'),
     (RuntimeError('CUDA out of memory. Tried to allocate 2 GiB'), "the GPU's memory is full: use a smaller --bs"),
     (StopIteration(), 'StopIteration: no message (ANTEHOC_DEBUG=1 shows where)'),
     (KeyError('x'), "KeyError: 'x' (ANTEHOC_DEBUG=1 shows where)"),
@@ -377,3 +382,16 @@ def test_explaining_in_a_process_of_its_own(among_runs, tmp_path):
 def test_the_help_imports_neither_torch_nor_fastai():
     code = "import sys, antehoc_nb.cli; sys.exit(any(o in sys.modules for o in ('torch', 'fastai', 'matplotlib')))"
     assert subprocess.run([sys.executable, '-c', code], check=False).returncode == 0
+
+
+def test_too_few_steps_are_said(among_runs, tmp_path):
+    output = antehoc('train', 'a/photos', *TRAIN, '--out', tmp_path/'few')
+    assert len([line for line in output.splitlines() if line.startswith('note: ')]) == 1
+    said = []
+    class Output: say = staticmethod(said.append)
+    cli._say_if_few(1, 5, 64, Output)
+    cli._say_if_few(3, 1, 8, Output)
+    cli._say_if_few(10, 5, 8, Output)
+    too_few = 'too few steps to train a CNN from random weights; use a smaller --bs, more --epochs or --pretrained'
+    assert said == [f'note: 1 batch of 64 in each of 5 epochs: {too_few}',
+                    f'note: 3 batches of 8 in each of 1 epoch: {too_few}']
