@@ -207,7 +207,7 @@ def _training_dls(data, size, bs, seed, valid, aug, workers, device):
     if data == 'photo-digits':
         from antehoc_nb.data.photo_digits import photo_digits_dls
         if valid: raise ValueError('--valid: photo-digits has validation scenes of its own; leave it out')
-        return photo_digits_dls(size=size, bs=bs, seed=seed, num_workers=workers, device=device)
+        return photo_digits_dls(size=size, bs=bs or 64, seed=seed, num_workers=workers, device=device)
     from antehoc_nb.data.images import cifar10, image_dls
     path = cifar10() if data == 'cifar10' else Path(data)
     is_share = valid.replace('.', '', 1).isdigit()
@@ -251,7 +251,8 @@ def train(
     pretrained: Annotated[bool, _option('Start from ImageNet weights (downloads them once).')] = False,
     size: Annotated[int, _option('Side of the square the images are brought to, pixels.', min=8)] = 128,
     epochs: Annotated[int, _option('Passes over the training images.', min=1)] = 5,
-    bs: Annotated[int, _option('Batch size.', min=2)] = 64,
+    bs: Annotated[int | None, _option('Batch size. Default: 64, but for fewer than 1,280 images so many, 8 at least, that '
+                                      'an epoch has 20 batches.', min=2)] = None,
     lr: Annotated[float, _option('Highest learning rate of the one-cycle schedule.', min=1e-8, max=10,
                                  metavar='<float>')] = 3e-3,
     valid: Annotated[str, _option('Split to validate on (`valid`, `test`), or a fraction of the training images. '
@@ -300,6 +301,7 @@ def train(
         if pretrained and arch in own_cnns:
             raise ValueError(f'--pretrained: {arch} has no ImageNet weights; leave it out, or choose another --arch')
         dls = _training_dls(data, size, bs, seed, valid, aug, workers, found_device)
+        bs = dls.bs
         from antehoc_nb.tasks.experiment import train_run
         output.say(f'{len(dls.train_ds):,} training and {len(dls.valid_ds):,} validation images '
                    f'of {len(dls.vocab)} classes, on {found_device}')

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CIFAR10_URL', 'CIFAR10_MD5', 'CIFAR10_SHA256', 'SPLITS', 'IMAGES', 'FOOD11', 'ANIMALS10', 'TINY_IMAGENET_URL',
            'TINY_IMAGENET_MD5', 'OpenImage', 'Fit', 'fetch', 'cache_root', 'data_root', 'unpack', 'unpacked', 'cifar10',
-           'FlipShift', 'image_dls', 'tiny_imagenet', 'open_rgb']
+           'FlipShift', 'usual_batch_size', 'image_dls', 'tiny_imagenet', 'open_rgb']
 
 # %% ../../nbs/data/20_images.ipynb #cell0002
 import hashlib
@@ -454,10 +454,16 @@ def _check_items(path, train, valid, vocab, verify):
         raise ValueError('\n'.join([message, *bad]))
 
 
+def usual_batch_size(n: int, # Training images
+                    ) -> int: # 64, 32, 16 or 8
+    "The largest of these with which an epoch has 20 batches or more, and 8 for fewer than 320 images."
+    return next((bs for bs in (64, 32, 16) if n >= 20 * bs), 8)
+
+
 def image_dls(
     path: str | Path, # folder or .tar, .tar.gz, .zip (unpacked once, under `cache_root()`)
     size: int = 64, # side in pixels; images are resized to it unless `item_tfms` is given
-    bs: int = 64, # batch size
+    bs: int | None = 64, # batch size; None: `usual_batch_size`
     valid: str | float = None, # split, or share of the training images in (0,1); None: 'valid', else 'test', else .2
     aug: bool = False, # mirror and shift training images (`FlipShift`)? off, as in fastai
     verify: bool = True, # check that every image can be read before training starts?
@@ -475,6 +481,7 @@ def image_dls(
     splits, vocab = _read_splits(path)
     train_items, valid_items = _hold_out(splits, valid, seed)
     _check_items(path, train_items, valid_items, vocab, verify)
+    if bs is None: bs = usual_batch_size(len(train_items))
     if item_tfms is None: item_tfms = Fit(size)
     batch_tfms = [*([FlipShift()] if aug else []), *L(batch_tfms)]
     return labelled_dls(train_items, valid_items, vocab, bs, item_tfms, batch_tfms, num_workers=num_workers, **kw)

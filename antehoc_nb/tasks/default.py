@@ -38,18 +38,20 @@ from ..train.learner import antehoc_learner
 def few_images(path: str | Path, # Folder or archive with train/<class>/ and val/<class>/
                classes: list[str], # Their folders' names
                per_class: int, # Training images of each
-               n_valid: int, # Validation images of each; the test images are all that there are
+               n_valid: int, # Validation images of each
                size: int, # Side in pixels
                bs: int, # Batch size
                seed: int, # Picks training and validation images
+               n_test: int | None = None, # Test images of each, the same for every seed; None: all that there are
               ) -> dict[str, DataLoaders]: # 'valid' and 'test': the same training images, other images to score on
     "A few images of some classes. `ValueError` if a class has too few."
     whole = image_dls(path, size, bs, valid='val', verify=False)
     vocab = [str(name) for name in whole.vocab]
 
     def items_of(dataset): return [(file, str(label)) for file, label in dataset.items if str(label) in classes]
-    train, valid, test = [], [], items_of(whole.valid_ds)
+    train, valid, test = [], [], []
     for name in classes:
+        test += [item for item in items_of(whole.valid_ds) if item[1] == name][:n_test]
         of_class = [item for item in items_of(whole.train_ds) if item[1] == name]
         if len(of_class) < per_class + n_valid:
             raise ValueError(f'class {name!r}: {len(of_class)} images, {per_class + n_valid} are needed; '
@@ -121,7 +123,7 @@ CANDIDATES = { # name -> arguments of `antehoc_learner`
     'auto, class-agnostic': dict(class_specific=False),
     'auto, pixels': dict(cells='pixels'),
 }
-REPEATED = ('auto',)  # with every seed
+REPEATED = 'auto', 'auto, class-agnostic'  # with every seed
 UNTRAINED, GRAD_CAM, BLOB, WRONG_TARGET = 'untrained', 'grad-cam', 'centred blob', 'auto, wrong target'
 SHARES = (.1, .2, .5)
 
@@ -180,7 +182,8 @@ def _learner(cnn_kind, dls, settings, config):
 def _run_part(cnn_kind, seed, name, config, path):
     "Train one candidate, and score it with what it is compared with"
     how = config[cnn_kind]
-    loaders = few_images(path, config['classes'], config['per_class'], config['n_valid'], how['size'], how['bs'], seed)
+    loaders = few_images(path, config['classes'], config['per_class'], config['n_valid'], how['size'], how['bs'], seed,
+                         config['n_test'])
     set_seed(seed)
     learn = _learner(cnn_kind, loaders['valid'], config['candidates'][name], config)
     with bars_on_terminals(learn): learn.fit_one_cycle(how['epochs'], how['lr'])
@@ -221,18 +224,16 @@ _TEN = (*_TWO, 'n01855672', 'n02279972', 'n02364673', 'n02403003', 'n02415577', 
 SMALL_DATASETS = Registry('dataset')  # name -> `DatasetSpec`
 SMALL_DATASETS.update({
     'two-classes': DatasetSpec('Tiny-ImageNet-20, 2 classes with 125 images each', few_images, archive=_TINY,
-                               settings=dict(classes=_TWO, per_class=125, n_valid=50)),
+                               settings=dict(classes=_TWO, per_class=125, n_valid=50, n_test=50)),
     'ten-classes': DatasetSpec('Tiny-ImageNet-20, 10 classes with 25 images each', few_images, archive=_TINY,
-                               settings=dict(classes=_TEN, per_class=25, n_valid=10))})
-DEFAULT_SETTINGS = dict(classes=_TWO, per_class=125, n_valid=50, boxes=True, candidates=CANDIDATES)
-_PRETRAINED = dict(size=128, epochs=5, bs=16, lr=3e-3)
+                               settings=dict(classes=_TEN, per_class=25, n_valid=10, n_test=10))})
+DEFAULT_SETTINGS = dict(classes=_TWO, per_class=125, n_valid=50, n_test=50, boxes=True, candidates=CANDIDATES)
 DEFAULT_PROFILES = Registry('profile')
 DEFAULT_PROFILES.update(
     smoke=dict(cnns=('scratch',), seeds=(0,), per_class=4, n_valid=2, candidates={'auto': {}},
                scratch=dict(arch='small_cnn', size=32, epochs=1, bs=4, lr=3e-3)),
-    cpu=dict(cnns=('pretrained',), seeds=(0,), pretrained=_PRETRAINED),
-    paper=dict(cnns=('pretrained', 'scratch'), seeds=(0, 1, 2), pretrained=_PRETRAINED,
-              scratch=dict(arch='small_cnn', size=64, epochs=30, bs=16, lr=3e-3)))
+    cpu=dict(cnns=('pretrained', 'scratch'), seeds=(0, 1, 2), pretrained=dict(size=128, epochs=5, bs=16, lr=3e-3),
+             scratch=dict(arch='small_cnn', size=64, epochs=30, bs=16, lr=3e-3)))
 
 
 def default_table(record: dict, # Of `default_choice`

@@ -348,6 +348,7 @@ class TwoPass(Callback):
         self._drops = []  # of each epoch: of the trained map, of the untrained one
         self._best_difference = float('inf')  # between the two, of the epoch where it was lowest
         self._best_epoch = None
+        self._predicts_only = None  # a class, if the CNN predicts it for all of these images
         self._best_weight_net = None
 
     def __getstate__(self):
@@ -800,11 +801,19 @@ def _joined(outputs):
     return [torch.cat(tensors) for tensors in zip(*parts)] if len(shapes) == 1 and size < 2**24 else None
 
 
-def _mean_change(y1, y2, activation):
-    "The mean change of the outputs in per cent, from lists with the tensors of each batch"
+def _changes(y1, y2, activation):
+    "How much the output of each image changes, in per cent, (N,), from lists with the tensors of each batch"
     whole = _joined(y1), _joined(y2)
     pairs = [whole] if None not in whole else zip(y1, y2)
-    return 100 * torch.cat([output_change(a, b, activation=activation) for a, b in pairs]).mean().item()
+    return 100 * torch.cat([output_change(a, b, activation=activation) for a, b in pairs])
+
+
+def _only_class(y1, labels):
+    "The class that is predicted for all images, if these have several labels and are no fewer than 8; else None"
+    predicted = torch.cat([tensors[0].argmax(1) for tensors in y1])
+    classes = torch.cat([batch.argmax(1) if batch.is_floating_point() else batch for batch in labels])
+    if len(predicted) < 8 or len(classes.unique()) < 2 or len(predicted.unique()) > 1: return None
+    return predicted[0].item()
 
 # %% ../../nbs/train/11_two_pass.ipynb #553c6006
 @contextmanager
@@ -834,23 +843,27 @@ def _outputs(self: TwoPass, inputs, weight_nets):
 
 @patch
 def _measure(self: TwoPass, *weight_nets):
-    "What the maps of each weight network lose at a fifth of the pixels, in per cent, with the current CNN"
+    """What the map of each image loses at a fifth of the pixels, in per cent, with the current CNN: a tensor, one row
+    for each weight network"""
     sizes = [_n_inputs(self.learn.dls, batch) for batch in self._batches]
     with torch.no_grad(), frozen(self.antehoc):
         outputs = [self._outputs(batch[:size], weight_nets) for batch, size in zip(self._batches, sizes)]
     y1, *others = zip(*outputs)
-    labels = self._batches[0][sizes[0]:]
+    labels = [batch[size] for batch, size in zip(self._batches, sizes) if len(batch) > size]
     self._activation = _activation_of(y1[0], labels[0] if labels else None, self.learn.loss_func)
-    drops = torch.tensor([_mean_change(y1, y2, self._activation) for y2 in others], device=self.antehoc.mean.device)
-    if process_count() > 1: dist.broadcast(drops, 0)
-    return drops.tolist()
+    self._predicts_only = _only_class(y1, labels) if self._activation == 'softmax' else None
+    changes = torch.stack([_changes(y1, y2, self._activation) for y2 in others])
+    if process_count() == 1: return changes
+    changes = changes.float().to(self.antehoc.mean.device)
+    dist.broadcast(changes, 0)
+    return changes.cpu()
 
 # %% ../../nbs/train/11_two_pass.ipynb #41258112
 @patch
 def after_validate(self: TwoPass):
     "Measure the maps, after an epoch of training."
     if not self._fit_begun or self._finding_lr() or not self._batches: return
-    self._drops.append(self._measure(self.antehoc.weight_net, self._untrained))
+    self._drops.append(self._measure(self.antehoc.weight_net, self._untrained).mean(1).tolist())
     trained, untrained = self._drops[-1]
     if trained - untrained > self._best_difference or np.isnan(trained - untrained): return
     self._best_difference = trained - untrained
@@ -884,15 +897,23 @@ class KeptWeights:
                 f'{kept} is kept')
 
 
+def _clearly_lower(changes, others):
+    "Whether changes (N,) are lower than others of the same images, by more than two standard errors"
+    differences = others - changes
+    return bool(differences.mean() > 2 * differences.std(correction=0) / len(differences)**.5)
+
+
 @patch
 def _choose_weight_net(self: TwoPass):
     "Load the best weight network into the model, and note it in `best`."
     weight_nets = dict(last=self.antehoc.weight_net)
     if self.keep_best and self._best_weight_net is not None:
         weight_nets[f'epoch {self._best_epoch}'] = self._best_weight_net
-    *drops, untrained_drop = self._measure(*weight_nets.values(), self._untrained)
+    *changes, untrained = self._measure(*weight_nets.values(), self._untrained)
+    drops, untrained_drop = [of_net.mean().item() for of_net in changes], untrained.mean().item()
     if np.isnan([*drops, untrained_drop]).any(): return
-    drop, kept = min(zip(drops, weight_nets), key=lambda pair: max(pair[0], _SATURATED))
+    earlier = drops[0] > _SATURATED and _clearly_lower(changes[-1], changes[0])
+    drop, kept = list(zip(drops, weight_nets))[-1 if earlier else 0]
     images = sum(len(batch[0]) for batch in self._batches)
     measure = 'average drop' if self._activation else 'average change of the output'
     best = KeptWeights(kept, drop, untrained_drop, images, measure)
@@ -908,9 +929,23 @@ def after_fit(self: TwoPass):
     if not self._fit_begun or self._finding_lr() or not self._drops or not self._trained_weights(): return
     self._choose_weight_net()
     logging_off = getattr(self.learn.logger, '__name__', '') == 'noop'  # as by `no_logging`, or in other processes
-    if self.best is None or self.best.helped or logging_off: return
+    if self.best is None or logging_off: return
+    if self._predicts_only is not None: print(self._one_class_line(), flush=True)
+    elif not self.best.helped: print(self._no_help_line(), flush=True)
+
+
+@patch
+def _no_help_line(self: TwoPass):
     trained_cnn = ', or a CNN that is trained already (pretrained=True, or TwoPass(train_cnn=False) after its training)'
-    print(f'TwoPass: {self.best}. Try more epochs{trained_cnn * self.train_cnn}.', flush=True)
+    return f'TwoPass: {self.best}. Try more epochs{trained_cnn * self.train_cnn}.'
+
+
+@patch
+def _one_class_line(self: TwoPass):
+    names = self.antehoc.meta.get('vocab') or ()
+    name = names[self._predicts_only] if self._predicts_only < len(names) else f'class {self._predicts_only}'
+    return (f'TwoPass: the CNN predicts {name} for all {self.best.images} validation images, so its maps say nothing '
+            'about classes. Train the CNN longer, with smaller batches, or from pretrained weights.')
 
 # %% ../../nbs/train/11_two_pass.ipynb #b58fd0a6
 @patch

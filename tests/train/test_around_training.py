@@ -10,6 +10,8 @@ from fastai.learner import Learner, load_learner
 from fastai.metrics import accuracy
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import set_seed
+from fastai.vision.data import ImageDataLoaders
+from PIL import Image
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from workers import OPTS, bare_cnn, halves, run, same, scenes, small_cnn
@@ -257,3 +259,20 @@ def test_what_is_taken_for_a_learner_by_mistake(tmp_path):
         assert error_of(lambda cbs=cbs: antehoc_learner(dls, 'small_cnn', cbs=cbs)) == (
             'ValueError: two TwoPass callbacks on one learner (antehoc_learner brings one): leave one out, or '
             'learn.remove_cb(TwoPass)')
+
+
+def test_a_learner_over_image_files_is_exported_and_loaded(tmp_path):
+    "The transforms of fastai's factory methods are pickled too, which some versions of plum-dispatch do not allow."
+    for i in range(12):
+        file = tmp_path/'images'/'ab'[i % 2]/f'{i}.png'
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(file)
+    dls = ImageDataLoaders.from_folder(tmp_path/'images', valid_pct=.3, bs=4, num_workers=0)
+    learn = fit(Learner(dls, small_cnn(2), path=tmp_path, cbs=TwoPass(eta=2)))
+    learn.export('l.pkl')
+    assert learn.dls is dls
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        loaded = load_learner(tmp_path/'l.pkl')
+    x = dls.valid.one_batch()[0]
+    assert torch.equal(loaded.model.explain(x).map, learn.model.explain(x).map)

@@ -157,13 +157,14 @@ class Scripted(TwoPass):
         self.seen.append(weights(self.antehoc))
         drops = self.script[len(self.seen) - 1]
         assert len(drops) == len(weight_nets)
-        return drops
+        return torch.stack([torch.as_tensor(drop, dtype=torch.double).expand(4) for drop in drops])
 
 
 # drops of each epoch (trained, untrained); at the end (last, best epoch, untrained); what is kept
 KEPT = dict(
     last=([(30, 50), (20, 50)], (20, 20, 50), 'last'),
     earlier=([(20, 50), (40, 50)], (40, 25, 50), 'epoch 0'),
+    earlier_by_chance=([(20, 50), (40, 50)], (40, torch.tensor([0, 0, 60, 60]), 50), 'last'),
     earlier_but_not_for_this_cnn=([(20, 50), (40, 50)], (40, 45, 50), 'last'),
     untrained=([(60, 50), (55, 50)], (55, 55, 50), 'untrained'),
     equal=([(50, 50), (50, 50)], (50, 50, 50), 'untrained'),
@@ -324,7 +325,8 @@ def test_no_warning_and_no_line_of_our_own(tmp_path):
             late.fine_tune(1)
     text, warned = output_of(train)
     assert warned == []
-    rows = [line for line in text.splitlines() if not line.startswith(('[', 'TwoPass: the trained map is no better'))]
+    said = '[', 'TwoPass: the trained map is no better', 'TwoPass: the CNN predicts'
+    rows = [line for line in text.splitlines() if not line.startswith(said)]
     assert rows == []
 
 
@@ -484,3 +486,25 @@ def test_a_subset_and_a_collate_function_are_respected():
     taken = validation_batches(dls)
     assert torch.equal(torch.cat([batch[0] for batch in taken]), x[3:15, :, ::2, ::2])
     assert [len(batch[0]) for batch in taken] == [5, 5, 2]
+
+
+@pytest.mark.parametrize('vocab', [['cat', 'dog'], None])
+def test_a_cnn_that_predicts_one_class_is_named(vocab):
+    class Always(nn.Module):
+        "The second class, whatever the image."
+        def __init__(self):
+            super().__init__()
+            self.net = small_cnn(2)
+
+        def forward(self, x): return self.net(x) * 0 + torch.tensor([0., 3])
+
+    torch.manual_seed(0)
+    dls = loaders(torch.rand(16, 3, 16, 16), torch.arange(16) % 2)
+    if vocab: dls.vocab = vocab
+    learn = Learner(dls, Always(), loss_func=nn.functional.cross_entropy, cbs=TwoPass())
+    text, _ = output_of(partial(run_loudly, learn, 1))
+    assert text.splitlines()[-1] == (
+        f'TwoPass: the CNN predicts {"dog" if vocab else "class 1"} for all 16 validation images, so its maps say '
+        'nothing about classes. Train the CNN longer, with smaller batches, or from pretrained weights.')
+    learn.dls = loaders(torch.rand(16, 3, 16, 16), torch.ones(16, dtype=torch.long))  # the only label there is
+    assert 'predicts' not in output_of(partial(run_loudly, learn, 1))[0]
