@@ -383,7 +383,7 @@ def explain(
         files = _image_files(images, out)
         net = _load_model(model).to(found_device)
         target_class = _target_class(target, net)
-        output.say(f'{len(files):,} images, on {found_device}')
+        output.say(f'{len(files):,} image{"s" * (len(files) != 1)}, on {found_device}')
         say = None if quiet else lambda text: typer.echo(text, err=True)
         n, before, failed = explain_files(net, files, out, bs, threshold, target_class, arrays=arrays, say=say)
         for name, why in failed: typer.echo(f'antehoc: could not read {name} ({why})', err=True)

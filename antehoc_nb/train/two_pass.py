@@ -35,9 +35,11 @@ from antehoc_nb.core.interpretation_loss import (
     default_loss, default_mask, draw_targets, int_losses, interpretation_loss,
 )
 from ..core.interpretation_loss import output_at_area, output_change
+from ..core.attention import soft_attentions
 from ..core.masking import Mask, as_mask, check_fill
 from ..core.model import AntehocModel
 from ..core.utils import frozen, output_tensors, plain_tensor, train_functions, unknown_name
+from ..core.weight_net import weight_nets
 import antehoc_nb.train.archs  # noqa: F401  knows the names of CNNs, for saving and loading
 import fastai.callback.all  # noqa: F401  gives Learner fit_one_cycle, lr_find, to_fp16
 
@@ -290,10 +292,12 @@ class MapDrop(Metric):
 
 # %% ../../nbs/train/11_two_pass.ipynb #1882fa90
 def _check_model_arguments(model_kwargs):
-    "`TypeError` for arguments that `AntehocModel` does not have"
+    "`TypeError` for arguments that `AntehocModel` does not have, `ValueError` for names that are not known"
     known = list(inspect.signature(AntehocModel).parameters)[2:]
     for name in model_kwargs:
         if name not in known: raise TypeError(f'TwoPass: {unknown_name("argument", name, known)}')
+    for name, choices in dict(weight_net=weight_nets, soft_attention=soft_attentions).items():
+        if name in model_kwargs: choices[model_kwargs[name]]  # refuses unknown names
 
 
 class TwoPass(Callback):
