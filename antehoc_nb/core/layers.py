@@ -46,7 +46,8 @@ class ModuleCall:
     def size(self): return _size(self.output)
 
     @property
-    def is_leaf(self): return next(self.module.children(), None) is None
+    def is_leaf(self): # Also a convolution with children, such as one whose weight is parametrised
+        return self.is_convolution or next(self.module.children(), None) is None
 
     @property
     def is_convolution(self): return isinstance(self.module, CONVOLUTIONS)
@@ -178,13 +179,68 @@ def _named_layers(groups, keys, rectified):
     return found
 
 
+# %% ../../nbs/core/01_layers.ipynb #a12ebfd1
+def _probes(x):
+    "The first image of a batch three times: as it is, with another upper right and with another lower left corner"
+    probes = x[:1].detach().repeat(3, 1, 1, 1)
+    rows, columns = (max(1, n // 3) for n in x.shape[2:])
+    noise = torch.randn(x[0].shape, generator=torch.Generator().manual_seed(0)).to(x)
+    noise = noise * (x.std() if x.std() > 0 else 1) + x.mean()
+    probes[1, :, :rows, -columns:] = noise[:, :rows, -columns:]
+    probes[2, :, -rows:, :columns] = noise[:, -rows:, :columns]
+    return probes
+
+
+def _watch_probes(cnn, sample):
+    "(name, index) -> what the call returned for `_probes`; nothing if the CNN does not take three images"
+    x, *others = as_inputs(sample)
+    def three_times(part):
+        if not isinstance(part, torch.Tensor) or not part.ndim or len(part) != len(x): return part
+        return part[:1].repeat(3, *[1] * (part.ndim - 1))
+    try: calls = watch_calls(cnn, (_probes(x), *map(three_times, others)))
+    except Exception: return {}
+    return {(call.name, call.index): call.output for call in calls}
+
+
+def _distances(changes):
+    "How far apart the centres of two changes (2,h,w) lie: downwards and to the left, as shares of the axes"
+    for axis in (1, 2):
+        along = changes.sum(3 - axis)
+        centres = (along * torch.linspace(0, 1, along.shape[1], device=along.device)).sum(1) / along.sum(1)
+        yield (centres[1] - centres[0]).item() * (1 if axis == 1 else -1)
+
+
+def _fault(output):
+    "Why an output for `_probes` is not made of the images' rows and columns; None if it may be"
+    if output is None: return None
+    if len(output) != 3: return f'its first axis has {len(output)} entries for 3 images'
+    changes = (output[1:] - output[:1]).detach().abs().float().mean(1)
+    if not changes.isfinite().all() or not output.any(): return None  # this says nothing
+    if not changes.any(): return 'it is the same for every image'
+    if not changes.flatten(1).any(1).all(): return None
+    for cells, distance in zip(changes.shape[1:], _distances(changes)):
+        if cells > 1 and distance < (.03 if cells >= 8 else -.1):
+            return 'a change of the image does not show in the same place'
+    return None
+
+
 def candidate_layers(cnn: nn.Module, # Any CNN
                      sample, # Input like the ones to come, (B,C,H,W); a tuple if the CNN takes several
                     ) -> list[Layer]: # In order of computation
     """The activations of `cnn` that can be recorded: (B,C,H,W), several pixels, after convolutions and a non-linearity.
 
     Where non-linearities are functions, which no hook can see, outputs of blocks and convolutions stand in,
-    and the recorder rectifies them (`+relu`). Raises `ValueError` if no convolution is found."""
+    and the recorder rectifies them (`+relu`). Raises `ValueError` if no convolution is found, or none whose output
+    holds the images' rows and columns."""
+    found, faults = _judge_layers(cnn, sample)
+    if found and len(faults) == len(found):
+        layer, fault = next(iter(faults.items()))
+        raise ValueError(f"cnn: no layer of {type(cnn).__name__} holds the images' rows and columns: of {layer!r}, {fault}")
+    return [layer for layer in found if layer.name not in faults]
+
+
+def _judge_layers(cnn, sample):
+    "All that could be recorded, and why some of it can't be: name -> reason"
     calls = _convolutional(watch_calls(cnn, sample), cnn)
     groups = _by_output(calls)
     rectified = _rectified(groups)
@@ -192,7 +248,10 @@ def candidate_layers(cnn: nn.Module, # Any CNN
     if len(rectified) >= max(len(blocks), 2) or not (blocks or bare): keys = rectified
     elif len(blocks) > 1: keys = rectified | blocks
     else: keys = rectified | blocks | bare
-    return _named_layers(groups, keys, rectified)
+    found = _named_layers(groups, keys, rectified)
+    outputs = _watch_probes(cnn, sample) if found else {}
+    faults = {layer.name: _fault(outputs.get(parse_layer(layer.name)[:2])) for layer in found}
+    return found, {name: fault for name, fault in faults.items() if fault}
 
 # %% ../../nbs/core/01_layers.ipynb #cell0009
 def _evenly_spaced(found, eta):
@@ -234,7 +293,8 @@ def _check_names(cnn, layers):
 
 
 def _check_calls(cnn, sample, layers):
-    "`ValueError` for a layer that does not return (B,C,H,W), or whose call is not there or not named"
+    """`ValueError` for a layer that does not return (B,C,H,W), whose call is not there or not named, or whose output
+    does not hold the images' rows and columns"""
     counts = Counter(call.name for call in watch_calls(cnn, sample))
     for spec in layers:
         name, index, _ = parse_layer(spec)
@@ -247,6 +307,10 @@ def _check_calls(cnn, sample, layers):
             names = ', '.join(f'{name}:{i}' for i in range(count))
             raise ValueError(f'layer {name!r} is called {count} times in one pass; say which call: {names}')
         if index >= count: raise ValueError(f'layer {spec!r}: {name!r} is called only {count} times')
+    outputs = _watch_probes(cnn, sample)
+    for spec in layers:
+        fault = _fault(outputs.get(parse_layer(spec)[:2]))
+        if fault: raise ValueError(f"layer {spec!r} does not hold the images' rows and columns: {fault}")
 
 # %% ../../nbs/core/01_layers.ipynb #691e2ba7
 def choose_layers(cnn: nn.Module, # Any CNN
@@ -271,13 +335,14 @@ def choose_layers(cnn: nn.Module, # Any CNN
 def layer_table(cnn: nn.Module, # Any CNN
                 sample, # Input like the ones to come, (B,C,H,W)
                 eta: int = 8, # How many to mark as chosen
-               ): # A `pandas.DataFrame`: one row per candidate: layer, kind, channels, height, width, stage, chosen
+               ): # A `pandas.DataFrame`: one row per candidate: layer, kind, channels, height, width, stage, chosen: ✓,
+    # or why it can't be
     "The candidates as a table, with the ones that `eta` would choose marked."
     import pandas as pd  # imported here: it would double the time that importing the core takes
-    found = candidate_layers(cnn, sample)
-    chosen = {layer.name for layer in _evenly_spaced(found, eta)}
-    rows = [(layer.name, layer.kind, *layer.shape, layer.stage, '✓' if layer.name in chosen else '')
-            for layer in found if ':' not in layer.name or layer.name in chosen]
+    found, faults = _judge_layers(cnn, sample)
+    chosen = {layer.name for layer in _evenly_spaced([layer for layer in found if layer.name not in faults], eta)}
+    rows = [(layer.name, layer.kind, *layer.shape, layer.stage, '✓' if layer.name in chosen else faults.get(layer.name, ''))
+            for layer in found if ':' not in layer.name or layer.name in chosen or layer.name in faults]
     return pd.DataFrame(rows, columns=['layer', 'kind', 'channels', 'height', 'width', 'stage', 'chosen'])
 
 # %% ../../nbs/core/01_layers.ipynb #cell0022

@@ -536,19 +536,27 @@ def interpret(self: AntehocModel,
     if self.class_specific and target is None:
         raise ValueError('interpret: the map is class-specific, give target, (B,)')
     if not self.class_specific: target = None
-    sams, activations, grids = zip(*recorded)
-    cells = self.map_cells(size)
     dtype = next((parameter.dtype for parameter in self.weight_net.parameters()), torch.float32)
-    read, specific = [], dict(target=target) if self.class_specific else {}
-    if self.reads_activations:
-        strengths = [self._strength(i, activation) for i, activation in enumerate(activations)]
-        views, modulated = self.weight_net.read(activations, strengths, target, self.temperature)
-        read = [resize_maps(views, size, grids, cells).to(dtype), activations[-1].to(dtype).mean((2, 3))]
-        sams = *sams, *modulated
-    aligned = resize_maps(sams, size, (grids * 2)[:len(sams)], cells)
-    logits = self.weight_net(aligned.to(dtype), *read, **specific)
+    aligned, read = self._align(recorded, size, target)
+    specific = dict(target=target) if self.class_specific else {}
+    logits = self.weight_net(aligned.to(dtype), *[part.to(dtype) for part in read], **specific)
     i_map, weights = interpretation_map(aligned, logits, self.scale, size)
     return i_map, weights, aligned
+
+
+@patch
+def _align(self: AntehocModel, recorded, size, target):
+    "Soft attention maps at the map's resolution, (B,n,h,w); and, for some weight networks, what is read of activations"
+    sams, activations, grids = zip(*recorded)
+    cells = self.map_cells(size)
+    if not self.reads_activations: return resize_maps(sams, size, grids, cells), []
+    strengths = [self._strength(i, activation) for i, activation in enumerate(activations)]
+    views, modulated = self.weight_net.read(activations, strengths, target, self.temperature)
+    kinds = [sams, modulated] if self.modulates else [sams]
+    of_layers = [torch.cat(maps, 1) for maps in zip(*kinds, views)]
+    aligned = resize_maps(of_layers, size, grids, cells).unflatten(1, (self.eta, -1))
+    maps, views = aligned.split([len(kinds), aligned.shape[2] - len(kinds)], 2)
+    return maps.transpose(1, 2).flatten(1, 2), [views.flatten(1, 2), activations[-1].mean((2, 3))]
 
 
 @patch

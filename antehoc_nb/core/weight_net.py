@@ -83,11 +83,6 @@ class PixelWeights(nn.Module):
         return self.autoencoder(_halve(sams) - 0.5)
 
 # %% ../../nbs/core/04_weight_net.ipynb #cell0011
-def _project_channels(activation, direction):
-    "The scalar product of each pixel's channels with a direction, (B,C,h,w) and (B,C) or (1,C) -> (B,1,h,w)"
-    return (direction[:, None] @ activation.flatten(2)).unflatten(2, activation.shape[2:])  # faster than `einsum`
-
-
 def _of_targets(embedding, target, power=1.):
     "Rows of an embedding for target classes (B,); for n classes an image, (B,Q) with -1 for none, their sum / n**power"
     if target.ndim == 1: return embedding(target)
@@ -116,18 +111,27 @@ class LayerReader(nn.Module):
         if target is None: return self.shared_direction
         return self.shared_direction + _of_targets(self.class_directions, target, .5)
 
+    def project(self,
+                activation: torch.Tensor, # (B,C,h,w)
+                direction: torch.Tensor, # (B,C), or (1,C) for all images
+               ) -> tuple[torch.Tensor, torch.Tensor]: # (B,views,h,w) and (B,1,h,w)
+        "The normalised activation along the views and along the direction, in one matrix product."
+        normalised = self.norm(activation.to(self.norm.weight.dtype)).flatten(2)
+        views = self.views.weight.flatten(1).expand(len(direction), -1, -1)
+        found = (torch.cat([views, direction[:, None]], 1) @ normalised).unflatten(2, activation.shape[2:])
+        return found[:, :-1] + self.views.bias[:, None, None], found[:, -1:]
+
     def forward(self,
                 activation: torch.Tensor, # (B,C,h,w)
                 strength: torch.Tensor, # How strongly the layer responds, without the border response, (B,1,h,w)
                 target: torch.Tensor | None = None, # As for `direction`
                 temperature: float = 3., # Of the soft attention
                ) -> tuple[torch.Tensor, torch.Tensor]: # Projections (B,views,h,w); modulated map (B,1,h,w) in [0,1]
-        normalised = self.norm(activation.to(self.norm.weight.dtype))
-        change = _project_channels(normalised, self.direction(target)).float()
-        response = standardise(strength) + change
+        views, change = self.project(activation, self.direction(target))
+        response = standardise(strength) + change.float()
         # A constant response has nothing to learn from, and its gradients would be infinite.
         constant = response.detach().var((2, 3), correction=0, keepdim=True) < 1e-8
-        return self.views(normalised), softmax_map(torch.where(constant, response.detach(), response), temperature)
+        return views, softmax_map(torch.where(constant, response.detach(), response), temperature)
 
 # %% ../../nbs/core/04_weight_net.ipynb #cell0017
 @weight_nets.register(name='auto')

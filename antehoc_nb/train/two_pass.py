@@ -916,7 +916,8 @@ def _choose_weight_net(self: TwoPass):
     *changes, untrained = self._measure(*weight_nets.values(), self._untrained)
     drops, untrained_drop = [of_net.mean().item() for of_net in changes], untrained.mean().item()
     if np.isnan([*drops, untrained_drop]).any(): return
-    earlier = drops[0] > _SATURATED and _clearly_lower(changes[-1], changes[0])
+    in_vain = drops[0] >= untrained_drop > drops[-1]
+    earlier = drops[0] > _SATURATED and (in_vain or _clearly_lower(changes[-1], changes[0]))
     drop, kept = list(zip(drops, weight_nets))[-1 if earlier else 0]
     images = sum(len(batch[0]) for batch in self._batches)
     measure = 'average drop' if self._activation else 'average change of the output'

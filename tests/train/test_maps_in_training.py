@@ -165,6 +165,7 @@ KEPT = dict(
     last=([(30, 50), (20, 50)], (20, 20, 50), 'last'),
     earlier=([(20, 50), (40, 50)], (40, 25, 50), 'epoch 0'),
     earlier_by_chance=([(20, 50), (40, 50)], (40, torch.tensor([0, 0, 60, 60]), 50), 'last'),
+    earlier_since_the_last_is_in_vain=([(40, 50), (55, 50)], (55, torch.tensor([0, 0, 60, 120]), 50), 'epoch 0'),
     earlier_but_not_for_this_cnn=([(20, 50), (40, 50)], (40, 45, 50), 'last'),
     untrained=([(60, 50), (55, 50)], (55, 55, 50), 'untrained'),
     equal=([(50, 50), (50, 50)], (50, 50, 50), 'untrained'),
@@ -186,7 +187,7 @@ def test_the_best_weight_network_is_kept(kind, keep_best):
     want = {'last': last, 'epoch 0': first, 'untrained': start}[kept if keep_best else 'last']
     assert same(weights(learn.model), want)
     assert two_pass.best.kept == (kept if keep_best else 'last') and two_pass.best.untrained_drop == end[-1]
-    helped = end[0] < 50 or kept == 'epoch 0'
+    helped = end[0] < 50 or (keep_best and kept == 'epoch 0')
     assert two_pass.best.helped == helped and ('TwoPass' not in text) == helped
 
 
