@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+import antehoc_nb.core.export  # noqa: F401  adds `model.export`
 from antehoc_nb.core.model import AntehocModel
 from antehoc_nb.train.archs import small_cnn
 

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['MapModule', 'Exported', 'ExportedModel', 'load_exported']
 
-# %% ../../nbs/core/08_export.ipynb #4ff33ddd
+# %% ../../nbs/core/08_export.ipynb #2513ba00
 import copy
 import json
 import os
+import tempfile
 import threading
 import warnings
 from contextlib import contextmanager
@@ -26,7 +27,7 @@ from .model import AntehocModel, pixel_batch
 from .utils import import_extra, output_tensors, rgb_images
 from .weight_net import class_numbers
 
-# %% ../../nbs/core/08_export.ipynb #4e0571ea
+# %% ../../nbs/core/08_export.ipynb #5bc437a5
 def _image_size_of(model, size):
     "(H,W) of the images that are exported for; `ValueError` if that is not known or no size"
     if size is None: size = model.meta.get('size')
@@ -67,7 +68,7 @@ def _copy_for_size(model, x):
 def _first_line(error):
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
-# %% ../../nbs/core/08_export.ipynb #95b6b77a
+# %% ../../nbs/core/08_export.ipynb #62a1a462
 class _Explain(nn.Module):
     "What is traced: normalised images, and targets of a class-specific network -> outputs, map, weights"
     def __init__(self, model):
@@ -88,7 +89,7 @@ class _Explain(nn.Module):
         known = known[:, None, None, None]
         return [torch.where(known, found, torch.nan) for found in (i_map, weights)]
 
-# %% ../../nbs/core/08_export.ipynb #cf60a0e5
+# %% ../../nbs/core/08_export.ipynb #166f551e
 def _module_of(error, cnn):
     "Name and kind of the innermost module of a CNN whose forward an error passed through; None if there is none"
     names = {id(module): name for name, module in cnn.named_modules()}
@@ -110,7 +111,7 @@ def _trace(module, inputs, cnn):
         in_module = f' in its module {where}' if where else ''
         raise ValueError(f'export: the network cannot be exported{in_module}: {_first_line(e)}') from e
 
-# %% ../../nbs/core/08_export.ipynb #47a7eafd
+# %% ../../nbs/core/08_export.ipynb #f21051d7
 _activations = dict(none=lambda out: out, softmax=lambda out: out.float().softmax(1),
                     sigmoid=lambda out: out.float().sigmoid())
 
@@ -185,7 +186,7 @@ class MapModule(nn.Module):
         "Stay in evaluation mode."
         return self
 
-# %% ../../nbs/core/08_export.ipynb #34474380
+# %% ../../nbs/core/08_export.ipynb #c0d54f2b
 @patch
 def _check(self: MapModule, images, target):
     "`ValueError` for images or targets of another form than the graph was recorded for"
@@ -200,7 +201,7 @@ def _check(self: MapModule, images, target):
     if target.ndim != 1 or target.dtype != torch.int64:
         raise ValueError(f'target: give class numbers (B,) of int64, got {tuple(target.shape)} of {target.dtype}')
 
-# %% ../../nbs/core/08_export.ipynb #86bf9eac
+# %% ../../nbs/core/08_export.ipynb #14957845
 _FORMAT, _FORMAT_VERSION, _OPSET = 'antehoc_nb', 1, 18
 
 
@@ -236,7 +237,7 @@ def _whole_or_not_at_all(path):
         os.replace(unfinished, path)
     finally: unfinished.unlink(missing_ok=True)
 
-# %% ../../nbs/core/08_export.ipynb #b9ce43f5
+# %% ../../nbs/core/08_export.ipynb #78d9f3de
 class _TensorsOnly(nn.Module):
     "A `MapModule` whose inputs have the names that they have in a file"
     def __init__(self, module):
@@ -269,7 +270,7 @@ def _read_pt2(path):
         with torch.inference_mode(): return [found.numpy() for found in module(*map(torch.from_numpy, arrays))]
     return run, {name: extra[f'antehoc_{name}'] for name in names if extra[f'antehoc_{name}']}
 
-# %% ../../nbs/core/08_export.ipynb #d0c8c6f8
+# %% ../../nbs/core/08_export.ipynb #fc306998
 def _import_onnx():
     "The packages that ONNX files take"
     found = [import_extra(name, 'onnx onnxscript onnxruntime', 'An ONNX file is made and checked by three packages')
@@ -320,7 +321,7 @@ def _read_onnx(path):
     def run(*arrays): return session.run(None, dict(zip(names, arrays)))
     return run, session.get_modelmeta().custom_metadata_map
 
-# %% ../../nbs/core/08_export.ipynb #0e70dd44
+# %% ../../nbs/core/08_export.ipynb #bb496350
 def _largest_difference(found, expected):
     "The largest difference of two arrays, as a share of the largest value if that is above 1"
     if found.shape != expected.shape: return np.inf
@@ -347,7 +348,7 @@ def _compare(run, module, path):
             raise ValueError(f'export: {path} was not written: it would give other results than the model (prediction: '
                              f'{max(errors):.2g} apart, map: {map_error:.2g})')
 
-# %% ../../nbs/core/08_export.ipynb #308a09bf
+# %% ../../nbs/core/08_export.ipynb #717113b2
 _FILE_KINDS = {'.onnx': _read_onnx, '.pt2': _read_pt2}
 
 
@@ -386,7 +387,7 @@ def export(self: AntehocModel,
         if int8 is not None: _to_integers(unfinished, _pixels(int8, module.size, module.channels), of_weight_net, facts)
     return path
 
-# %% ../../nbs/core/08_export.ipynb #80aab8a9
+# %% ../../nbs/core/08_export.ipynb #aa29263d
 def _copy_to_cpu(model):
     try: return copy.deepcopy(model).cpu().float()
     except Exception as e: raise ValueError(f'export: the network cannot be copied: {_first_line(e)}') from e
@@ -403,7 +404,7 @@ def _names(module):
     predictions = ['prediction'] if n == 1 else [f'prediction_{i}' for i in range(n)]
     return ['images', 'target'][:1 if module.classes is None else 2], [*predictions, 'map']
 
-# %% ../../nbs/core/08_export.ipynb #e4f516ed
+# %% ../../nbs/core/08_export.ipynb #ad1105d8
 class Exported(NamedTuple):
     "What an exported file gives for a batch of images, as arrays."
     prediction: Any # (B,K) as a rule; a tuple of arrays if the network has several outputs
@@ -454,7 +455,7 @@ def load_exported(path: str | Path, # A file that `model.export` wrote
     run, facts = read(path)
     return ExportedModel(run, _read_facts(facts, path))
 
-# %% ../../nbs/core/08_export.ipynb #a3c31a24
+# %% ../../nbs/core/08_export.ipynb #4a04925d
 def _to_integers(path, pixels, of_weight_net, facts):
     "Let a file compute the CNN in 8-bit integers, with ranges from some images (B,C,H,W) uint8"
     onnx, _ = _import_onnx()
@@ -488,3 +489,64 @@ def _movement(before, after, pixels, target):
                 same_class=float(np.mean([old[0].argmax() == new[0].argmax() for old, new in pairs])),
                 prediction=float(np.mean([np.abs(old[0] - new[0]).max() for old, new in pairs])),
                 map=float(np.mean([np.abs(old[-1] - new[-1]).mean() for old, new in pairs])))
+
+# %% ../../nbs/core/08_export.ipynb #c5fb2626
+_CARD = """
+# {title}
+
+An image model that explains itself: one forward pass gives the prediction and a map of the pixels it rests on.
+
+```python
+import antehoc_nb.train.archs                        # builds CNNs by name
+from antehoc_nb.core.model import AntehocModel
+
+model = AntehocModel.from_pretrained({name!r})
+explanation = model.explain('photo.jpg')
+explanation.save('overlay.png')
+```
+
+{facts}
+"""
+
+
+def _card_rows(model, record):
+    "What the card says about a model: (name, value)"
+    built, size = model.config['meta'].get('cnn') or {}, model.meta.get('size')
+    yield 'CNN', built.get('arch') or type(model.cnn).__name__
+    if size: yield 'image size', ' x '.join(map(str, [size, size] if isinstance(size, int) else size))
+    if model.meta.get('vocab'): yield 'classes', ', '.join(map(str, model.meta['vocab']))
+    yield 'map', f'{model.weight_net_name}, {"class-specific" if model.class_specific else "class-agnostic"}'
+    yield 'layers', ', '.join(f'`{layer}`' for layer in model.layers)
+    for name, value in ((record or {}).get('results') or {}).items():
+        if isinstance(value, float): yield name.replace('_', ' '), f'{value:.4g}'
+    if record and record.get('command'): yield 'made by', f'`{record["command"]}`'
+
+
+def _model_card(model, name, record, hub):
+    "The text of a model card"
+    data = hub.ModelCardData(library_name='antehoc_nb', tags=['explainability', 'saliency', 'pytorch'],
+                             pipeline_tag='image-classification' if model.meta.get('vocab') else None)
+    rows = [f'| {left} | {right} |' for left, right in _card_rows(model, record)]
+    text = _CARD.format(title=name.split('/')[-1], name=name, facts='\n'.join(['| | |', '|---|---|', *rows]))
+    return f'---\n{data.to_yaml()}\n---\n{text}'
+
+
+@patch
+def push_to_hub(self: AntehocModel,
+                name: str, # On the Hub: 'user/name'; made if it is not there
+                record: str | Path | None = None, # The `record.json` of the training, whose results go on the card
+                private: bool | None = None, # Only for a new one; None: as the account has it
+                token: str | None = None, # Of the Hub; None: that of `hf auth login`
+                message: str = 'A model that explains itself', # Of the commit
+               ) -> str: # The address of the commit
+    "Share a model: safetensors, JSON and a model card. `ValueError` for a name that is not 'user/name'."
+    if not isinstance(name, str) or name.count('/') != 1 or not all(name.split('/')):
+        raise ValueError(f"push_to_hub: name={name!r} must be 'user/name'")
+    hub = import_extra('huggingface_hub', 'huggingface_hub', 'The Hub is reached by a package')
+    record = None if record is None else json.loads(Path(record).read_text())
+    api = hub.HfApi(token=token)
+    with tempfile.TemporaryDirectory() as folder:
+        self.save_pretrained(folder)
+        (Path(folder)/'README.md').write_text(_model_card(self, name, record, hub))
+        api.create_repo(name, private=private, exist_ok=True)
+        return str(api.upload_folder(repo_id=name, folder_path=folder, commit_message=message))

@@ -123,6 +123,8 @@ def resize(maps: torch.Tensor, # (B,C,h,w)
         return F.interpolate(maps.float(), size=size, mode='bilinear', align_corners=False, antialias=coarser)
     rows, columns = (_axis_weights(n, pixels, results, axis_grid, maps.device) for n, pixels, results, axis_grid
                      in zip(maps.shape[2:], size, cells or size, grid or (None, None)))
+    if torch.compiler.is_compiling():  # a compiler can be wrong about the strides that a convolution returns
+        maps = maps.clone(memory_format=torch.contiguous_format)
     with torch.autocast(maps.device.type, enabled=False): return rows.T @ (maps.float() @ columns)
 
 

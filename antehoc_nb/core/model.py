@@ -9,6 +9,7 @@ __all__ = ['MAP_COLOURS', 'Explanation', 'AntehocModel', 'LayerMaps', 'pixel_bat
 import json
 import math
 import operator
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -32,8 +33,8 @@ from .geometry import layer_grids, pool_cells, resize_maps
 from .layers import choose_layers
 from .masking import masked
 from antehoc_nb.core.utils import (
-    as_inputs, cnn_builders, eval_mode, in_channels, map_tensors, noise_images, own_seed, plain_tensor, rgb_images,
-    train_functions, usual_mode
+    as_inputs, cnn_builders, eval_mode, import_extra, in_channels, map_tensors, noise_images, own_seed, plain_tensor,
+    rgb_images, train_functions, usual_mode
 )
 from .weight_net import class_numbers, count_classes, gives_logits, interpretation_map, weight_nets
 
@@ -806,14 +807,29 @@ def _load_weights(model, path):
     except RuntimeError as e: raise ValueError(f'{path} does not fit the CNN: {str(e).splitlines()[0]}') from e
 
 
+def _from_hub(name, revision):
+    "The folder that a model of the Hugging Face Hub was downloaded to; `FileNotFoundError` if there is none"
+    hub = import_extra('huggingface_hub', 'huggingface_hub', f'{name}: no such folder here, and to look on the Hugging '
+                       'Face Hub takes a package')
+    try: return hub.snapshot_download(name, revision=revision, allow_patterns=['config.json', 'model.safetensors'])
+    except Exception as e:
+        reason = next((line for line in str(e).splitlines() if line.strip()), type(e).__name__)
+        raise FileNotFoundError(f'{name}: no such folder here, and from the Hugging Face Hub it could not be loaded: '
+                                f'{reason}') from e
+
+
 @patch(cls_method=True)
 def from_pretrained(cls: AntehocModel,
-                    folder: str | Path, # A folder that `save_pretrained` wrote
+                    folder: str | Path, # A folder that `save_pretrained` wrote; or, as a string 'user/name', the id of
+                    # a model on the Hugging Face Hub
                     cnn: nn.Module | None = None, # A CNN of the same architecture, if it was not built by name
+                    revision: str | None = None, # Branch, tag or commit on the Hub; None: the newest
                    ) -> AntehocModel: # In evaluation mode
     """Load a model without running any code from its files.
 
     Raises `FileNotFoundError`, or `ValueError` if the folder holds something else or does not fit the CNN."""
+    if isinstance(folder, str) and re.fullmatch(r'[\w-][\w.-]*/[\w-][\w.-]*', folder) and not Path(folder).exists():
+        folder = _from_hub(folder, revision)
     folder = Path(folder)
     config = _read_config(folder)
     build = (config.get('meta') or {}).get('cnn')

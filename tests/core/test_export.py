@@ -32,15 +32,19 @@ def with_weights(model):
     return model.eval()
 
 
-def make_model(name='small_cnn', class_specific=True, eta=3, **kwargs):
+def make_model(name='small_cnn', class_specific=True, eta=2, **kwargs):
     torch.manual_seed(0)
     settings = dict(mean=[.5, .4, .3], std=[.25, .2, .3], meta=dict(vocab=['ant', 'bee', 'cat', 'dog'], size=SIZE))
     return with_weights(AntehocModel(CNNS[name](), torch.randn(2, 3, SIZE, SIZE), eta=eta,
                                      class_specific=class_specific, **settings | kwargs))
 
 
-@pytest.fixture(scope='module', params=[(name, specific) for name in CNNS for specific in (False, True)],
-                ids=lambda o: f'{o[0]}-{"specific" if o[1] else "agnostic"}')
+FAST = ('small_cnn', False), ('small_cnn', True), ('resnet18', True), ('convnext', False)
+SLOW = ('resnet18', False), ('convnext', True)
+
+
+@pytest.fixture(scope='module', params=[*FAST, *(pytest.param(kind, marks=pytest.mark.slow) for kind in SLOW)],
+                ids=lambda kind: f'{kind[0]}-{"specific" if kind[1] else "agnostic"}')
 def pair(request):
     "A model, and its graph"
     name, specific = request.param
@@ -50,7 +54,7 @@ def pair(request):
 
 def batch(n=4):
     torch.manual_seed(2)
-    return torch.randn(n, 3, SIZE, SIZE)
+    return (torch.rand(n, 3, SIZE, SIZE) - .4) / .25
 
 
 def arguments(model, n=4):
@@ -80,9 +84,17 @@ def test_the_graph_gives_what_explain_gives(pair):
     assert_same(graph(batch()), explained(model, batch()))  # no target is what is predicted
 
 
-@pytest.mark.parametrize('strict', [False, True])
+@pytest.mark.parametrize('strict', [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_export(pair, strict):
-    model, graph = pair
+    check_export(*pair, strict)
+
+
+def test_strict_export():
+    model = make_model()
+    check_export(model, MapModule(model), strict=True)
+
+
+def check_export(model, graph, strict):
     inputs = arguments(model)
     any_batch = torch.export.Dim('batch', max=1000)
     program = torch.export.export(graph, inputs, dynamic_shapes=({0: any_batch},) * len(inputs), strict=strict)
@@ -152,7 +164,7 @@ def test_other_sizes_than_the_samples(size):
     "Border responses are brought to the size, also an odd and an oblong one."
     model = make_model()
     height, width = size if isinstance(size, tuple) else (size, size)
-    x = torch.randn(2, 3, height, width)
+    x = (torch.rand(2, 3, height, width) - .4) / .25
     assert_same(MapModule(model, size)(x), explained(model, x))
 
 
@@ -456,3 +468,71 @@ def test_files_that_are_none_of_ours(files, tmp_path):
     torch.export.save(program, tmp_path/'foreign.pt2')
     with pytest.raises(ValueError, match='was not written by model.export'): load_exported(tmp_path/'foreign.pt2')
     assert json.loads(facts['size']) == [SIZE, SIZE]
+
+
+# The Hub
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    "A folder that stands for the Hub; `huggingface_hub` has its names, and no network"
+    import shutil
+
+    import huggingface_hub
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    class LocalHub:
+        def __init__(self, token=None): self.token = token
+
+        def create_repo(self, name, private=None, exist_ok=False):
+            (tmp_path/'hub'/name).mkdir(parents=True, exist_ok=exist_ok)
+
+        def upload_folder(self, repo_id, folder_path, commit_message):
+            shutil.copytree(folder_path, tmp_path/'hub'/repo_id, dirs_exist_ok=True)
+            return f'https://huggingface.co/{repo_id}/commit/1'
+
+    def download(name, revision=None, allow_patterns=None):
+        assert allow_patterns == ['config.json', 'model.safetensors']  # no code, whatever else lies there
+        if not (tmp_path/'hub'/name).exists():
+            error = RepositoryNotFoundError.__new__(RepositoryNotFoundError)
+            Exception.__init__(error, '404 Client Error. (Request ID: 1)\n\nRepository Not Found for url')
+            raise error
+        return str(tmp_path/'hub'/name)
+    monkeypatch.setattr(huggingface_hub, 'HfApi', LocalHub)
+    monkeypatch.setattr(huggingface_hub, 'snapshot_download', download)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path/'hub'
+
+
+def test_to_the_hub_and_back(hub, tmp_path):
+    from antehoc_nb.train.archs import build_cnn
+    model = with_weights(AntehocModel(build_cnn('small_cnn', 4), torch.randn(2, 3, SIZE, SIZE), eta=3,
+                                      meta=dict(vocab=['ant', 'bee', 'cat', 'dog'], size=SIZE)))
+    record = dict(results=dict(accuracy=.91237, epochs=3), command='antehoc train photos')
+    (tmp_path/'record.json').write_text(json.dumps(record))
+    assert model.push_to_hub('me/insects', record=tmp_path/'record.json').endswith('me/insects/commit/1')
+    assert sorted(file.name for file in (hub/'me'/'insects').iterdir()) == ['README.md', 'config.json',
+                                                                          'model.safetensors']
+    card = (hub/'me'/'insects'/'README.md').read_text()
+    assert card.startswith('---\n')
+    assert 'library_name: antehoc_nb' in card and 'pipeline_tag: image-classification' in card
+    for line in ("AntehocModel.from_pretrained('me/insects')", '| classes | ant, bee, cat, dog |',
+                 '| CNN | small_cnn |', '| accuracy | 0.9124 |', '| made by | `antehoc train photos` |',
+                 '| map | auto, class-specific |'):
+        assert line in card, line
+    found = AntehocModel.from_pretrained('me/insects').explain(batch(2))
+    expected = model.explain(batch(2))
+    assert torch.equal(found.map, expected.map) and torch.equal(found.pred, expected.pred)
+    model.push_to_hub('me/insects')  # again, over the first one
+
+
+def test_what_is_not_on_the_hub(hub, monkeypatch):
+    message = 'me/nothing: no such folder here, and from the Hugging Face Hub it could not be loaded: 404 Client Error'
+    with pytest.raises(FileNotFoundError, match=message): AntehocModel.from_pretrained('me/nothing')
+    for local in ('./me/nothing', 'nothing', '/me/nothing', Path('me/nothing'), '../nothing', 'a/b/c'):
+        with pytest.raises(FileNotFoundError, match='is not a saved antehoc_nb model'):
+            AntehocModel.from_pretrained(local)
+    for name in ('insects', 'me/', 'a/b/c', 3):
+        with pytest.raises(ValueError, match="must be 'user/name'"): make_model().push_to_hub(name)
+    monkeypatch.setitem(sys.modules, 'huggingface_hub', None)
+    with pytest.raises(ImportError, match='pip install huggingface_hub'): AntehocModel.from_pretrained('me/nothing')
+    with pytest.raises(ImportError, match='pip install huggingface_hub'): make_model().push_to_hub('me/insects')
