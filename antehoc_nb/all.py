@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../nbs/91_all.ipynb #cell0003
 from .core.attention import record_sams, soft_attentions
+from .core.export import ExportedModel, MapModule, load_exported
 from .core.geometry import layer_grids
 from .core.interpretation_loss import change_at_area, int_losses, interpretation_loss, two_pass_step
 from .core.layers import ActivationRecorder, candidate_layers, choose_layers, layer_table

@@ -395,3 +395,34 @@ def test_too_few_steps_are_said(among_runs, tmp_path):
     too_few = 'too few steps to train a CNN from random weights; use a smaller --bs, more --epochs or --pretrained'
     assert said == [f'note: 1 batch of 64 in each of 5 epochs: {too_few}',
                     f'note: 3 batches of 8 in each of 1 epoch: {too_few}']
+
+
+def test_export(among_runs, tmp_path):
+    from antehoc_nb.core.export import load_exported
+    images = sorted(Path('a/photos/odd').iterdir())[:3]
+    for run, file, options in (('specific', 'a.onnx', ()), ('usual', 'b.pt2', ('--to', 'pt2'))):
+        said = antehoc('export', run, '--out', tmp_path/file, *options)
+        assert f'wrote {tmp_path/file} (' in said and 'images of 32 x 32' in said
+        model = AntehocModel.from_pretrained(Path(run)/'model')
+        found, expected = load_exported(tmp_path/file)(images), model.explain(images)
+        torch.testing.assert_close(torch.tensor(found.map), expected.map, atol=1e-3, rtol=0)
+        torch.testing.assert_close(torch.tensor(found.prediction), expected.probabilities, atol=1e-5, rtol=0)
+    command = said.split('next: ')[1].replace('<your image>', str(images[0]))
+    assert subprocess.run(command, shell=True, capture_output=True, text=True, check=True).stdout.startswith('[[')
+    facts = json_of('export', 'specific', '--out', tmp_path/'small.onnx', '--int8', 'a/photos', '--size', 48)
+    assert facts['size'] == [48, 48] and facts['labels'] == ['even', 'odd'] and facts['int8']['images'] == 24
+    assert facts['file'] == str(tmp_path/'small.onnx')
+
+
+def test_mistakes_of_export(among_runs, tmp_path):
+    def says(*args): return antehoc('export', *args, code=1)
+
+    assert "--out x.tflite: the name must end in .onnx or .pt2" in says('specific', '--out', 'x.tflite')
+    assert "--out x.onnx: the name must end in .pt2" in says('specific', '--out', 'x.onnx', '--to', 'pt2')
+    assert 'plain was trained with --plain and has no maps' in says('plain')
+    assert 'nowhere: no such model folder' in says('nowhere')
+    assert 'only an .onnx file is made of integers' in says('specific', '--out', tmp_path/'x.pt2', '--int8', 'a/photos')
+    assert 'none: no such image or folder' in says('specific', '--out', tmp_path/'x.onnx', '--int8', 'none')
+    (tmp_path/'file').touch()
+    assert 'is a file, not a folder' in says('specific', '--out', tmp_path/'file'/'x.onnx')
+    assert [path.name for path in tmp_path.iterdir()] == ['file']

@@ -9,6 +9,7 @@ __all__ = ['layer_grids', 'resize', 'resize_maps', 'pool_cells']
 from collections.abc import Sequence
 from functools import lru_cache
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -77,20 +78,38 @@ def layer_grids(cnn: nn.Module, # Any CNN
 
 # %% ../../nbs/core/02_geometry.ipynb #cell0009
 @lru_cache(maxsize=256)
-def _cell_weights(cells, results, start, step, pitch, device):
+def _cell_table(cells, results, start, step, pitch):
     "How much each of the cells counts in each of the results, (cells,results); `pitch`: pixels from result to result"
-    with torch.inference_mode(False):
-        pixel = (torch.arange(results, dtype=torch.float64) + 0.5) * pitch - 0.5
-        position = ((pixel - start) / step).clamp(0, cells - 1)
-        reach = max(1., pitch / step)
-        weights = (1 - (position - torch.arange(cells)[:, None]).abs() / reach).clamp_min(0)
-        return (weights / weights.sum(0)).float().to(device)
+    pixel = (np.arange(results, dtype=np.float64) + 0.5) * pitch - 0.5
+    position = ((pixel - start) / step).clip(0, cells - 1)
+    reach = max(1., pitch / step)
+    weights = (1 - np.abs(position - np.arange(cells)[:, None]) / reach).clip(0)
+    return (weights / weights.sum(0)).astype(np.float32)
+
+
+_on_device = {}  # arguments of `_cell_table`, device -> the table as a tensor on a device that is not the CPU
+
+
+def _is_traced(tensor):
+    "Whether a tensor belongs to an export or a compilation, after which it means nothing"
+    return type(tensor) is not torch.Tensor or torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def _cell_weights(*numbers, device):
+    "`_cell_table` as a tensor. No tensor of an export is kept: the next call would get it too"
+    key = *numbers, device
+    if key in _on_device and not torch.compiler.is_compiling(): return _on_device[key]
+    with torch.inference_mode(False): weights = torch.tensor(_cell_table(*numbers), device=device)
+    if device.type != 'cpu' and not _is_traced(weights):
+        if len(_on_device) >= 256: _on_device.clear()
+        _on_device[key] = weights
+    return weights
 
 
 def _axis_weights(cells, pixels, results, axis_grid, device):
     "`_cell_weights` of a grid along one axis; None: spread evenly"
     start, step = axis_grid or ((pixels / cells - 1) / 2, pixels / cells)
-    return _cell_weights(cells, results, start, step, pixels / results, device)
+    return _cell_weights(cells, results, start, step, pixels / results, device=device)
 
 
 def resize(maps: torch.Tensor, # (B,C,h,w)
@@ -104,6 +123,8 @@ def resize(maps: torch.Tensor, # (B,C,h,w)
         return F.interpolate(maps.float(), size=size, mode='bilinear', align_corners=False, antialias=coarser)
     rows, columns = (_axis_weights(n, pixels, results, axis_grid, maps.device) for n, pixels, results, axis_grid
                      in zip(maps.shape[2:], size, cells or size, grid or (None, None)))
+    if torch.compiler.is_compiling():  # a compiler can be wrong about the strides that a convolution returns
+        maps = maps.clone(memory_format=torch.contiguous_format)
     with torch.autocast(maps.device.type, enabled=False): return rows.T @ (maps.float() @ columns)
 
 

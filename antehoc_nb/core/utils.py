@@ -108,7 +108,8 @@ def as_inputs(sample: Any, # A tensor, or a tuple or list of the CNN's arguments
 
 def plain_tensor(tensor: torch.Tensor) -> torch.Tensor:
     "`tensor` without a subclass such as fastai's `TensorImage`."
-    return tensor if type(tensor) is torch.Tensor else tensor.as_subclass(torch.Tensor)
+    if type(tensor) is torch.Tensor or torch.compiler.is_compiling(): return tensor  # an export has its own subclasses
+    return tensor.as_subclass(torch.Tensor)
 
 
 def in_channels(cnn: nn.Module) -> int: # 3 for RGB; also 3 for a network without convolutions

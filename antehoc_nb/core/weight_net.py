@@ -212,6 +212,8 @@ def class_numbers(target, # One class per image, or one for all: numbers, or nam
     """Target classes as a tensor of numbers.
 
     `TypeError` for what is neither integer nor name, `ValueError` for a wrong shape or a class that is not there."""
+    if isinstance(target, torch.Tensor) and torch.compiler.is_compiling():  # an export has no values to look at
+        return target.long().expand(n)
     labels = target.detach().cpu().numpy() if isinstance(target, torch.Tensor) else np.asarray(target)
     if labels.dtype.kind in 'UO' and all(isinstance(label, str) for label in labels.flat):
         labels = _numbers_of(labels, names)
@@ -237,7 +239,7 @@ class ScalarWeights(nn.Module):
         self.logits = nn.Parameter(torch.zeros(eta))
 
     def forward(self, sams: torch.Tensor) -> torch.Tensor:
-        return self.logits[None, :, None, None].expand(len(sams), -1, 1, 1)
+        return self.logits[None, :, None, None].expand(sams.shape[0], -1, 1, 1)
 
 
 @weight_nets.register(name='mean')
