@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MapModule', 'Exported', 'ExportedModel', 'load_exported']
 
-# %% ../../nbs/core/08_export.ipynb #2060ac16
+# %% ../../nbs/core/08_export.ipynb #2513ba00
 import copy
 import json
 import os
@@ -27,7 +27,7 @@ from .model import AntehocModel, pixel_batch
 from .utils import import_extra, output_tensors, rgb_images
 from .weight_net import class_numbers
 
-# %% ../../nbs/core/08_export.ipynb #aa68005b
+# %% ../../nbs/core/08_export.ipynb #5bc437a5
 def _image_size_of(model, size):
     "(H,W) of the images that are exported for; `ValueError` if that is not known or no size"
     if size is None: size = model.meta.get('size')
@@ -69,7 +69,7 @@ def _copy_for_size(model, x):
 def _first_line(error):
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
-# %% ../../nbs/core/08_export.ipynb #c73fe9bc
+# %% ../../nbs/core/08_export.ipynb #62a1a462
 class _Explain(nn.Module):
     "What is traced: normalised images, and targets of a class-specific network -> outputs, map, weights"
     def __init__(self, model):
@@ -90,7 +90,7 @@ class _Explain(nn.Module):
         known = known[:, None, None, None]
         return [torch.where(known, found, torch.nan) for found in (i_map, weights)]
 
-# %% ../../nbs/core/08_export.ipynb #09150ff1
+# %% ../../nbs/core/08_export.ipynb #166f551e
 def _module_of(error, cnn):
     "Name and kind of the innermost module of a CNN whose forward an error passed through; None if there is none"
     names = {id(module): name for name, module in cnn.named_modules()}
@@ -112,7 +112,7 @@ def _trace(module, inputs, cnn):
         in_module = f' in its module {where}' if where else ''
         raise ValueError(f'export: the network cannot be exported{in_module}: {_first_line(e)}') from e
 
-# %% ../../nbs/core/08_export.ipynb #7216242c
+# %% ../../nbs/core/08_export.ipynb #f21051d7
 _activations = dict(none=lambda out: out, softmax=lambda out: out.float().softmax(1),
                     sigmoid=lambda out: out.float().sigmoid())
 
@@ -187,7 +187,7 @@ class MapModule(nn.Module):
         "Stay in evaluation mode."
         return self
 
-# %% ../../nbs/core/08_export.ipynb #2a5fd052
+# %% ../../nbs/core/08_export.ipynb #c0d54f2b
 @patch
 def _check(self: MapModule, images, target):
     "`ValueError` for images or targets of another form than the graph was recorded for"
@@ -202,7 +202,7 @@ def _check(self: MapModule, images, target):
     if target.ndim != 1 or target.dtype != torch.int64:
         raise ValueError(f'target: give class numbers (B,) of int64, got {tuple(target.shape)} of {target.dtype}')
 
-# %% ../../nbs/core/08_export.ipynb #8e063e0e
+# %% ../../nbs/core/08_export.ipynb #14957845
 _FORMAT, _FORMAT_VERSION, _OPSET = 'antehoc_nb', 1, 18
 
 
@@ -238,7 +238,7 @@ def _whole_or_not_at_all(path):
         os.replace(unfinished, path)
     finally: unfinished.unlink(missing_ok=True)
 
-# %% ../../nbs/core/08_export.ipynb #1cc35d1e
+# %% ../../nbs/core/08_export.ipynb #78d9f3de
 class _TensorsOnly(nn.Module):
     "A `MapModule` whose inputs have the names that they have in a file"
     def __init__(self, module):
@@ -271,7 +271,7 @@ def _read_pt2(path):
         with torch.inference_mode(): return [found.numpy() for found in module(*map(torch.from_numpy, arrays))]
     return run, {name: extra[f'antehoc_{name}'] for name in names if extra[f'antehoc_{name}']}
 
-# %% ../../nbs/core/08_export.ipynb #7dafd772
+# %% ../../nbs/core/08_export.ipynb #fc306998
 def _import_onnx():
     "The packages that ONNX files take"
     found = [import_extra(name, 'onnx onnxscript onnxruntime', 'An ONNX file is made and checked by three packages')
@@ -322,7 +322,7 @@ def _read_onnx(path):
     def run(*arrays): return session.run(None, dict(zip(names, arrays)))
     return run, session.get_modelmeta().custom_metadata_map
 
-# %% ../../nbs/core/08_export.ipynb #73e73e15
+# %% ../../nbs/core/08_export.ipynb #bb496350
 def _largest_difference(found, expected):
     "The largest difference of two arrays, as a share of the largest value if that is above 1"
     if found.shape != expected.shape: return np.inf
@@ -349,7 +349,7 @@ def _compare(run, module, path):
             raise ValueError(f'export: {path} was not written: it would give other results than the model (prediction: '
                              f'{max(errors):.2g} apart, map: {map_error:.2g})')
 
-# %% ../../nbs/core/08_export.ipynb #466b6273
+# %% ../../nbs/core/08_export.ipynb #717113b2
 _FILE_KINDS = {'.onnx': _read_onnx, '.pt2': _read_pt2}
 
 
@@ -388,7 +388,7 @@ def export(self: AntehocModel,
         if int8 is not None: _to_integers(unfinished, _pixels(int8, module.size, module.channels), of_weight_net, facts)
     return path
 
-# %% ../../nbs/core/08_export.ipynb #6756e053
+# %% ../../nbs/core/08_export.ipynb #aa29263d
 def _copy_to_cpu(model):
     try: return copy.deepcopy(model).cpu().float()
     except Exception as e: raise ValueError(f'export: the network cannot be copied: {_first_line(e)}') from e
@@ -405,7 +405,7 @@ def _names(module):
     predictions = ['prediction'] if n == 1 else [f'prediction_{i}' for i in range(n)]
     return ['images', 'target'][:1 if module.classes is None else 2], [*predictions, 'map']
 
-# %% ../../nbs/core/08_export.ipynb #19e2cc84
+# %% ../../nbs/core/08_export.ipynb #ad1105d8
 class Exported(NamedTuple):
     "What an exported file gives for a batch of images, as arrays."
     prediction: Any # (B,K) as a rule; a tuple of arrays if the network has several outputs
@@ -456,7 +456,7 @@ def load_exported(path: str | Path, # A file that `model.export` wrote
     run, facts = read(path)
     return ExportedModel(run, _read_facts(facts, path))
 
-# %% ../../nbs/core/08_export.ipynb #56f13a4b
+# %% ../../nbs/core/08_export.ipynb #4a04925d
 def _to_integers(path, pixels, of_weight_net, facts):
     "Let a file compute the CNN in 8-bit integers, with ranges from some images (B,C,H,W) uint8"
     onnx, _ = _import_onnx()
@@ -491,7 +491,7 @@ def _movement(before, after, pixels, target):
                 prediction=float(np.mean([np.abs(old[0] - new[0]).max() for old, new in pairs])),
                 map=float(np.mean([np.abs(old[-1] - new[-1]).mean() for old, new in pairs])))
 
-# %% ../../nbs/core/08_export.ipynb #c8b2dba6
+# %% ../../nbs/core/08_export.ipynb #c5fb2626
 _CARD = """
 # {title}
 
