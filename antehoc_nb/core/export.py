@@ -33,10 +33,11 @@ def _image_size_of(model, size):
     if size is None: size = model.meta.get('size')
     if size is None:
         raise ValueError('export: the model does not know the size of its images; give size=, such as size=224')
-    size = (size, size) if isinstance(size, int) else tuple(size)
-    if len(size) != 2 or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in size):
-        raise ValueError(f'export: size={size} must be a number of pixels or (height, width), each above 0')
-    return size
+    pair = (size, size) if isinstance(size, int) else size
+    is_pair = isinstance(pair, (tuple, list)) and len(pair) == 2
+    if not is_pair or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in pair):
+        raise ValueError(f'export: size={size!r} must be a number of pixels or (height, width), each above 0')
+    return tuple(pair)
 
 
 def _example(model, size):
