@@ -117,7 +117,7 @@ class LayerReader(nn.Module):
                ) -> tuple[torch.Tensor, torch.Tensor]: # (B,views,h,w) and (B,1,h,w)
         "The normalised activation along the views and along the direction, in one matrix product."
         normalised = self.norm(activation.to(self.norm.weight.dtype)).flatten(2)
-        views = self.views.weight.flatten(1).expand(len(direction), -1, -1)
+        views = self.views.weight.flatten(1).expand(direction.shape[0], -1, -1)
         found = (torch.cat([views, direction[:, None]], 1) @ normalised).unflatten(2, activation.shape[2:])
         return found[:, :-1] + self.views.bias[:, None, None], found[:, -1:]
 

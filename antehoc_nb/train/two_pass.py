@@ -40,6 +40,7 @@ from ..core.masking import Mask, as_mask, check_fill
 from ..core.model import AntehocModel
 from ..core.utils import frozen, output_tensors, plain_tensor, train_functions, unknown_name
 from ..core.weight_net import weight_nets
+import antehoc_nb.core.export  # noqa: F401  gives AntehocModel export and push_to_hub
 import antehoc_nb.train.archs  # noqa: F401  knows the names of CNNs, for saving and loading
 import fastai.callback.all  # noqa: F401  gives Learner fit_one_cycle, lr_find, to_fp16
 
