@@ -381,6 +381,7 @@ def test_everything_that_can_be_reproduced_is_found():
             for profile in ('smoke', 'cpu', 'paper'): assert experiment.config(dataset, profile)['dataset'] == dataset
 
 
+@pytest.mark.slow
 def test_explaining_in_a_process_of_its_own(among_runs, tmp_path):
     "Nothing that another command has imported is needed."
     code = 'from antehoc_nb.cli import app; app()'

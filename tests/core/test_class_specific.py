@@ -101,7 +101,7 @@ def patches(n, seed=0):
 
 def trained_on_patches(cnn, label, loss, epochs=3, n_inputs=1, **two_pass):
     "A model whose weight network has been trained on patches; `label` gives what follows each image in its item."
-    x, _ = patches(160)
+    x, _ = patches(256)
     items = [(image, *label(i)) for i, image in enumerate(x)]
     set_seed(0)
     dls = DataLoaders(DataLoader(items, bs=16, num_workers=0), DataLoader(items[:16], bs=16, num_workers=0))

@@ -466,6 +466,7 @@ def test_bad_targets(class_specific, tok, target, error, message):
     with pytest.raises(error, match=message): class_specific.explain(n=3, target=target)
 
 
+@pytest.mark.slow
 def test_table4_from_one_command(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     flickr(tmp_path)
