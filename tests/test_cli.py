@@ -19,7 +19,8 @@ from antehoc_nb.core.attention import soft_attentions
 from antehoc_nb.core.masking import masks
 from antehoc_nb.core.model import AntehocModel
 from antehoc_nb.core.weight_net import weight_nets
-from antehoc_nb.data.photo_digits import PhotoDigits
+from antehoc_nb.data import photo_digits
+from antehoc_nb.data.photo_digits import PhotoDigits, photo_digits_dls
 from antehoc_nb.train.archs import build_cnn
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -315,11 +316,24 @@ def test_how_fine_and_for_which_class(among_runs, runs):
     assert not (runs/'new').exists()
 
 
+DEMO = 'demo', '--images', 64, '--epochs', 2, '--device', 'cpu'
+
+
+def validate_on_100(patch):
+    "Let a demo use 100 of its 500 validation scenes."
+    def fewer(n_train, n_valid, **kwargs):
+        assert n_valid == 500
+        return photo_digits_dls(n_train, 100, **kwargs)
+    patch.setattr(photo_digits, 'photo_digits_dls', fewer)
+
+
 @pytest.fixture(scope='module')
 def demo(tmp_path_factory):
     "A short demo: its output, and its folder"
     out = tmp_path_factory.mktemp('demo')/'demo'
-    return antehoc('demo', '--out', out, '--images', 64, '--epochs', 2, '--device', 'cpu'), out
+    with pytest.MonkeyPatch.context() as patch:
+        validate_on_100(patch)
+        return antehoc(*DEMO, '--out', out), out
 
 
 def test_the_demo_tells_one_story(demo):
@@ -331,20 +345,21 @@ def test_the_demo_tells_one_story(demo):
     assert f'a first picture is in {out}/demo.png; the training goes on' in lines
     accuracy, picture, numbers, following = lines[-4:]
     results = json.loads((out/'demo.json').read_text())['results']
-    assert accuracy.startswith(f"{results['accuracy']:.1%} of 500 new scenes") and picture == f'picture: {out}/demo.png'
-    ours, untrained = (round(results['localisation'][name]['pointing']*500)
+    assert accuracy.startswith(f"{results['accuracy']:.1%} of 100 new scenes") and picture == f'picture: {out}/demo.png'
+    ours, untrained = (round(results['localisation'][name]['pointing']*100)
                        for name in ('interpretation map', 'untrained weights'))
-    assert numbers == (f'the strongest point of the map lies on the digit in {ours} of 500 scenes '
+    assert numbers == (f'the strongest point of the map lies on the digit in {ours} of 100 scenes '
                        f'(with a weight network that was not trained: {untrained})')
     assert following == 'next: antehoc train <folder of photographs with one subfolder per class>'
     with Image.open(out/'demo.png') as image: assert image.width > 800
     assert results['seconds'] < 180 and not [*out.glob('checkpoint*')]
 
 
-def test_the_demo_again(demo):
+def test_the_demo_again(demo, monkeypatch):
+    validate_on_100(monkeypatch)
     output, out = demo
     record = (out/'demo.json').read_bytes()
-    facts = json_of('demo', '--out', out, '--images', 64, '--epochs', 2, '--device', 'cpu')
+    facts = json_of(*DEMO, '--out', out)
     assert (out/'demo.json').read_bytes() == record and facts['picture'] == str(out/'demo.png')
     assert f"in {facts['on_digit']} of {facts['scenes']} scenes" in output
     assert facts['next'].startswith('antehoc train ')
@@ -371,6 +386,7 @@ def test_everything_that_can_be_reproduced_is_found():
             for profile in ('smoke', 'cpu', 'paper'): assert experiment.config(dataset, profile)['dataset'] == dataset
 
 
+@pytest.mark.slow
 def test_explaining_in_a_process_of_its_own(among_runs, tmp_path):
     "Nothing that another command has imported is needed."
     code = 'from antehoc_nb.cli import app; app()'

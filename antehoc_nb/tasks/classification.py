@@ -137,8 +137,8 @@ SETTINGS = dict(weight_net='auto', class_specific=False, class_specific_net=CLAS
                 evaluator_epochs=1)
 PROFILES = Registry('profile')
 PROFILES.update(
-    smoke=dict(arch='small_cnn', size=32, eta=6, bs=32, lr=6e-3, epochs=1, evaluator_epochs=1, n_train=128, n_test=40,
-               steps=4, seeds=(0,), class_specific_images=128),
+    smoke=dict(arch='small_cnn', size=32, eta=6, bs=32, lr=6e-3, epochs=1, evaluator_epochs=1, n_train=64, n_test=16,
+               steps=3, seeds=(0,), class_specific_images=64),
     cpu=dict(arch='resnet18_half', size=64, eta=8, bs=64, lr=3e-3, n_train=None, n_test=400,
              steps=12, seeds=(0,), class_specific_images=48_000),
     paper=dict(arch='resnet50', size=128, eta=8, bs=64, lr=1e-3, n_train=None, n_test=2000,

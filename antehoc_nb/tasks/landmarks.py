@@ -145,7 +145,7 @@ LANDMARK_SETTINGS = TWO_PASS | dict(arch='landmark_cnn', lr=3e-3, seed=0, n_trai
                                     groups=('nose', 'eyes', 'mouth', 'all'), compare=('mouth',))
 LANDMARK_PROFILES = Registry('profile')  # n_cam: training images that choose Grad-CAM's layer
 LANDMARK_PROFILES.update(
-    smoke=dict(size=32, epochs=1, n_train=64, n_test=16, n_cam=4, bs=32),
+    smoke=dict(size=32, epochs=1, n_train=32, n_test=8, n_cam=2, bs=16),
     cpu=dict(size=96, epochs=8, n_test=300, n_cam=32, bs=32),
     paper=dict(size=128, epochs=20, n_test=1000, n_cam=50, bs=64))
 

@@ -24,7 +24,6 @@ from antehoc_nb.train.learner import Bf16, antehoc_learner
 from antehoc_nb.train.two_pass import TwoPass
 
 pytestmark = pytest.mark.usefixtures('one_thread')
-class_specific_or_not = pytest.mark.parametrize('class_specific', [True, False])
 
 
 def quiet_fit(learn, epochs, lr, one_cycle=True):
@@ -218,8 +217,11 @@ def test_labels_that_are_not_one_class_per_image(labels):
     quiet_fit(learn, 1, None, one_cycle=False)
 
 
-@class_specific_or_not
-@pytest.mark.parametrize('cbs', [[Bf16()], [GradientAccumulation(64)]], ids=['bf16', 'accumulation'])
+@pytest.mark.parametrize('cbs, class_specific', [
+    pytest.param([Bf16()], True, id='bf16-True'),
+    pytest.param([GradientAccumulation(64)], False, id='accumulation-False'),
+    pytest.param([Bf16()], False, id='bf16-False', marks=pytest.mark.slow),
+    pytest.param([GradientAccumulation(64)], True, id='accumulation-True', marks=pytest.mark.slow)])
 def test_training_in_half_precision_and_in_parts(cbs, class_specific):
     learn = antehoc_learner(scenes(64), small_cnn(), eta=3, class_specific=class_specific, cbs=cbs)
     quiet_fit(learn, 2, 1e-3, one_cycle=False)
@@ -227,7 +229,7 @@ def test_training_in_half_precision_and_in_parts(cbs, class_specific):
     assert all(p.isfinite().all() for p in learn.model.parameters())
 
 
-@class_specific_or_not
+@pytest.mark.parametrize('class_specific', [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_resumed_run_gets_the_same_targets(tmp_path, class_specific):
     "Interrupted and resumed, the weights end the same to the bit."
     def run(*cbs):

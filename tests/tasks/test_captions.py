@@ -148,7 +148,9 @@ def test_bad_captions_are_named(tmp_path):
     with pytest.raises(ValueError, match='split: no image is for training'): D.Captioned(['a.jpg'], [['a']], ['test'])
 
 
-@pytest.mark.parametrize('arch', ['resnet18_half', 'timm/resnet18', None], ids=['half', 'timm', 'own'])
+@pytest.mark.parametrize('arch', [
+    pytest.param('resnet18_half', id='half'), pytest.param('timm/resnet18', id='timm', marks=pytest.mark.slow),
+    pytest.param(None, id='own')])
 def test_any_backbone_is_left_as_it_is(data, tok, arch):
     "The captioner that explains itself is the plain one, to the bit"
     digests = []
@@ -341,10 +343,6 @@ def test_vocabulary_and_model_must_fit(learn, dls, tok, tmp_path):
     assert torch.equal(m(x, t), learn.model.eval()(x, t)) and m.cnn.tokenizer.get_vocab() == tok.get_vocab()
     by_hand = AntehocModel(C.Captioner('small_cnn', tok, 8, 8), (x, t), eta=6)
     assert torch.equal(C.load_captioner(by_hand.save_pretrained(tmp_path/'hand'))(x, t), by_hand.eval()(x, t))
-    code = ('import sys, antehoc_nb.tasks.captioner, antehoc_nb.core.model as m; '
-            'print(type(m.AntehocModel.from_pretrained(sys.argv[1]).cnn).__name__)')
-    done = subprocess.run([sys.executable, '-c', code, tmp_path], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == 'Captioner'
     Image.new('RGB', (9, 9)).save(tmp_path/'a.png')
     out = antehoc('explain', tmp_path, tmp_path/'a.png', '--out', tmp_path/'out', code=1)
     assert 'the model is a Captioner, not a classifier' in out
@@ -352,6 +350,15 @@ def test_vocabulary_and_model_must_fit(learn, dls, tok, tmp_path):
         C.load_captioner(tmp_path, D.caption_tokenizer(['x y'], 1))
     with pytest.raises(ValueError, match='is not in the vocabulary of'): m(x, t + 99)
     with pytest.raises(ValueError, match='a caption needs <start> and <end>'): m(x, torch.full((len(x), 2), 0))
+
+
+@pytest.mark.slow
+def test_loaded_in_a_process_that_imports_no_more_than_the_captioner(learn, tmp_path):
+    learn.model.save_pretrained(tmp_path)
+    code = ('import sys, antehoc_nb.tasks.captioner, antehoc_nb.core.model as m; '
+            'print(type(m.AntehocModel.from_pretrained(sys.argv[1]).cnn).__name__)')
+    done = subprocess.run([sys.executable, '-c', code, tmp_path], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == 'Captioner'
 
 
 def test_nothing_but_sizes_comes_from_a_file(learn):
@@ -459,6 +466,7 @@ def test_bad_targets(class_specific, tok, target, error, message):
     with pytest.raises(error, match=message): class_specific.explain(n=3, target=target)
 
 
+@pytest.mark.slow
 def test_table4_from_one_command(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     flickr(tmp_path)

@@ -25,6 +25,7 @@ from torch.utils.data import TensorDataset
 from antehoc_nb.data.photo_digits import photo_digits_dls
 from antehoc_nb.evaluate.explainers import explain_with
 from antehoc_nb.evaluate.scoreboard import read_record
+from antehoc_nb.tasks import classification
 from antehoc_nb.tasks.concept_models import (
     Cbah,
     CbahLoss,
@@ -405,7 +406,11 @@ def test_figures():
         np.testing.assert_allclose(sorted(bars[1:], key=abs), largest, rtol=1e-5, atol=1e-7)
 
 
-def test_table3(tmp_path):
+def test_table3(tmp_path, monkeypatch):
+    def fewer(n_train, n_valid, *args):
+        assert n_valid == 500
+        return photo_digits_dls(n_train, 60, *args)
+    monkeypatch.setattr(classification, 'photo_digits_dls', fewer)
     command = 'antehoc reproduce table3'
     rec = run_concept_models('photo-digits', 'smoke', tmp_path/'results', tmp_path/'work', command=command)
     stored = read_concept_models('photo-digits', 'smoke', tmp_path/'results')

@@ -148,7 +148,7 @@ def test_the_metric_is_found_by_its_name(tmp_path):
     assert results['accuracy'] == results['epochs'][0]['accuracy'] == 1 - results['epochs'][0]['error_rate']
 
 
-@pytest.mark.parametrize('plain', [False, True])
+@pytest.mark.parametrize('plain', [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_an_architecture_that_fastai_cannot_take(tmp_path, plain):
     message = "arch='vit_b_16': fastai cannot cut off its head .*, since it has no pooling layer"
     with pytest.raises(ValueError, match=message): train(tmp_path/'run', arch='vit_b_16', plain=plain)
@@ -161,7 +161,7 @@ def test_an_architecture_that_images_are_too_small_for(tmp_path):
     assert not (tmp_path/'run').exists()
 
 
-@pytest.mark.parametrize('plain', [False, True])
+@pytest.mark.parametrize('plain', [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_an_architecture_that_needs_a_cut_of_our_own(tmp_path, plain):
     train(tmp_path, arch='mnasnet0_5', epochs=1, plain=plain)
     assert len(record(tmp_path)['results']['epochs']) == 1

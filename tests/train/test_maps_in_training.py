@@ -250,8 +250,13 @@ def test_a_fit_that_ends_early():
     assert learn.two_pass.best.kept == 'epoch 0'
 
 
-@pytest.mark.parametrize('arguments', [{}, dict(cbs=lambda: [Bf16()]), dict(cbs=lambda: [Fp16()])])
-@pytest.mark.parametrize('train', ['fit', 'fine_tune'])
+BF16, FP16 = dict(cbs=lambda: [Bf16()]), dict(cbs=lambda: [Fp16()])
+
+
+@pytest.mark.parametrize('arguments, train', [
+    ({}, 'fit'), (FP16, 'fine_tune'), pytest.param({}, 'fine_tune', marks=pytest.mark.slow),
+    pytest.param(FP16, 'fit', marks=pytest.mark.slow), pytest.param(BF16, 'fit', marks=pytest.mark.slow),
+    pytest.param(BF16, 'fine_tune', marks=pytest.mark.slow)])
 def test_the_cnn_is_never_touched(arguments, train):
     def trained(*two_pass, cbs=list):
         set_seed(7)
