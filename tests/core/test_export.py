@@ -89,6 +89,7 @@ def test_export(pair, strict):
     check_export(*pair, strict)
 
 
+@pytest.mark.slow
 def test_strict_export():
     model = make_model()
     check_export(model, MapModule(model), strict=True)
@@ -188,6 +189,7 @@ class Wide(nn.Module):
         return dict(points=f.mean((2, 3)), mask=f[:, :1], n=3)
 
 
+@pytest.mark.slow
 def test_other_outputs_and_grey_images(tmp_path):
     model = with_weights(AntehocModel(Wide(), meta=dict(size=32)))
     x = torch.randn(2, 1, 32, 32)
@@ -236,6 +238,7 @@ print(*(tensor.double().sum().item().hex() for tensor in tensors))
 '''
 
 
+@pytest.mark.slow
 def test_explain_is_exported_and_leaves_nothing_behind():
     "In a fresh process, so that no cache was filled before."
     printed = [subprocess.run([sys.executable, '-c', AFTER_EXPORT.format(export_first=first)], capture_output=True,
@@ -285,6 +288,7 @@ def photographs(n=3):
     return np.random.default_rng(3).integers(0, 256, (n, SIZE, SIZE, 3), dtype=np.uint8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', ['onnx', 'pt2'])
 def test_files_give_what_explain_gives(files, kind):
     folder, models = files
@@ -314,6 +318,7 @@ assert not {'torch', 'antehoc_nb'} & {*sys.modules}
 '''
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['specific', 'agnostic'])
 def test_onnxruntime_without_torch(files, tmp_path, name):
     folder, models = files
@@ -332,6 +337,7 @@ def test_onnxruntime_without_torch(files, tmp_path, name):
     assert list(found['labels']) == ['ant', 'bee', 'cat', 'dog']
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', ['onnx', 'pt2'])
 def test_a_target_that_is_no_class(files, kind):
     "A graph can't raise an error: its map is NaN, never that of another class."
@@ -353,6 +359,7 @@ def test_a_target_that_is_no_class(files, kind):
     with pytest.raises(ValueError, match='the map of this file is about the whole output'): agnostic(photographs(), 1)
 
 
+@pytest.mark.slow
 def test_a_file_says_nothing_about_this_machine(files):
     folder, _ = files
     content = (folder/'specific.onnx').read_bytes()
@@ -436,6 +443,7 @@ def test_a_missing_package(tmp_path, monkeypatch):
         make_model().export(tmp_path/'x.onnx')
 
 
+@pytest.mark.slow
 def test_a_file_that_would_give_something_else_is_not_written(tmp_path, monkeypatch):
     from antehoc_nb.core import export
     read = export._FILE_KINDS['.pt2']
@@ -450,6 +458,7 @@ def test_a_file_that_would_give_something_else_is_not_written(tmp_path, monkeypa
     assert [file.read_text() for file in tmp_path.iterdir()] == ['the file of before']
 
 
+@pytest.mark.slow
 def test_files_that_are_none_of_ours(files, tmp_path):
     import onnx
     folder, _ = files
