@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .attention import minmax, softmax_map, standardise
+from .attention import minmax, softmax_map, standardise, usual_scale
 from .geometry import resize
 from .utils import Registry, unknown_name
 
@@ -122,7 +122,8 @@ class LayerReader(nn.Module):
                 target: torch.Tensor | None = None, # As for `direction`
                 temperature: float = 3., # Of the soft attention
                ) -> tuple[torch.Tensor, torch.Tensor]: # Projections (B,views,h,w); modulated map (B,1,h,w) in [0,1]
-        normalised = self.norm(activation.to(self.norm.weight.dtype))
+        activation = activation.to(self.norm.weight.dtype)
+        normalised = self.norm(activation / usual_scale(activation, (1, 2, 3), low=1e-3))  # small beside the norm's eps
         change = _project_channels(normalised, self.direction(target)).float()
         response = standardise(strength) + change
         # A constant response has nothing to learn from, and its gradients would be infinite.
