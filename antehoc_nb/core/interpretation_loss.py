@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from .masking import Mask, masked_input
-from .utils import Registry, output_tensors
+from .utils import Registry, map_tensors, output_tensors
 
 # %% ../../nbs/core/06_interpretation_loss.ipynb #cell0005
 int_losses = Registry('interpretation loss')
@@ -148,6 +148,7 @@ def interpretation_loss(model, # An `AntehocModel`
     """The loss of pass 2 (paper, section 2.1), differentiable in the weight network alone.
 
     Errors as of `masked_input` and `int_loss`."""
+    x, *others = map_tensors(torch.Tensor.detach, (x, *others))
     maps, *_ = model.interpret(recorded, x.shape[2:], target)
     y2 = model.cnn(masked_input(x, maps, number, mask, fill, model.mean, model.std), *others)
     return int_loss(y2, y1 if target is None else target, loss)

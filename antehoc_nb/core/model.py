@@ -100,14 +100,14 @@ def _each(self: Explanation, f):
 
 
 def _of_images(images, n):
-    "A function that takes the entries of some of `n` images out of what a CNN returned for them"
+    """A function that takes the entries of some of `n` images out of what a CNN returned for them: of tensors with `n`
+    entries, and of lists with `n` entries, which hold something for each image, as those of detectors do"""
     def has_entries(part): return isinstance(part, torch.Tensor) and part.ndim > 0 and len(part) == n
 
     def take(part):
         if has_entries(part): return part[images]
-        is_list = isinstance(part, (list, tuple)) and not hasattr(part, '_fields')
-        if is_list and len(part) == n and not all(map(has_entries, part)): return part[images]  # one entry per image
-        if is_list: return type(part)(map(take, part))
+        if isinstance(part, list) and len(part) == n and not all(map(has_entries, part)): return part[images]
+        if isinstance(part, (list, tuple)) and not hasattr(part, '_fields'): return type(part)(map(take, part))
         return map_tensors(lambda tensor: tensor[images] if has_entries(tensor) else tensor, part)
     return take
 
@@ -157,9 +157,8 @@ def _scores(self: Explanation):
     if is_float and pred.ndim == 2 and task in ACTIVATIONS and (pred.shape[1] > 1 or task != 'single-label'):
         return pred.float()
     got = tuple(pred.shape) if isinstance(pred, torch.Tensor) else type(pred).__name__
-    what = f'the task of this model is {task}, its output {got}' if (self.meta or {}).get('task') else (
-        f'the CNN gives no scores of classes (B,K), but {got}')
-    hint = ''
+    what, hint = f'the CNN gives no scores of classes (B,K), but {got}', ''
+    if (self.meta or {}).get('task'): what = f'the task of this model is {task}, its output {got}'
     if not task and is_float and pred.numel() == len(pred):
         hint = ", or say what its number is: meta=dict(task='binary', vocab=['no', 'yes']), or task='regression'"
     raise TypeError(f'probabilities: {what}; read `pred` yourself{hint}')
@@ -180,9 +179,9 @@ def decisions(self: Explanation) -> list[list[tuple[str, float | None]]]:
     """What is predicted for each image, with its probability: the class, each of the labels that are on, or the numbers
     of a regression, without probabilities. Classes have names if the model knows them, else numbers. `TypeError` for
     other tasks."""
-    if self.task == 'regression' and isinstance(self.pred, torch.Tensor) and len(self.pred) == len(self):
-        return [[(f'{value:.5g}', None) for value in of_image] for of_image in self.pred.flatten(1).tolist()] \
-            if self.pred.ndim > 1 else [[(f'{value:.5g}', None)] for value in self.pred.tolist()]
+    if self.task == 'regression' and isinstance(self.pred, torch.Tensor):
+        numbers = self.pred.reshape(len(self), -1).tolist()
+        return [[(f'{value:.5g}', None) for value in of_image] for of_image in numbers]
     probabilities = self.probabilities
     if self.task == 'single-label':
         return [[(self._class_name(number), p)] for p, number in zip(*(o.tolist() for o in probabilities.max(1)))]
@@ -309,8 +308,8 @@ def _check_network(cnn):
         raise TypeError(f'cnn: a {type(cnn).__name__} ({name}) is no network; give an nn.Module, the name of an '
                         f'architecture or a fastai learner{hint}')
     if isinstance(cnn, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        raise TypeError(f'cnn: a {type(cnn).__name__} runs copies of a network, in which no layer can be recorded; give '
-                        'the network itself, cnn.module')
+        raise TypeError(f'cnn: a {type(cnn).__name__} runs copies of a network, in which no layer can be recorded; '
+                        'give the network itself, cnn.module')
     if isinstance(cnn, torch.jit.ScriptModule):
         raise TypeError(f'cnn: {cnn.original_name} was scripted or traced, and its layers cannot be recorded; give the '
                         'nn.Module that it was made from')
@@ -538,7 +537,8 @@ def measure_border(self: AntehocModel,
     x, *others = as_inputs(sample)
     n = len(x) * math.ceil(16 / len(x))
     noise = noise_like_photographs(n, x.shape[1], tuple(x.shape[2:])).to(self.mean.device)
-    noise = ((noise - self.mean) / self.std).to(x)
+    if has_other_units(self.mean, self.std): noise = (4 * noise - 2).to(x)  # two standard deviations, as in `pixels`
+    else: noise = ((noise - self.mean) / self.std).to(x)
     strength = soft_attentions.option(self.soft_attention, 'strength')
     cells = self.map_cells(x.shape[2:])
     def mean_strength(activation): return strength(pool_cells(activation, None, cells)[0]).mean(0, keepdim=True)

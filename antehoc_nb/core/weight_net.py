@@ -123,7 +123,7 @@ class LayerReader(nn.Module):
                 temperature: float = 3., # Of the soft attention
                ) -> tuple[torch.Tensor, torch.Tensor]: # Projections (B,views,h,w); modulated map (B,1,h,w) in [0,1]
         activation = activation.to(self.norm.weight.dtype)
-        normalised = self.norm(activation / usual_scale(activation, (1, 2, 3), low=1e-3))  # small beside the norm's eps
+        normalised = self.norm(activation / usual_scale(activation, (1, 2, 3), low=.1))  # else the norm's eps counts
         change = _project_channels(normalised, self.direction(target)).float()
         response = standardise(strength) + change
         # A constant response has nothing to learn from, and its gradients would be infinite.

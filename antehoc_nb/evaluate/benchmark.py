@@ -78,9 +78,9 @@ def _labelled(batch):
 def _check_labels(classes):
     "`ValueError` for labels that are not one class an image"
     if classes.ndim == 1 and classes.dtype.kind in 'iu': return
-    raise ValueError(f'dl: benchmark takes one class for each image, the labels of this loader are of the shape (N,'
-                     f'{",".join(map(str, classes.shape[1:]))}) and {classes.dtype}; score a model of several labels or '
-                     'of numbers with change_at_area, or each label by an evaluation of its own')
+    shape = ','.join(['N', *map(str, classes.shape[1:])])
+    raise ValueError('dl: benchmark takes one class for each image, the labels of this loader are of the shape '
+                     f'({shape}) and {classes.dtype}; score a model of several labels or of numbers with change_at_area')
 
 
 def _all_classes(dl):

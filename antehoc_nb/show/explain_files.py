@@ -240,7 +240,7 @@ def _write_contact_sheet(out, rows, files, about):
 def _not_a_classifier(model):
     task = model.meta.get('task')
     what = f', its task is {task}' if task else ''
-    return ValueError(f'the model is a {type(model.cnn).__name__}{what}, not a classifier: explain it in Python')
+    return ValueError(f'the model is a {type(model.cnn).__name__}, not a classifier{what}: explain it in Python')
 
 
 def _check_channels(model):
@@ -251,13 +251,23 @@ def _check_channels(model):
                      'model.explain(x) with a normalised tensor (B,C,H,W)')
 
 
+def _check_task(model, e):
+    "`ValueError` if the table has no words for what the model gives"
+    if isinstance(e.pred, torch.Tensor) and e.pred.numel() == len(e) and not model.meta.get('task'):
+        raise ValueError('the model gives one number for each image, and does not say what it means: save it with '
+                         "meta=dict(task='binary', vocab=['no', 'yes']), or with task='regression'")
+    try: _ = e.decisions
+    except TypeError: raise _not_a_classifier(model) from None
+
+
 def _target_number(model, target, size):
-    "The number of the target class; errors before any image is read"
-    if target is None: return None
+    "The number of the target class, or None; errors before any image is read"
     black = as_cnn_takes(torch.zeros(1, in_channels(model.cnn), *size, device=model.mean.device), model.cnn)[0]
-    numbers = model.explain(black, target=target).target
-    if numbers.shape != (1,): raise _not_a_classifier(model)
-    return int(numbers)
+    e = model.explain(black, target=target)
+    _check_task(model, e)
+    if target is None: return None
+    if e.target.shape != (1,): raise _not_a_classifier(model)
+    return int(e.target)
 
 
 def _settings(model, threshold, size, target):
@@ -272,13 +282,7 @@ def _explain_batch(model, batch, threshold, target):
     "The explanation of a batch of images"
     x = torch.from_numpy(np.stack([image.pixels for image in batch])).to(model.mean.device).float() / 255
     x = as_cnn_takes((x - model.mean) / model.std, model.cnn)[0]
-    e = model.explain(x, threshold=threshold, target=target)
-    if isinstance(e.pred, torch.Tensor) and e.pred.numel() == len(e) and not model.meta.get('task'):
-        raise ValueError('the model gives one number for each image, and does not say what it means: save it with '
-                         "meta=dict(task='binary', vocab=['no', 'yes']), or with task='regression'")
-    try: _ = e.decisions
-    except TypeError: raise _not_a_classifier(model) from None
-    return e
+    return model.explain(x, threshold=threshold, target=target)
 
 
 def _say(text): print(text, file=sys.stderr, flush=True)
@@ -321,6 +325,16 @@ def _explain_to_table(model, todo, out, table, taken, settings):
     return n, failed
 
 
+def _check_overwrites(todo, taken, out, files):
+    "`ValueError` if an explanation would be written over one of the images"
+    originals, taken = {path.absolute().resolve(): path for path in files.values()}, {*taken}
+    for _, name in todo:
+        stem = _free_stem(name, taken)
+        for picture in (out/_overlay_name(stem), out/f'maps/{stem}.png', out/'contact_sheet.png'):
+            found = originals.get(picture.absolute().resolve())
+            if found: raise ValueError(f'{found} would be overwritten by an explanation; choose another folder than {out}')
+
+
 def explain_files(
     model: AntehocModel, # a classifier; `meta` has the size it takes and the names of its classes
     images: list[tuple[Path, str]], # files, and their names in the output
@@ -333,8 +347,8 @@ def explain_files(
 ) -> tuple[int, int, list[tuple[str, str]]]: # explained now, explained before, (name, reason) of unreadable ones
     """Explain image files in batches; unreadable ones, and those that an earlier run has explained, are skipped.
 
-    `ValueError` if `out` holds the explanations of another model, threshold or class, or a target class is given for a
-    class-agnostic weight network."""
+    `ValueError` if `out` holds the explanations of another model, threshold or class, if an image would be overwritten,
+    if the model's task has no table, or a target class is given for a class-agnostic weight network."""
     out, files = Path(out), {name: Path(path) for path, name in images}
     table, size = out/'explanations.csv', tuple(model.meta.get('size') or (128, 128))
     _check_channels(model)
@@ -346,6 +360,7 @@ def explain_files(
     done = {row['image'] for row in finished}
     todo = [(path, name) for path, name in images if name not in done]
     taken = {_stem_of(row).casefold() for row in finished}
+    _check_overwrites(todo, taken, out, files)
     n, failed = _explain_to_table(model, todo, out, table, taken, (bs, threshold, target, size, arrays, say))
     if n or done and not (out/'contact_sheet.png').exists():
         about = f" of {settings['target']}" if target is not None else ''

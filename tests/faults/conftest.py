@@ -6,8 +6,6 @@ from PIL import Image
 from torch import nn
 
 
-
-
 def block(before, after, stride=1):
     return nn.Sequential(nn.Conv2d(before, after, 3, stride, 1), nn.BatchNorm2d(after), nn.ReLU())
 

@@ -4,6 +4,8 @@ import torch
 
 from antehoc_nb.core.model import Explanation
 
+pytestmark = pytest.mark.usefixtures('one_thread')
+
 
 def explained(pred, n=2):
     maps = torch.rand(n, 1, 4, 4)

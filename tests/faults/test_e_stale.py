@@ -11,6 +11,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from antehoc_nb.core.model import AntehocModel
 from antehoc_nb.train.two_pass import TwoPass
 
+pytestmark = pytest.mark.usefixtures('one_thread')
+
 
 class Images(TensorDataset):
     "Images with labels, and perhaps a torchvision-like transform that tells their normalisation"
@@ -36,12 +38,11 @@ def fit(learn):
 
 
 def test_size(cnn):
-    learn = learner(cnn(), loaders((32, 32)))
-    assert fit(learn)['meta']['size'] == [32, 32]
-    learn.dls = loaders((64, 64))
-    assert fit(learn)['meta']['size'] == [64, 64]
-    learn.dls = loaders((16, 24))
-    assert fit(learn)['meta']['size'] == [16, 24]
+    learn = learner(cnn(), loaders((16, 16)))
+    assert fit(learn)['meta']['size'] == [16, 16]
+    for size in ([32, 32], [16, 24]):
+        learn.dls = loaders(size)
+        assert fit(learn)['meta']['size'] == size
 
 
 def test_names_of_classes(cnn):
@@ -68,10 +69,10 @@ def test_normalisation(cnn):
 
 def test_a_loaded_model(cnn, tmp_path):
     with pytest.warns(UserWarning, match='cannot be built by name'):
-        AntehocModel(cnn(), torch.rand(2, 3, 32, 32), eta=2, meta=dict(size=[32, 32])).save_pretrained(tmp_path)
-    learn = Learner(loaders((48, 48)), AntehocModel.from_pretrained(tmp_path, cnn=cnn()),
+        AntehocModel(cnn(), torch.rand(2, 3, 16, 16), eta=2, meta=dict(size=[16, 16])).save_pretrained(tmp_path)
+    learn = Learner(loaders((24, 24)), AntehocModel.from_pretrained(tmp_path, cnn=cnn()),
                     loss_func=nn.CrossEntropyLoss(), cbs=TwoPass())
-    assert fit(learn)['meta']['size'] == [48, 48]
+    assert fit(learn)['meta']['size'] == [24, 24]
 
 
 def test_what_was_given_stays(cnn):

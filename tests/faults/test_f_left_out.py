@@ -4,11 +4,13 @@ import os
 import numpy as np
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
 from antehoc_nb.cli import app
 from antehoc_nb.core.utils import rgb_image
 from antehoc_nb.data.images import image_dls
-from typer.testing import CliRunner
+
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 def folders(photo, root, *names, n=3):

@@ -5,6 +5,8 @@ from PIL import Image
 
 from antehoc_nb.core.model import AntehocModel
 
+pytestmark = pytest.mark.usefixtures('one_thread')
+
 
 @pytest.mark.parametrize('low, high', [(500, 3500), (-1000, 400), (0, 255), (0, 65535), (200, 320)])
 def test_pictures_are_stretched_and_it_is_said(cnn, low, high):

@@ -13,6 +13,8 @@ from antehoc_nb.core.interpretation_loss import two_pass_step
 from antehoc_nb.core.model import AntehocModel
 from antehoc_nb.train.two_pass import TwoPass
 
+pytestmark = pytest.mark.usefixtures('one_thread')
+
 X = torch.rand(2, 3, 32, 32)
 
 

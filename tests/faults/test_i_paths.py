@@ -14,6 +14,8 @@ from antehoc_nb.core.model import AntehocModel
 from antehoc_nb.show.explain_files import explain_files
 from antehoc_nb.train.archs import build_cnn
 
+pytestmark = pytest.mark.usefixtures('one_thread')
+
 
 @pytest.fixture(scope='module')
 def model(tmp_path_factory):
@@ -82,3 +84,11 @@ def test_names_that_are_no_text(model, photo, tmp_path):
     assert explain_files(loaded, files, out, say=None)[0] == 2
     assert explain_files(loaded, files, out, say=None)[:2] == (0, 2)
     with Image.open(out/'contact_sheet.png') as sheet: assert sheet.size[0] > 100
+
+
+def test_no_image_is_overwritten(model, photo, tmp_path):
+    for i, name in enumerate(('c.png', 'maps/c.png')): photo(tmp_path/name, seed=i)
+    before = (tmp_path/'maps'/'c.png').read_bytes()
+    code, output = explain(model, tmp_path, tmp_path)
+    assert code == 1 and 'would be overwritten' in output
+    assert (tmp_path/'maps'/'c.png').read_bytes() == before

@@ -8,6 +8,8 @@ from antehoc_nb.core.masking import masked
 from antehoc_nb.core.model import AntehocModel
 from antehoc_nb.evaluate.explainers import centred_blob, explain_with, explainers, gaussian_of_area
 
+pytestmark = pytest.mark.usefixtures('one_thread')
+
 SIZES = (60, 1), (1, 60), (1, 1), (2, 60)
 
 

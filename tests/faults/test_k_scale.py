@@ -7,6 +7,8 @@ from antehoc_nb.core.interpretation_loss import mse
 from antehoc_nb.core.model import AntehocModel
 from antehoc_nb.core.weight_net import LayerReader, interpretation_map
 
+pytestmark = pytest.mark.usefixtures('one_thread')
+
 SCALES = 1e-22, 1e-12, 1e-6, 1e-3, 1e3, 1e12
 
 

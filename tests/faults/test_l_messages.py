@@ -8,8 +8,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from antehoc_nb.core.layers import layer_table
 from antehoc_nb.core.model import AntehocModel
-from antehoc_nb.evaluate.benchmark import benchmark, test_images as images_of
+from antehoc_nb.evaluate.benchmark import benchmark
+from antehoc_nb.evaluate.benchmark import test_images as images_of
 from antehoc_nb.train.two_pass import TwoPass
+
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 X = torch.rand(2, 3, 32, 32)
 
@@ -76,8 +79,8 @@ def test_benchmark_of_plain_loaders(cnn):
     x, y = torch.rand(8, 3, 32, 32), torch.arange(8) % 3
     images, classes, where = images_of(loader(x, y, shuffle=True))
     assert torch.equal(images, x) and torch.equal(classes, y) and where == list(range(8))
-    found = benchmark(AntehocModel(cnn(), x[:2]), loader(x, y, shuffle=True), ('ante-hoc', 'gaussian'), ('faithfulness',),
-                      resamples=10)
+    dl, names = loader(x, y, shuffle=True), ['ante-hoc', 'gaussian']
+    found = benchmark(AntehocModel(cnn(), x[:2]), dl, names, ['faithfulness'], resamples=10)
     assert found.record['results']['n'] == 8
 
 
