@@ -332,7 +332,7 @@ def _check_overwrites(todo, taken, out, files):
         stem = _free_stem(name, taken)
         for picture in (out/_overlay_name(stem), out/f'maps/{stem}.png', out/'contact_sheet.png'):
             found = originals.get(picture.absolute().resolve())
-            if found: raise ValueError(f'{found} would be overwritten by an explanation; choose another folder than {out}')
+            if found: raise ValueError(f'{found} would be overwritten by an explanation; choose another folder')
 
 
 def explain_files(
