@@ -145,12 +145,25 @@ def _open_table(path, mode='r'):
     return path.open(mode, newline='', encoding='utf-8', errors='surrogateescape')
 
 
+def _as_here(text):
+    "A text as names of files are decoded in this locale"
+    try: os.fsencode(text)
+    except UnicodeEncodeError: return os.fsdecode(text.encode('utf-8', 'surrogateescape'))
+    return text
+
+
+def _read_rows(text):
+    "The rows of a table"
+    rows = csv.DictReader(io.StringIO(text, newline=''))
+    return [{column: value and _as_here(value) for column, value in row.items() if column} for row in rows]
+
+
 def written_files(out: Path # A folder that `explain_files` has written to, or any other
                  ) -> set[Path]: # Resolved paths
     "The image files among the explanations in a folder: overlays, maps and the contact sheet."
     table = out/'explanations.csv'
     if not table.exists() or not (out/'explanations.json').exists(): return set()
-    with _open_table(table) as file: stems = {_stem_of(row) for row in csv.DictReader(file) if row.get('overlay')}
+    with _open_table(table) as file: stems = {_stem_of(row) for row in _read_rows(file.read()) if row.get('overlay')}
     pictures = [out/_overlay_name(stem) for stem in stems] + [out/f'maps/{stem}.png' for stem in stems]
     return {path.absolute().resolve() for path in (*pictures, out/'contact_sheet.png')}
 
@@ -158,7 +171,7 @@ def written_files(out: Path # A folder that `explain_files` has written to, or a
 def _finished_rows(table, files, out, arrays):
     "Rows of the table that need not be written again"
     text = _open_table(table).read() if table.exists() else ''
-    rows = list(csv.DictReader(io.StringIO(text, newline='')))
+    rows = _read_rows(text)
     torn = set() if text.endswith('\n') else {row['image'] for row in rows[-2:]}  # the last name may be cut itself
     first = {row['image']: row for row in reversed(rows) if row['image'] not in torn}
     current = {name for name, row in first.items() if _is_current(row, files, out, arrays)}
@@ -202,7 +215,9 @@ def _said(row):
     return f"{row['prediction']} {float(probability):.0%}" if probability.count('.') == 1 else row['prediction']
 
 
-def _drawable(name): return os.fsencode(name).decode('utf-8', 'replace')  # not all names of files are text
+def _drawable(name):
+    "The name of a file as text, which not all are"
+    return name.encode('utf-8', 'surrogateescape').decode('utf-8', 'replace')
 
 
 def _draw_pair(sheet, corner, image, overlay, row):
@@ -210,7 +225,7 @@ def _draw_pair(sheet, corner, image, overlay, row):
     x, y = corner
     for i, picture in enumerate((image, overlay)): sheet.paste(_tile(picture), (x + i*(SHEET_TILE + 4), y))
     draw, below = ImageDraw.Draw(sheet), y + SHEET_TILE
-    _write_text(draw, (x, below + 2), _said(row), 2*SHEET_TILE)
+    _write_text(draw, (x, below + 2), _drawable(_said(row)), 2*SHEET_TILE)
     _write_text(draw, (x, below + 18), _drawable(row['image']), 2*SHEET_TILE, 'grey')
 
 # %% ../../nbs/show/33_explain_files.ipynb #c2c98d7b

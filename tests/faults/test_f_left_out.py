@@ -106,7 +106,7 @@ def test_loaded_images_are_those_of_the_file(tmp_path, dtype, largest, orientati
     exif = Image.Exif()
     exif[274] = orientation
     path = tmp_path/'x.tif'
-    Image.fromarray(values).save(path, exif=exif)
+    Image.fromarray(values).save(path, exif=exif, compression='tiff_lzw')
     of_file = np.asarray(rgb_image(path))
     with Image.open(path) as opened: by_hand = np.asarray(rgb_image(opened))
     with Image.open(path) as opened:

@@ -60,11 +60,10 @@ def test_the_output_of_an_earlier_run_is_not_explained(model, photo, tmp_path):
 NAMES = ['Größe.png', '猫.png', 'no space é.png']
 
 
-@pytest.mark.parametrize('locale', ['C', 'POSIX'])
-def test_a_locale_without_the_letters(model, photo, tmp_path, locale):
+def test_a_locale_without_the_letters(model, photo, tmp_path):
     for i, name in enumerate(NAMES): photo(tmp_path/'photos'/name, seed=i)
     lines = ['import torch; torch.set_num_threads(1)', 'from antehoc_nb.cli import app', 'app()']
-    environment = os.environ | dict(LC_ALL=locale, PYTHONUTF8='0', PYTHONCOERCECLOCALE='0')
+    environment = os.environ | dict(LC_ALL='C', PYTHONUTF8='0', PYTHONCOERCECLOCALE='0')
     environment.pop('PYTHONIOENCODING', None)
     arguments = ['explain', str(model), str(tmp_path/'photos'), '--out', str(tmp_path/'out'), '--device', 'cpu']
     result = subprocess.run([sys.executable, '-c', '\n'.join(lines), *arguments], env=environment, capture_output=True)
