@@ -80,7 +80,8 @@ def _check_labels(classes):
     if classes.ndim == 1 and classes.dtype.kind in 'iu': return
     shape = ','.join(['N', *map(str, classes.shape[1:])])
     raise ValueError('dl: benchmark takes one class for each image, the labels of this loader are of the shape '
-                     f'({shape}) and {classes.dtype}; score a model of several labels or of numbers with change_at_area')
+                     f'({shape}) and {classes.dtype}; score a model of several labels, or of numbers, with '
+                     'change_at_area')
 
 
 def _all_classes(dl):
