@@ -254,8 +254,8 @@ def train(
     pretrained: Annotated[bool, _option('Start from ImageNet weights (downloads them once).')] = False,
     size: Annotated[int, _option('Side of the square the images are brought to, pixels.', min=8)] = 128,
     epochs: Annotated[int, _option('Passes over the training images.', min=1)] = 5,
-    bs: Annotated[int | None, _option('Batch size. Default: 64, but for fewer than 1,280 images so many, 8 at least, that '
-                                      'an epoch has 20 batches.', min=2)] = None,
+    bs: Annotated[int | None, _option('Batch size. Default: 64, but for fewer than 1,280 images so many, 8 at least, '
+                                      'that an epoch has 20 batches.', min=2)] = None,
     lr: Annotated[float, _option('Highest learning rate of the one-cycle schedule.', min=1e-8, max=10,
                                  metavar='<float>')] = 3e-3,
     valid: Annotated[str, _option('Split to validate on (`valid`, `test`), or a fraction of the training images. '

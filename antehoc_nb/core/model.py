@@ -307,16 +307,16 @@ def _check_network(cnn):
         hint = f'; call it first: AntehocModel({name}(...))' if callable(cnn) else ''
         raise TypeError(f'cnn: a {type(cnn).__name__} ({name}) is no network; give an nn.Module, the name of an '
                         f'architecture or a fastai learner{hint}')
+    if isinstance(cnn, AntehocModel):
+        raise TypeError('cnn: this is an AntehocModel already; use it as it is, or wrap its network: model.cnn')
+    inside = [name for name, module in cnn.named_modules() if isinstance(module, AntehocModel)]
+    if inside: raise TypeError(f'cnn: its module {inside[0]!r} is an AntehocModel already; wrap the network inside it')
     if isinstance(cnn, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         raise TypeError(f'cnn: a {type(cnn).__name__} runs copies of a network, in which no layer can be recorded; '
                         'give the network itself, cnn.module')
     if isinstance(cnn, torch.jit.ScriptModule):
         raise TypeError(f'cnn: {cnn.original_name} was scripted or traced, and its layers cannot be recorded; give the '
                         'nn.Module that it was made from')
-    if isinstance(cnn, AntehocModel):
-        raise TypeError('cnn: this is an AntehocModel already; use it as it is, or wrap its network: model.cnn')
-    inside = [name for name, module in cnn.named_modules() if isinstance(module, AntehocModel)]
-    if inside: raise TypeError(f'cnn: its module {inside[0]!r} is an AntehocModel already; wrap the network inside it')
 
 
 def _check_classes(classes):
