@@ -9,6 +9,7 @@ __all__ = ['app', 'REPRODUCIBLE', 'Reproducible', 'train', 'explain', 'ExportKin
 # %% ../nbs/90_cli.ipynb #cell0003
 import errno
 import importlib
+import io
 import json
 import os
 import shlex
@@ -112,6 +113,8 @@ def _main(version: Annotated[bool, typer.Option('--version', callback=_version, 
     warnings.filterwarnings('ignore', category=FutureWarning)  # of the libraries underneath; nothing a user can mend
     warnings.filterwarnings('ignore', module='torchvision.models')
     os.environ.setdefault('MPLBACKEND', 'Agg')
+    for stream in (sys.stdout, sys.stderr):  # in a locale without the letters of a name, it is written with escapes
+        if isinstance(stream, io.TextIOWrapper): stream.reconfigure(errors='backslashreplace')
 
 # %% ../nbs/90_cli.ipynb #0ee233e6
 _RESEARCH = 'Options for research'  # panel of the help
@@ -252,8 +255,8 @@ def train(
     pretrained: Annotated[bool, _option('Start from ImageNet weights (downloads them once).')] = False,
     size: Annotated[int, _option('Side of the square the images are brought to, pixels.', min=8)] = 128,
     epochs: Annotated[int, _option('Passes over the training images.', min=1)] = 5,
-    bs: Annotated[int | None, _option('Batch size. Default: 64, but for fewer than 1,280 images so many, 8 at least, that '
-                                      'an epoch has 20 batches.', min=2)] = None,
+    bs: Annotated[int | None, _option('Batch size. Default: 64, but for fewer than 1,280 images so many, 8 at least, '
+                                      'that an epoch has 20 batches.', min=2)] = None,
     lr: Annotated[float, _option('Highest learning rate of the one-cycle schedule.', min=1e-8, max=10,
                                  metavar='<float>')] = 3e-3,
     valid: Annotated[str, _option('Split to validate on (`valid`, `test`), or a fraction of the training images. '
@@ -321,14 +324,21 @@ def train(
 
 # %% ../nbs/90_cli.ipynb #cell0010
 def _image_files(images, out):
-    "The image files of a folder and its subfolders, but for those under `out`, with their names; or the one image"
-    from antehoc_nb.data.images import IMAGES
+    """The image files of a folder and its subfolders, but for explanations in it, with their names; or the one image.
+    And what is to be said about images that can't be read"""
+    from antehoc_nb.data.images import IMAGES, files_below, unread_images
+    from antehoc_nb.show.explain_files import written_files
     if not images.exists(): raise FileNotFoundError(f'{images}: no such image or folder')
-    if images.is_file(): return [(images, images.name)]
-    def wanted(f): return f.suffix.lower() in IMAGES and f.is_file() and out.resolve() not in f.resolve().parents
-    found = [(f, f.relative_to(images).as_posix()) for f in sorted(images.rglob('*')) if wanted(f)]
-    if not found: raise ValueError(f'{images}: no image files found in this folder')
-    return found
+    if images.is_file(): return [(images, images.name)], ''
+    below = files_below(images)
+    folders = {out, *(file.parent for file in below if file.name == 'explanations.csv')}
+    written = set().union(*map(written_files, folders))
+    files = [file for file in below if file.absolute().resolve() not in written]
+    unread = unread_images(files)
+    found = [(file, file.relative_to(images).as_posix()) for file in files if file.suffix.lower() in IMAGES]
+    if not found:
+        raise ValueError(f'{images}: no image files found in this folder{unread and f"; there is {unread}"}')
+    return found, unread
 
 
 def _load_model(folder):
@@ -353,9 +363,10 @@ def _target_class(target, model):
         raise ValueError(f'--target {target}: the maps of this model are about its whole output, not about one class. '
                          'Train one for maps of a class: antehoc train ... --weight-net auto '
                          '--class-specific --out <new folder>')
-    vocab, classes = list(model.meta.get('vocab') or ()), model.classes
+    vocab, classes = list(map(str, model.meta.get('vocab') or ())), model.classes
     if target in vocab: return target
-    if not target.isdecimal(): raise ValueError(f'--target: {unknown_name("class", target, vocab)}')
+    has_numbers = any(name.isdecimal() for name in vocab)  # then a number means the class of that name
+    if has_numbers or not target.isdecimal(): raise ValueError(f'--target: {unknown_name("class", target, vocab)}')
     if int(target) >= classes: raise ValueError(f'--target {target}: the classes have the numbers 0 to {classes - 1}')
     return int(target)
 
@@ -381,7 +392,8 @@ def explain(
         if not 0 < threshold <= 1: raise ValueError(f'--threshold {threshold} must lie in (0,1]')
         found_device = _find_device(device)
         _check_out(out)
-        files = _image_files(images, out)
+        files, unread = _image_files(images, out)
+        if unread: typer.echo(f'antehoc: left out: {unread}', err=True)
         net = _load_model(model).to(found_device)
         target_class = _target_class(target, net)
         output.say(f'{len(files):,} image{"s" * (len(files) != 1)}, on {found_device}')

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['int_losses', 'mse', 'cross_entropy', 'int_loss', 'interpretation_loss', 'top_pixels', 'output_change',
-           'output_at_area', 'change_at_area', 'default_mask', 'default_loss', 'two_pass_step']
+           'output_at_area', 'change_at_area', 'gradients_of', 'default_mask', 'default_loss', 'two_pass_step']
 
 # %% ../../nbs/core/06_interpretation_loss.ipynb #cell0002
 import math
@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from .masking import Mask, masked_input
-from .utils import Registry, output_tensors
+from .utils import Registry, map_tensors, output_tensors
 
 # %% ../../nbs/core/06_interpretation_loss.ipynb #cell0005
 int_losses = Registry('interpretation loss')
@@ -45,7 +45,8 @@ def mse(y2: torch.Tensor, # Outputs for the masked images, (B,...)
     if y1.ndim > 2: y2 = y2 * (y1 != 0).any(-1, keepdim=True)
     y1, y2 = (y.reshape(len(y) if y.ndim else 1, -1) for y in (y1, y2))
     error = (y2 - y1).square().sum(1)
-    scale = _constant_error(y1).clamp_min(1e-12)
+    size = y1.square().sum(1).mean() + error.detach().mean()
+    scale = _constant_error(y1).clamp_min(1e-30).maximum(1e-12 * size)  # outputs of any scale
     return (1 + error / scale).log2().mean()
 
 
@@ -147,6 +148,7 @@ def interpretation_loss(model, # An `AntehocModel`
     """The loss of pass 2 (paper, section 2.1), differentiable in the weight network alone.
 
     Errors as of `masked_input` and `int_loss`."""
+    x, *others = map_tensors(torch.Tensor.detach, (x, *others))
     maps, *_ = model.interpret(recorded, x.shape[2:], target)
     y2 = model.cnn(masked_input(x, maps, number, mask, fill, model.mean, model.std), *others)
     return int_loss(y2, y1 if target is None else target, loss)
@@ -270,10 +272,36 @@ class _GradientsKnown(torch.autograd.Function):
     def backward(ctx, upstream): return None, None, *(gradient * upstream for gradient in ctx.gradients)
 
 
+def _has_reentrant_checkpoint(loss):
+    "Whether `torch.utils.checkpoint.checkpoint(..., use_reentrant=True)` is in the graph of a loss"
+    waiting, seen = [loss.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen: continue
+        if type(node).__name__ == 'CheckpointFunctionBackward': return True
+        seen.add(node)
+        waiting += [following for following, _ in node.next_functions]
+    return False
+
+
+def gradients_of(loss: torch.Tensor, # Scalar
+                 weights: Sequence[torch.Tensor], # The only leaves of the loss's graph that get gradients
+                ) -> list[torch.Tensor]: # Of each weight
+    "The gradients of a loss, also through re-entrant checkpoints, which `torch.autograd.grad` refuses."
+    if not _has_reentrant_checkpoint(loss): return list(torch.autograd.grad(loss, weights))
+    before = [weight.grad for weight in weights]
+    for weight in weights: weight.grad = None
+    try:
+        loss.backward()
+        return [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in weights]
+    finally:
+        for weight, gradient in zip(weights, before): weight.grad = gradient
+
+
 def _with_gradients(loss, weights):
     "The loss, with its gradients for `weights` computed; those that overflow in half precision are 0"
     scale = 2.**10 if torch.is_autocast_enabled(loss.device.type) else 1.  # small gradients survive half precision
-    gradients = [gradient / scale for gradient in torch.autograd.grad(loss * scale, weights)]
+    gradients = [gradient / scale for gradient in gradients_of(loss * scale, weights)]
     if scale > 1 and not all(gradient.isfinite().all() for gradient in gradients):
         gradients = [torch.zeros_like(gradient) for gradient in gradients]
     return _GradientsKnown.apply(loss.detach(), gradients, *weights)

@@ -9,6 +9,7 @@ __all__ = ['Layer', 'parse_layer', 'candidate_layers', 'choose_layers', 'layer_t
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Integral
 
@@ -23,7 +24,7 @@ CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
 _GATES = (nn.Sigmoid, nn.Hardsigmoid, nn.Softmax, nn.Softmax2d, nn.LogSoftmax)  # they weigh activations, and give none
 
 
-def _identity(tensor): return id(tensor), tensor._version
+def _identity(tensor): return id(tensor), 0 if tensor.is_inference() else tensor._version
 
 
 def _size(tensor): return tuple(tensor.shape[2:])
@@ -68,6 +69,16 @@ class ModuleCall:
         return known and not isinstance(self.module, (*_GATES, nn.MultiheadAttention))
 
 # %% ../../nbs/core/01_layers.ipynb #a69fe39d
+@contextmanager
+def hooks_run(cnn: nn.Module): # Any network
+    "Inside the block, modules that were compiled run as they were before, so that they call their hooks."
+    compiled = any(getattr(module, '_compiled_call_impl', None) is not None or hasattr(module, '_orig_mod')
+                   for module in cnn.modules())
+    if not compiled or torch.compiler.is_compiling(): yield
+    else:
+        with torch.compiler.set_stance('force_eager'): yield
+
+
 class _CallLog:
     "The module calls of one thread, as forward hooks note them"
     def __init__(self):
@@ -105,7 +116,7 @@ def watch_calls(cnn: nn.Module, # Any CNN
     try:
         for name, module in cnn.named_modules():
             if name: handles.append(module.register_forward_hook(log.hook(name)))
-        with frozen(cnn), torch.set_grad_enabled(several): cnn(*inputs)
+        with hooks_run(cnn), frozen(cnn), torch.set_grad_enabled(several): cnn(*inputs)
     finally:
         for handle in handles: handle.remove()
     calls = [call for call in log.calls if call.output.requires_grad] if several else log.calls
@@ -334,13 +345,14 @@ def choose_layers(cnn: nn.Module, # Any CNN
 
 def layer_table(cnn: nn.Module, # Any CNN
                 sample, # Input like the ones to come, (B,C,H,W)
-                eta: int = 8, # How many to mark as chosen
+                eta: int | None = None, # How many to mark as chosen; None: 8, or all if there are fewer
                ): # A `pandas.DataFrame`: one row per candidate: layer, kind, channels, height, width, stage, chosen: ✓,
     # or why it can't be
     "The candidates as a table, with the ones that `eta` would choose marked."
     import pandas as pd  # imported here: it would double the time that importing the core takes
     found, faults = _judge_layers(cnn, sample)
-    chosen = {layer.name for layer in _evenly_spaced([layer for layer in found if layer.name not in faults], eta)}
+    good = [layer for layer in found if layer.name not in faults]
+    chosen = {layer.name for layer in _evenly_spaced(good, min(8, len(good)) if eta is None else eta)}
     rows = [(layer.name, layer.kind, *layer.shape, layer.stage, '✓' if layer.name in chosen else faults.get(layer.name, ''))
             for layer in found if ':' not in layer.name or layer.name in chosen or layer.name in faults]
     return pd.DataFrame(rows, columns=['layer', 'kind', 'channels', 'height', 'width', 'stage', 'chosen'])

@@ -33,7 +33,8 @@ def _blurred(x):
     "Images under a Gaussian blur as wide as a quarter of their shorter side"
     from torchvision.transforms.functional import gaussian_blur  # imported here: it loads all of torchvision's models
     width = max(3, min(x.shape[2:]) // 4 | 1)
-    return gaussian_blur(x, width, width / 3)
+    widths = [min(width, 2 * pixels - 1) for pixels in (x.shape[3], x.shape[2])]  # more can't be mirrored at the border
+    return gaussian_blur(x, widths, width / 3)
 
 
 def masked(x: torch.Tensor, # Images, (B,C,H,W), normalised

@@ -285,7 +285,8 @@ def frozen(cnn: nn.Module): # The network that pass 2 must not change
     Threads may freeze one network at the same time. Torch's random streams belong to the process, though:
     what another thread draws meanwhile is drawn again after the block."""
     devices = {parameter.device for parameter in cnn.parameters() if parameter.is_cuda}
-    with _requires_grad.off(cnn.parameters()), eval_mode(cnn), torch.random.fork_rng(devices): yield
+    learning = [parameter for parameter in cnn.parameters() if not parameter.is_inference()]
+    with _requires_grad.off(learning), eval_mode(cnn), torch.random.fork_rng(devices): yield
 
 # %% ../../nbs/core/00_utils.ipynb #cell0012
 def own_seed(build: Callable, # A function without arguments that draws random numbers on the CPU

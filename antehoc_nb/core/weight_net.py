@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .attention import minmax, softmax_map, standardise
+from .attention import minmax, softmax_map, standardise, usual_scale
 from .geometry import resize
 from .utils import Registry, unknown_name
 
@@ -116,7 +116,9 @@ class LayerReader(nn.Module):
                 direction: torch.Tensor, # (B,C), or (1,C) for all images
                ) -> tuple[torch.Tensor, torch.Tensor]: # (B,views,h,w) and (B,1,h,w)
         "The normalised activation along the views and along the direction, in one matrix product."
-        normalised = self.norm(activation.to(self.norm.weight.dtype)).flatten(2)
+        activation = activation.to(self.norm.weight.dtype)
+        scale = usual_scale(activation, (1, 2, 3), low=.1)  # else the epsilon of the norm counts
+        normalised = self.norm(activation / scale).flatten(2)
         views = self.views.weight.flatten(1).expand(direction.shape[0], -1, -1)
         found = (torch.cat([views, direction[:, None]], 1) @ normalised).unflatten(2, activation.shape[2:])
         return found[:, :-1] + self.views.bias[:, None, None], found[:, -1:]

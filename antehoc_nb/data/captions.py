@@ -258,7 +258,7 @@ def _official_splits(root, path):
     if missing:
         raise FileNotFoundError(f'path={str(path)!r}: {missing[0]} is missing, others of the official lists are there; '
                                 'restore it, or delete them all')
-    return [(name, split) for split, file in lists.items() for name in file.read_text().split()]
+    return [(name, split) for split, file in lists.items() for name in file.read_text(encoding='utf-8').split()]
 
 
 def _random_splits(names, seed):

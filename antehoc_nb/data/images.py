@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['CIFAR10_URL', 'CIFAR10_MD5', 'CIFAR10_SHA256', 'SPLITS', 'IMAGES', 'FOOD11', 'ANIMALS10', 'TINY_IMAGENET_URL',
            'TINY_IMAGENET_MD5', 'OpenImage', 'Fit', 'fetch', 'cache_root', 'data_root', 'unpack', 'unpacked', 'cifar10',
-           'FlipShift', 'usual_batch_size', 'image_dls', 'tiny_imagenet', 'open_rgb']
+           'files_below', 'FlipShift', 'unread_images', 'usual_batch_size', 'image_dls', 'tiny_imagenet', 'open_rgb']
 
 # %% ../../nbs/data/20_images.ipynb #cell0002
 import hashlib
+import mimetypes
 import os
 import pickle
 import re
@@ -17,6 +18,7 @@ import stat
 import tarfile
 import tempfile
 import time
+import warnings
 import zipfile
 import zlib
 from pathlib import Path, PurePosixPath
@@ -293,13 +295,26 @@ ANIMALS10 = dict(cane='dog', cavallo='horse', elefante='elephant', farfalla='but
                  mucca='cow', pecora='sheep', ragno='spider', scoiattolo='squirrel')
 
 
-def _subfolders(path): return sorted(o for o in path.iterdir() if o.is_dir() and not o.name.startswith(('.', '__')))
+def _is_hidden(name): return name.startswith(('.', '__'))
+
+
+def _subfolders(path): return sorted(o for o in path.iterdir() if o.is_dir() and not _is_hidden(o.name))
+
+
+def files_below(folder: Path) -> list[Path]: # Sorted
+    "The files in a folder and its subfolders, linked ones included; what is hidden is left out, and loops are cut."
+    found, read = [], set()
+    for where, folders, names in os.walk(folder, followlinks=True):
+        place = os.path.realpath(where)
+        folders[:] = [] if place in read else sorted(name for name in folders if not _is_hidden(name))
+        if place not in read: found += [Path(where)/name for name in names if name[0] != '.']
+        read.add(place)
+    return sorted(found)
 
 
 def _image_files(folder):
     "Image files in a folder and its subfolders"
-    found = [Path(where)/name for where, _, names in os.walk(folder) for name in names if name[0] != '.']
-    return sorted(file for file in found if file.suffix.lower() in IMAGES)
+    return [file for file in files_below(folder) if file.suffix.lower() in IMAGES]
 
 
 def _class_folders(folders, names=None):
@@ -310,7 +325,7 @@ def _class_folders(folders, names=None):
 
 def _tiny_imagenet_items(folder, table):
     "`(path, class name)` of Tiny-ImageNet's validation images, from `val_annotations.txt`"
-    rows = [line.split() for line in table.read_text().splitlines()]
+    rows = [line.split() for line in table.read_text(encoding='utf-8').splitlines()]
     return [(folder/'images'/name, label) for name, label, *_ in rows]
 
 
@@ -330,13 +345,27 @@ def _split_items(folder):
 def _has_batches(folder): return any(folder.glob('data_batch_*'))
 
 
+def _is_training_split(folder, others):
+    """Whether a folder named like the training split is one, and not a class of that name. `others`: the names of the
+    folders beside it"""
+    if not _split_items(folder): return False  # no class folders in it
+    named_otherwise = [name for name in others if name.lower() not in SPLITS]
+    if not named_otherwise: return True
+    has_images = any(file.suffix.lower() in IMAGES for file in folder.iterdir())
+    return not has_images and any(SPLITS.get(name.lower()) in ('valid', 'test') for name in others)
+
+
 def _find_splits(path):
     "`{'train' | 'valid' | 'test' | 'all': [(path or array, class name), ...]}` of a folder in any of the layouts"
     for _ in range(3):  # archives often wrap everything in one or two folders
         if _has_batches(path): return _cifar_splits(path)
         folders = _subfolders(path)
-        by_split = {SPLITS[o.name.lower()]: o for o in folders if o.name.lower() in SPLITS}
-        if 'train' in by_split: return {split: _split_items(folder) for split, folder in by_split.items()}
+        named = [folder for folder in folders if folder.name.lower() in SPLITS]
+        splits = {SPLITS[folder.name.lower()]: [] for folder in named}
+        if any(SPLITS[folder.name.lower()] == 'train' and _is_training_split(folder, [o.name for o in folders])
+               for folder in named):
+            for folder in named: splits[SPLITS[folder.name.lower()]] += _split_items(folder)
+            return splits
         if len(folders) != 1 or not (_subfolders(folders[0]) or _has_batches(folders[0])): break
         path = folders[0]
     is_animals10 = {o.name for o in folders} == ANIMALS10.keys()
@@ -369,10 +398,10 @@ def _check_image(path):
     "Raise an error if an image file cannot be read"
     with open(path, 'rb') as file, Image.open(file) as image:
         image.verify()
-        if image.format != 'JPEG': return
+        if image.format == 'PNG': return  # with checksums of all its parts
         file.seek(-2, os.SEEK_END)
-        if file.read() == b'\xff\xd9': return
-    with Image.open(path) as image: image.load()
+        if image.format == 'JPEG' and file.read() == b'\xff\xd9': return
+    open_rgb(path)
 
 
 def _unreadable(items):
@@ -430,17 +459,71 @@ def labelled_dls(
     return block.dataloaders(items, bs=min(bs, len(train)), **kw)
 
 # %% ../../nbs/data/20_images.ipynb #9643d024
+_OTHER_IMAGES = {'.avif', '.heic', '.heif', '.jxl', '.jp2', '.j2k', '.jpx', '.svg', '.psd', '.dng', '.cr2', '.cr3',
+                 '.nef', '.arw', '.exr', '.hdr', '.tga', '.ico'}
+
+
+def _is_other_image(file):
+    "Whether a file is an image by its suffix, but of no kind in `IMAGES`; or a link to nowhere"
+    suffix = file.suffix.lower()
+    is_image = suffix in _OTHER_IMAGES or (mimetypes.guess_type(file.name)[0] or '').startswith('image/')
+    return suffix not in IMAGES and (is_image or not file.exists())
+
+
+def unread_images(files: list[Path] # Any files
+                 ) -> str: # Such as '1 image of a kind that is not read (.jp2), the first is dog/1.jp2'; '' for none
+    "What is to be said about images that cannot be read because of their kind, and about links to nowhere."
+    other = [file for file in files if _is_other_image(file)]
+    if not other: return ''
+    lost = [file for file in other if not file.exists()]
+    if lost: return f'{len(lost)} link{"s" * (len(lost) > 1)} to files that are not there, the first is {lost[0]}'
+    one = len(other) == 1
+    suffixes = ', '.join(sorted({file.suffix.lower() for file in other}))
+    return (f'{len(other)} image{"s" * (not one)} of {"a kind that is" if one else "kinds that are"} not read '
+            f'({suffixes}), the first is {other[0]}')
+
+
+def _used_files(splits): return {file for items in splits.values() for file, _ in items if isinstance(file, Path)}
+
+
+def _check_class_folders(path, splits):
+    "`ValueError` for a class folder whose images are all of kinds that are not read"
+    files, used = files_below(unpacked(path)), _used_files(splits)
+    direct = {file.parent for file in used}
+    with_images = {parent for file in used for parent in file.parents} | {unpacked(path)}
+    for file in filter(_is_other_image, files):
+        folder = next((o for o in file.parents if o.parent in with_images), None)
+        if folder is None or folder in with_images or folder.parent in direct: continue
+        raise ValueError(f'path={str(path)!r}: the folder {folder.name!r} has no image that is read, but '
+                         f'{unread_images([o for o in files if folder in o.parents])}; convert them to JPEG or PNG, '
+                         'or delete the folder')
+
+
+def _warn_of_left_out(path, splits):
+    "A warning about images in a folder that no class has"
+    files, used = files_below(unpacked(path)), _used_files(splits)
+    unread = unread_images(files)
+    if unread: warnings.warn(f'{path}: left out: {unread}', stacklevel=4)
+    strays = [file for file in files if file.suffix.lower() in IMAGES and file.exists() and file not in used]
+    if not strays: return
+    warnings.warn(f'{path}: left out: {len(strays)} image{"s" * (len(strays) > 1)} outside the class folders, '
+                  f'the first is {strays[0]}', stacklevel=4)
+
+
 def _read_splits(path):
     "Splits of a folder or archive, and its class names; `ValueError` if there are no images, or only one class"
     if not path.exists(): raise FileNotFoundError(f'path={str(path)!r}: no such folder or archive')
     splits = _find_splits(unpacked(path))
     items = splits.get('train', splits.get('all'))
+    has_files = bool(_used_files(splits)) or not items  # CIFAR-10's batches are none
+    if has_files: _check_class_folders(path, splits)
     if not items:
         raise ValueError(f'path={str(path)!r}: no images found; expected <class>/<image>.jpg, '
                          'train/<class>/<image>.jpg or data_batch_1')
     vocab = sorted({label for _, label in items})
     if len(vocab) < 2:
         raise ValueError(f'path={str(path)!r}: only one class, {vocab[0]!r}; give each of two or more classes a folder')
+    if has_files: _warn_of_left_out(path, splits)
     return splits, vocab
 
 

@@ -53,18 +53,44 @@ def test_images(
     if n is not None and n < 1: raise ValueError(f"n={n}: at least one test image is needed")
     if not len(dl.dataset): raise ValueError("dl holds no image: the test set is empty")
     classes = _all_classes(dl)
+    _check_labels(classes)
     if not absent_ok: _check_classes(dl, classes)
     picked = _spread_over_classes(classes, n)
-    batches = list(dl.new(subset(dl.dataset, picked), shuffle=False, drop_last=False))
+    batches = [_labelled(batch) for batch in _in_order(dl, subset(dl.dataset, picked))]
     x, y = (torch.cat([plain_tensor(batch[k]) for batch in batches]) for k in (0, 1))
     return x, y, picked
 
 # %% ../../nbs/evaluate/48_benchmark.ipynb #2c31a848
+def _in_order(dl, ds):
+    "A loader of a dataset like another one, without shuffling"
+    if hasattr(dl, 'new'): return dl.new(ds, shuffle=False, drop_last=False)
+    return torch.utils.data.DataLoader(ds, dl.batch_size or 64, collate_fn=dl.collate_fn)
+
+
+def _labelled(batch):
+    "A batch of images and labels; `ValueError` for any other"
+    if isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[1], torch.Tensor): return batch
+    got = f'{len(batch)} parts' if isinstance(batch, (tuple, list)) else f'a {type(batch).__name__}'
+    raise ValueError(f'dl: a batch must be (images, classes), this loader gives {got}; give one with labels, such as '
+                     'dls.valid, or dls.test_dl(items, with_labels=True)')
+
+
+def _check_labels(classes):
+    "`ValueError` for labels that are not one class an image"
+    if classes.ndim == 1 and classes.dtype.kind in 'iu': return
+    shape = ','.join(['N', *map(str, classes.shape[1:])])
+    raise ValueError('dl: benchmark takes one class for each image, the labels of this loader are of the shape '
+                     f'({shape}) and {classes.dtype}; score a model of several labels, or of numbers, with '
+                     'change_at_area')
+
+
 def _all_classes(dl):
     "The class of every image of a data loader, without loading the images where the dataset allows it"
     ds = dl.dataset
-    if hasattr(ds, 'tls') and len(ds.tls) == 2: return np.array([int(ds.tls[1][i]) for i in range(len(ds))])
-    return np.concatenate([batch[1].cpu().numpy() for batch in dl.new(shuffle=False, drop_last=False)])
+    if hasattr(ds, 'tls') and len(ds.tls) == 2:
+        labels = [ds.tls[1][i] for i in range(len(ds))]
+        return np.stack([np.asarray(label.cpu() if isinstance(label, torch.Tensor) else label) for label in labels])
+    return np.concatenate([_labelled(batch)[1].cpu().numpy() for batch in _in_order(dl, ds)])
 
 
 def _check_classes(dl, classes):

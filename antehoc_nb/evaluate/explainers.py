@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['explainers', 'CONTROLS', 'ante_hoc', 'needs_target', 'grad_cam', 'grad_cam_pp', 'score_cam', 'ones_map', 'random_map',
-           'centred_blob', 'gaussian_map', 'edge_map', 'plain_average', 'gaussian_of_area', 'regression_cam',
-           'explain_with']
+           'from_centre', 'centred_blob', 'gaussian_map', 'edge_map', 'plain_average', 'gaussian_of_area',
+           'regression_cam', 'explain_with']
 
 # %% ../../nbs/evaluate/45_explainers.ipynb #cell0003
 import inspect
@@ -245,12 +245,17 @@ def _each_image(x, f):
     return minmax(maps[:, None]).to(x.device)
 
 # %% ../../nbs/evaluate/45_explainers.ipynb #cell0036
+def from_centre(side):
+    "Places of pixels along an axis, from -1 to 1, (side,); a single pixel is at 0"
+    return torch.linspace(-1, 1, side) if side > 1 else torch.zeros(1)
+
+
 def centred_blob(
     n: int, # How many
     size: tuple[int, int], # (H,W)
 ) -> torch.Tensor: # (n,1,H,W) in (0,1]
     "A Gaussian in the middle of the image, standard deviation a quarter of the side: it depends on no image."
-    y, x = (torch.linspace(-1, 1, side) for side in size)
+    y, x = map(from_centre, size)
     return torch.exp(-(y[:, None]**2 + x[None]**2) / (2 * .5**2)).expand(n, 1, *size)
 
 
@@ -290,7 +295,7 @@ def gaussian_of_area(
     maps: torch.Tensor, # (N,1,H,W) in [0,1]
 ) -> torch.Tensor: # (N,1,H,W) in (0,1]
     "Control: a centred Gaussian with the same mean as each of `maps`."
-    y, x = (torch.linspace(-1, 1, side) for side in maps.shape[2:])
+    y, x = map(from_centre, maps.shape[2:])
     sigmas = torch.logspace(-2, 1.5, 800)
     areas = _bell(y, sigmas).mean(1) * _bell(x, sigmas).mean(1)
     sigma = torch.from_numpy(np.interp(map_area(maps).cpu().numpy(), areas.numpy(), sigmas.numpy())).float()

@@ -94,7 +94,7 @@ def _target_numbers(learn, target, n):
     model = antehoc_of(learn)
     if target is None or not model.class_specific or model.cnn_finds_targets: return target
     names = getattr(learn.dls, 'vocab', None) or model.meta.get('vocab') or ()
-    return class_numbers(target, n, model.classes, names)
+    return class_numbers(target, n, model.classes, list(map(str, names)))
 
 # %% ../../nbs/show/31_learner.ipynb #efeeba0f
 @patch

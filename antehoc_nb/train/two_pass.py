@@ -32,12 +32,12 @@ from torch import nn
 from torch.utils.data import IterableDataset, Subset
 
 from antehoc_nb.core.interpretation_loss import (
-    default_loss, default_mask, draw_targets, int_losses, interpretation_loss,
+    default_loss, default_mask, draw_targets, gradients_of, int_losses, interpretation_loss,
 )
 from ..core.interpretation_loss import output_at_area, output_change
 from ..core.attention import soft_attentions
 from ..core.masking import Mask, as_mask, check_fill
-from ..core.model import AntehocModel
+from ..core.model import ACTIVATIONS, AntehocModel
 from ..core.utils import frozen, output_tensors, plain_tensor, train_functions, unknown_name
 from ..core.weight_net import weight_nets
 import antehoc_nb.core.export  # noqa: F401  gives AntehocModel export and push_to_hub
@@ -345,6 +345,7 @@ class TwoPass(Callback):
         self._batch_losses = dict(train=[], valid=[])  # (loss, number of images) of each batch of the epoch
         self._attached_model = None
         self._border_sample = None  # the CNN's inputs that the border responses are measured with
+        self._normalisation = None  # mean and standard deviation of the DataLoaders that the model took them from
         self._fit_begun = False
 
     def _clear_measurements(self):
@@ -387,12 +388,69 @@ def map_drop(self: TwoPass,
     return self._drops[-1][which == 'untrained']
 
 # %% ../../nbs/train/11_two_pass.ipynb #99f4eb7f
-def _image_facts(dls, sample):
-    "What a saved model should state about its images: their size, and the names of the classes if there are any"
-    facts = dict(size=list(sample[0].shape[2:]))
+def _class_names(dls):
+    "The names of the classes; numbers and truth values as text. None if there are none, or several lists of them"
     vocab = getattr(dls, 'vocab', None)
-    if vocab is not None and all(isinstance(name, str) for name in vocab): facts['vocab'] = list(vocab)
+    if vocab is None or any(not isinstance(name, str) and hasattr(name, '__iter__') for name in vocab): return None
+    return [str(name) for name in vocab]
+
+
+def _loss_name(loss_func):
+    "The name of a loss, with that of the PyTorch loss inside fastai's"
+    names = [getattr(loss, '__name__', type(loss).__name__) for loss in (loss_func, getattr(loss_func, 'func', None))]
+    return ' '.join(names).lower()
+
+
+def _task_of_labels(labels, loss_name, names):
+    "The task that a batch of labels and a loss are for; None if it is not known"
+    is_binary = 'bce' in loss_name or 'binary' in loss_name
+    if any(word in loss_name for word in ('mse', 'l1', 'huber')): return 'regression'
+    if not labels.is_floating_point():
+        if labels.ndim == 1: return 'binary' if is_binary else 'single-label'
+        if labels.ndim == 3: return 'segmentation'
+    if is_binary: return 'binary' if labels.numel() == len(labels) else 'multi-label'
+    if labels.ndim == 2 and names is not None and labels.shape[1] == len(names) and 'entropy' not in loss_name:
+        if ((labels == 0) | (labels == 1)).all(): return 'multi-label'
+    if not labels.is_floating_point(): return 'captions' if 'caption' in loss_name else None
+    shares = labels.ndim == 2 and labels.shape[1] > 1 and bool((labels >= 0).all())
+    if shares and names is not None and torch.allclose(labels.sum(1), labels.new_ones(1)): return 'single-label'
+    return None if 'entropy' in loss_name else 'regression'
+
+
+def _task_of_exported(dls, loss_name):
+    "The task of a learner without labels, which was exported and loaded; None if it is not known"
+    transforms = {type(transform).__name__ for pipeline in getattr(dls, 'tls', [])[1:] for transform in pipeline.tfms}
+    is_binary = 'bce' in loss_name or 'binary' in loss_name
+    if any(name.endswith('MultiCategorize') for name in transforms): return 'multi-label'
+    if 'Categorize' in transforms: return 'binary' if is_binary else 'single-label'
+    return 'regression' if 'RegressionSetup' in transforms else None
+
+
+def _output_facts(learn, labels):
+    "What a saved model should state about its output: task, activation of the scores, threshold of labels"
+    loss_name, names = _loss_name(learn.loss_func), _class_names(learn.dls)
+    if not labels: task = _task_of_exported(learn.dls, loss_name)
+    elif len(labels) > 1 or not isinstance(labels[0], torch.Tensor): task = None
+    else: task = _task_of_labels(labels[0], loss_name, names)
+    if task is None: return {}
+    has_probabilities = ('bce' in loss_name or 'binary' in loss_name) and 'logit' not in loss_name
+    activation = None if has_probabilities else ACTIVATIONS.get(task)
+    facts = dict(task=task, activation=activation)
+    if task in ('multi-label', 'binary'): facts['threshold'] = float(getattr(learn.loss_func, 'thresh', .5))
     return facts
+
+
+def _learner_facts(learn, sample, labels):
+    "What a saved model should state: the size of its images, the names of the classes, and what its output means"
+    facts, names = dict(size=list(sample[0].shape[2:])), _class_names(learn.dls)
+    if names is not None: facts['vocab'] = names
+    return facts | _output_facts(learn, labels)
+
+
+def _labels_of(dls):
+    "The labels of a few images; none if the learner has no images"
+    try: return sample_batch(dls)[1]
+    except ValueError: return ()
 
 
 def _was_emptied(loader):
@@ -415,9 +473,11 @@ def read_learner(learn) -> dict: # cnn, sample, mean, std, meta, class_specific
     "What `AntehocModel(learn)` takes from a fastai learner: its network, and what it knows about its images."
     sample = _first_inputs(learn)
     mean, std = normalisation(learn.dls)
-    facts = _image_facts(learn.dls, sample)
+    facts = _learner_facts(learn, sample, _labels_of(learn.dls))
     try: has_classes = labels_are_classes(learn.dls)
-    except ValueError: has_classes = 'vocab' in facts  # a learner that was exported and loaded
+    except ValueError:  # a learner that was exported and loaded
+        has_classes = 'vocab' in facts and facts.get('task', 'single-label') == 'single-label'
+    if facts.get('task') == 'binary': has_classes = False  # one score is no score for each class
     return dict(cnn=learn.model, sample=sample, mean=mean, std=std, meta=facts,
                 class_specific=None if has_classes else False)
 
@@ -435,14 +495,18 @@ def _wrap_model(self: TwoPass):
         raise ValueError('TwoPass was added after the model was distributed; pass it when the learner is made: '
                          'cbs=TwoPass()')
     given = {name: value for name, value in self.model_kwargs.items() if (name, value) != ('class_specific', None)}
-    learn.model = AntehocModel(**read_learner(learn) | given)
+    facts = read_learner(learn)
+    if 'meta' in given: given['meta'] = facts['meta'] | (given['meta'] or {})
+    learn.model = AntehocModel(**facts | given)
 
 # %% ../../nbs/train/11_two_pass.ipynb #f1d55eda
 @patch
 def _adopt_model(self: TwoPass):
     "Complete an `AntehocModel` that was made without the DataLoaders."
     model, dls = self.learn.model, self.learn.dls
-    if 'size' not in model.meta: model.meta = _image_facts(dls, sample_inputs(dls)) | model.meta
+    inputs, labels = sample_batch(dls)
+    facts = _learner_facts(self.learn, inputs, labels)
+    if 'size' not in model.meta: model.meta = facts | model.meta
     mean, std = normalisation(dls)
     if mean is not None: _adopt_normalisation(model, mean, std)
 
@@ -538,6 +602,8 @@ def attach(self: TwoPass):
     self._join_optimiser()
     self._attached_model = self.learn.model
     self._untrained = None
+    mean, std = normalisation(self.learn.dls)
+    self._normalisation = None if mean is None or 'mean' in self.model_kwargs else (mean, std)
     has_columns = any(isinstance(metric, IntLoss) for metric in self.learn.metrics)
     columns = L(IntLoss('train'), IntLoss('valid'), MapDrop('trained'), MapDrop('untrained'))
     if not has_columns: self.learn.metrics = self.learn.metrics + columns
@@ -577,6 +643,22 @@ def _prepare_measuring(self: TwoPass):
 
 
 @patch
+def _renew_facts(self: TwoPass):
+    "Note what the DataLoaders of this fit say, which may be others than those of the fit before."
+    dls, model = self.learn.dls, self.antehoc
+    inputs, labels = sample_batch(dls)
+    facts = _learner_facts(self.learn, inputs, labels)
+    given = self.model_kwargs.get('meta') or {}
+    model.meta = model.meta | {name: fact for name, fact in facts.items() if name not in given}
+    self._border_sample = inputs
+    mean, std = normalisation(dls)
+    if mean is None or 'mean' in self.model_kwargs or self._normalisation == (mean, std): return
+    if self._normalisation is not None: model.mean, model.std = torch.zeros_like(model.mean), torch.ones_like(model.std)
+    _adopt_normalisation(model, mean, std)
+    self._normalisation = mean, std
+
+
+@patch
 def _begin_fit(self: TwoPass):
     "Clear the history, and record the maps before training."
     _check_not_empty(self.learn.dls.train)
@@ -585,6 +667,7 @@ def _begin_fit(self: TwoPass):
     self._pending_gradients = None
     if process_count() > 1:
         for weight in self.antehoc.weight_net.parameters(): dist.broadcast(weight.data, 0)
+    self._renew_facts()
     if self._finding_lr(): return
     self._prepare_measuring()
     if self.keep_maps:
@@ -730,7 +813,7 @@ def _gradients(self: TwoPass, loss, weights):
     "Gradients of the interpretation loss with respect to `weights`, scaled by the batch's share of the step"
     scale = self.fp16_scale if self._loss_scaler() else 1.
     factor = self._share_of_step() / scale
-    return [gradient * factor for gradient in torch.autograd.grad(loss * scale, weights)]
+    return [gradient * factor for gradient in gradients_of(loss * scale, weights)]
 
 # %% ../../nbs/train/11_two_pass.ipynb #823a9341
 @patch

@@ -371,7 +371,8 @@ def test_plain_loaders_train_and_leave_the_cnn_alone(kind):
     assert same(plain, ours)
     assert [row[:3] for row in alone.recorder.values] == [row[:3] for row in learn.recorder.values]
     assert learn.two_pass.best.images == 20 and np.isfinite(column(learn, 'drop_at_20')).all()
-    assert learn.model.mean.flatten().tolist() == [0] and learn.model.meta == dict(size=[32, 32])
+    assert learn.model.mean.flatten().tolist() == [0] and learn.model.meta == dict(
+        size=[32, 32], task='single-label', activation='softmax')
     learn.model.explain(x[:2])
 
 

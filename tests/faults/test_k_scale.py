@@ -1,0 +1,72 @@
+"""Activations and outputs of any scale give the same maps and losses."""
+import pytest
+import torch
+
+from antehoc_nb.core.attention import minmax, soft_attentions, standardise, take_off_border
+from antehoc_nb.core.interpretation_loss import mse
+from antehoc_nb.core.model import AntehocModel
+from antehoc_nb.core.weight_net import LayerReader, interpretation_map
+
+pytestmark = pytest.mark.usefixtures('one_thread')
+
+SCALES = 1e-22, 1e-12, 1e-6, 1e-3, 1e3, 1e12
+
+
+@pytest.mark.parametrize('name', list(soft_attentions))
+@pytest.mark.parametrize('scale', SCALES)
+def test_soft_attention(name, scale):
+    f = torch.rand(2, 8, 6, 6)
+    assert torch.allclose(soft_attentions[name](f * scale), soft_attentions[name](f), atol=1e-4)
+
+
+@pytest.mark.parametrize('scale', SCALES)
+def test_soft_attention_without_its_border(scale):
+    f, border = torch.rand(2, 1, 6, 6), torch.rand(1, 1, 6, 6)
+    assert torch.allclose(standardise(take_off_border(f * scale, border * scale)),
+                          standardise(take_off_border(f, border)), atol=1e-3)
+
+
+@pytest.mark.parametrize('scale', SCALES)
+def test_stretching_and_blending(scale):
+    maps = torch.rand(2, 4, 6, 6)
+    assert torch.allclose(minmax(maps * scale), minmax(maps), atol=1e-5)
+    logits = torch.zeros(2, 4, 1, 1)
+    assert torch.allclose(interpretation_map(maps * scale, logits)[0], interpretation_map(maps, logits)[0], atol=1e-4)
+
+
+@pytest.mark.parametrize('constant', [0., 1e-22, 1e-6, 1., 1e6])
+def test_constant_maps_become_0_with_finite_gradients(constant):
+    for f in (minmax, standardise):
+        maps = torch.full((2, 1, 6, 6), constant, requires_grad=True)
+        out = f(maps)
+        assert out.abs().max() < 1e-3
+        out.sum().backward()
+        assert maps.grad.isfinite().all()
+
+
+@pytest.mark.parametrize('scale', SCALES)
+def test_what_a_trained_weight_network_reads(scale):
+    reader = LayerReader(8, 4)
+    torch.nn.init.normal_(reader.shared_direction)
+    f, strength = torch.rand(2, 8, 6, 6) + .5, torch.rand(2, 1, 6, 6)
+    with torch.no_grad(): (views, modulated), (small_views, small_modulated) = reader(f, strength), reader(
+        f * scale, strength * scale)
+    assert torch.allclose(views, small_views, atol=.01) and torch.allclose(modulated, small_modulated, atol=.01)
+
+
+@pytest.mark.parametrize('scale', [1e-10, 1e-6, 1e6])
+def test_loss_of_outputs(scale):
+    y1, y2 = torch.randn(6, 3), torch.randn(6, 3)
+    assert mse(y2 * scale, y1 * scale).item() == pytest.approx(mse(y2, y1).item(), rel=1e-4)
+    assert mse(y1 * scale, y1 * scale).item() == 0
+    assert mse(torch.ones(4, 2) * scale, torch.zeros(4, 2)).isfinite()
+
+
+@pytest.mark.parametrize('scale', [1e-12, 1e-6])
+def test_the_whole_model(cnn, scale):
+    x = torch.rand(2, 3, 32, 32)
+    ordinary, small = cnn(), cnn()
+    small[0][1].register_forward_hook(lambda module, args, out: out * scale)
+    for network in (small,): network[1][0].weight.data /= scale  # so that all later layers respond as before
+    a, b = (AntehocModel(network, x, eta=2, class_specific=False).explain(x).sams for network in (ordinary, small))
+    assert torch.allclose(a, b, atol=1e-3)

@@ -1,0 +1,109 @@
+"""What can't work says so in words that name the remedy."""
+import pytest
+import torch
+from fastai.data.core import DataLoaders
+from fastai.learner import Learner
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from antehoc_nb.core.layers import layer_table
+from antehoc_nb.core.model import AntehocModel
+from antehoc_nb.evaluate.benchmark import benchmark
+from antehoc_nb.evaluate.benchmark import test_images as images_of
+from antehoc_nb.train.two_pass import TwoPass
+
+pytestmark = pytest.mark.usefixtures('one_thread')
+
+X = torch.rand(2, 3, 32, 32)
+
+
+@pytest.mark.parametrize('wrap, match', [
+    (nn.DataParallel, 'a DataParallel runs copies of a network.*cnn.module'),
+    (torch.jit.script, 'was scripted or traced'),
+    (lambda cnn: torch.jit.trace(cnn, X), 'was scripted or traced'),
+])
+def test_networks_without_layers(cnn, wrap, match):
+    for sample in (X, None):
+        with pytest.raises(TypeError, match=match): AntehocModel(wrap(cnn()), sample)
+
+
+@pytest.mark.parametrize('how', ['method', 'function', 'a block'])
+def test_compiled_networks(cnn, how):
+    network, expected = cnn(), AntehocModel(cnn(), X).explain(X)
+    if how == 'method': network.compile(backend='eager')
+    elif how == 'function': network = torch.compile(network, backend='eager')
+    else: network[1].compile(backend='eager')
+    model = AntehocModel(network, X)
+    network(X)  # now there is compiled code, without hooks
+    explanation = model.explain(X)
+    assert torch.allclose(explanation.map, expected.map) and torch.allclose(explanation.pred, expected.pred)
+
+
+def test_compiled_after_the_model_was_made(cnn):
+    model = AntehocModel(cnn(), X)
+    expected = model.explain(X).map
+    model.cnn.compile(backend='eager')
+    model(X)
+    assert torch.allclose(model.explain(X).map, expected)
+
+
+def test_few_layers_without_eta(cnn):
+    assert (layer_table(cnn(), X).chosen == '✓').all()
+    with pytest.raises(ValueError, match='eta=9 is larger than the 3 layers found'): layer_table(cnn(), X, eta=9)
+
+
+def test_a_transformer():
+    class Patches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.block = nn.Conv2d(3, 8, 8, 8), nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+            self.head = nn.Linear(8, 3)
+
+        def forward(self, x): return self.head(self.block(self.embed(x).flatten(2).mT).mean(1))
+    with pytest.raises(ValueError) as error: AntehocModel(Patches().eval(), X)
+    assert 'eta' not in str(error.value)
+
+
+def test_a_network_of_one_size():
+    lenet = nn.Sequential(nn.Conv2d(1, 6, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 16, 5), nn.ReLU(),
+                          nn.MaxPool2d(2), nn.Flatten(), nn.Linear(400, 10))
+    with pytest.raises(ValueError, match='does not take 128 x 128 noise.*give images like the ones to come'):
+        AntehocModel(lenet)
+    assert AntehocModel(lenet, torch.rand(2, 1, 32, 32)).eta == 2
+
+
+def loader(*tensors, **kwargs): return DataLoader(TensorDataset(*tensors), 4, **kwargs)
+
+
+def test_benchmark_of_plain_loaders(cnn):
+    x, y = torch.rand(8, 3, 32, 32), torch.arange(8) % 3
+    images, classes, where = images_of(loader(x, y, shuffle=True))
+    assert torch.equal(images, x) and torch.equal(classes, y) and where == list(range(8))
+    dl, names = loader(x, y, shuffle=True), ['ante-hoc', 'gaussian']
+    found = benchmark(AntehocModel(cnn(), x[:2]), dl, names, ['faithfulness'], resamples=10)
+    assert found.record['results']['n'] == 8
+
+
+@pytest.mark.parametrize('tensors, match', [
+    ((), r'a batch must be \(images, classes\), this loader gives 1 parts'),
+    ((torch.rand(8, 1), torch.arange(8)), 'this loader gives 3 parts'),
+    ((torch.ones(8, 3),), r'takes one class for each image, the labels of this loader are of the shape \(N,3\)'),
+    ((torch.rand(8),), 'one class for each image.*float32'),
+])
+def test_benchmark_of_other_labels(cnn, tensors, match):
+    x = torch.rand(8, 3, 32, 32)
+    with pytest.raises(ValueError, match=match): benchmark(AntehocModel(cnn(), X), loader(x, *tensors))
+
+
+def test_plain_weights(cnn, tmp_path):
+    x, y = torch.rand(8, 3, 16, 16), torch.arange(8) % 3
+    dls = DataLoaders(loader(x, y), loader(x, y))
+    plain = Learner(dls, cnn(), loss_func=nn.CrossEntropyLoss(), path=tmp_path)
+    plain.save('plain', with_opt=False)
+    learn = Learner(dls, cnn(), loss_func=nn.CrossEntropyLoss(), path=tmp_path, cbs=TwoPass(eta=2))
+    hint = r'weights of a CNN alone.*model\.cnn\.load_state_dict'
+    with pytest.raises(RuntimeError, match=hint): learn.load('plain', with_opt=False)
+    with pytest.raises(RuntimeError, match=hint): learn.model.load_state_dict(cnn().state_dict())
+    learn.model.cnn.load_state_dict(cnn().state_dict())
+    learn.model.load_state_dict(AntehocModel(cnn(), x[:2], eta=2).state_dict())
+    with pytest.raises(RuntimeError, match='Missing key'): learn.model.load_state_dict({})
