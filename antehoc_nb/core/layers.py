@@ -246,7 +246,8 @@ def candidate_layers(cnn: nn.Module, # Any CNN
     found, faults = _judge_layers(cnn, sample)
     if found and len(faults) == len(found):
         layer, fault = next(iter(faults.items()))
-        raise ValueError(f"cnn: no layer of {type(cnn).__name__} holds the images' rows and columns: of {layer!r}, {fault}")
+        kind = type(cnn).__name__
+        raise ValueError(f"cnn: no layer of {kind} holds the images' rows and columns: of {layer!r}, {fault}")
     return [layer for layer in found if layer.name not in faults]
 
 
@@ -346,14 +347,15 @@ def choose_layers(cnn: nn.Module, # Any CNN
 def layer_table(cnn: nn.Module, # Any CNN
                 sample, # Input like the ones to come, (B,C,H,W)
                 eta: int | None = None, # How many to mark as chosen; None: 8, or all if there are fewer
-               ): # A `pandas.DataFrame`: one row per candidate: layer, kind, channels, height, width, stage, chosen: ✓,
-    # or why it can't be
+               ): # A `pandas.DataFrame`: one row per candidate: layer, kind, channels, height, width, stage, and chosen,
+    # which is ✓ or why it can't be
     "The candidates as a table, with the ones that `eta` would choose marked."
     import pandas as pd  # imported here: it would double the time that importing the core takes
     found, faults = _judge_layers(cnn, sample)
     good = [layer for layer in found if layer.name not in faults]
     chosen = {layer.name for layer in _evenly_spaced(good, min(8, len(good)) if eta is None else eta)}
-    rows = [(layer.name, layer.kind, *layer.shape, layer.stage, '✓' if layer.name in chosen else faults.get(layer.name, ''))
+    notes = faults | dict.fromkeys(chosen, '✓')
+    rows = [(layer.name, layer.kind, *layer.shape, layer.stage, notes.get(layer.name, ''))
             for layer in found if ':' not in layer.name or layer.name in chosen or layer.name in faults]
     return pd.DataFrame(rows, columns=['layer', 'kind', 'channels', 'height', 'width', 'stage', 'chosen'])
 

@@ -311,6 +311,7 @@ class TwoPass(Callback):
     `FloatingPointError` when a loss is no longer finite, before the step is taken."""
     name = 'two_pass'  # of subclasses too: `learn.two_pass`
     order = MixedPrecision.order + 5  # after loss scaling, gradient clipping and distribution
+    _normalisation = None  # of learners that an earlier version exported
     fp16_scale = 2.**10  # of the interpretation loss, so that small gradients survive half precision
 
     def __init__(self,
