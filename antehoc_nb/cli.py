@@ -402,7 +402,7 @@ def explain(
         for name, why in failed: typer.echo(f'antehoc: could not read {name} ({why})', err=True)
         done_before = f', {before} were done already' if before else ''
         sheet = f'; look at {out}/contact_sheet.png' if n + before else ''
-        output.end(f'{n} images explained{done_before}{sheet}', explained=n, done_before=before, out=str(out),
+        output.end(f'{n} image{"s" * (n != 1)} explained{done_before}{sheet}', explained=n, done_before=before, out=str(out),
                    failed=[dict(image=name, reason=why) for name, why in failed], device=str(found_device),
                    table=str(out/'explanations.csv'), contact_sheet=str(out/'contact_sheet.png') if sheet else None)
         if failed: raise typer.Exit(1)
@@ -426,7 +426,8 @@ def _export_file(out, to):
 
 def _calibration_images(folder):
     "The images for --int8, 100 at most"
-    return [file for file, _ in _image_files(folder, folder/'.none')][:100]
+    files, _ = _image_files(folder, folder/'.none')
+    return [file for file, _ in files[:100]]
 
 # %% ../nbs/90_cli.ipynb #597373c8
 @app.command()

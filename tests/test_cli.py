@@ -72,7 +72,7 @@ def test_changed_images_are_explained_again(folders):
     old = first.stat().st_mtime
     first.write_bytes(second.read_bytes())  # another image of the same name, no newer than the first
     os.utime(first, (old, old))
-    assert '1 images explained, 23 were done already' in antehoc('explain', 'antehoc-run', 'a/photos')
+    assert '1 image explained, 23 were done already' in antehoc('explain', 'antehoc-run', 'a/photos')
     for n in (24, 0):  # the second start does not explain the first one's output
         assert f'{n} images explained' in antehoc('explain', 'antehoc-run', 'b', '--out', 'b/maps')
     with open('b/maps/explanations.csv', newline='') as f:
