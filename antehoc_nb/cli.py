@@ -402,7 +402,8 @@ def explain(
         for name, why in failed: typer.echo(f'antehoc: could not read {name} ({why})', err=True)
         done_before = f', {before} were done already' if before else ''
         sheet = f'; look at {out}/contact_sheet.png' if n + before else ''
-        output.end(f'{n} image{"s" * (n != 1)} explained{done_before}{sheet}', explained=n, done_before=before, out=str(out),
+        explained = f'{n} image{"s" * (n != 1)} explained'
+        output.end(f'{explained}{done_before}{sheet}', explained=n, done_before=before, out=str(out),
                    failed=[dict(image=name, reason=why) for name, why in failed], device=str(found_device),
                    table=str(out/'explanations.csv'), contact_sheet=str(out/'contact_sheet.png') if sheet else None)
         if failed: raise typer.Exit(1)

@@ -413,6 +413,7 @@ def test_too_few_steps_are_said(among_runs, tmp_path):
                     f'note: 3 batches of 8 in each of 1 epoch: {too_few}']
 
 
+@pytest.mark.slow
 def test_export(among_runs, tmp_path):
     from antehoc_nb.core.export import load_exported
     images = sorted(Path('a/photos/odd').iterdir())[:3]

@@ -227,7 +227,8 @@ def _fault(output):
     if len(output) != 3: return f'its first axis has {len(output)} entries for 3 images'
     changes = (output[1:] - output[:1]).detach().abs().float().mean(1)
     if not changes.isfinite().all() or not output.any(): return None  # this says nothing
-    if not changes.any(): return 'it is the same for every image'
+    if not changes.any():  # a layer that is flat just now may still be one of images
+        return None if (output == output[..., :1, :1]).all() else 'it is the same for every image'
     if not changes.flatten(1).any(1).all(): return None
     for cells, distance in zip(changes.shape[1:], _distances(changes)):
         if cells > 1 and distance < (.03 if cells >= 8 else -.1):
@@ -347,8 +348,8 @@ def choose_layers(cnn: nn.Module, # Any CNN
 def layer_table(cnn: nn.Module, # Any CNN
                 sample, # Input like the ones to come, (B,C,H,W)
                 eta: int | None = None, # How many to mark as chosen; None: 8, or all if there are fewer
-               ): # A `pandas.DataFrame`: one row per candidate: layer, kind, channels, height, width, stage, and chosen,
-    # which is ✓ or why it can't be
+               ): # A `pandas.DataFrame`, one row per candidate: layer, kind, channels, height, width, stage, chosen (✓,
+    # or why it can't be)
     "The candidates as a table, with the ones that `eta` would choose marked."
     import pandas as pd  # imported here: it would double the time that importing the core takes
     found, faults = _judge_layers(cnn, sample)

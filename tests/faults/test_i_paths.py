@@ -60,6 +60,7 @@ def test_the_output_of_an_earlier_run_is_not_explained(model, photo, tmp_path):
 NAMES = ['Größe.png', '猫.png', 'no space é.png']
 
 
+@pytest.mark.slow
 def test_a_locale_without_the_letters(model, photo, tmp_path):
     for i, name in enumerate(NAMES): photo(tmp_path/'photos'/name, seed=i)
     lines = ['import torch; torch.set_num_threads(1)', 'from antehoc_nb.cli import app', 'app()']
