@@ -233,8 +233,8 @@ DEFAULT_PROFILES = Registry('profile')
 DEFAULT_PROFILES.update(
     smoke=dict(cnns=('scratch',), seeds=(0,), per_class=4, n_valid=2, candidates={'auto': {}},
                scratch=dict(arch='small_cnn', size=32, epochs=1, bs=4, lr=3e-3)),
-    cpu=dict(cnns=('pretrained', 'scratch'), seeds=(0, 1, 2), pretrained=dict(size=128, epochs=5, bs=16, lr=3e-3),
-             scratch=dict(arch='small_cnn', size=64, epochs=30, bs=16, lr=3e-3)))
+    cpu=dict(cnns=('pretrained',), seeds=(0, 1, 2), pretrained=dict(size=128, epochs=5, bs=16, lr=3e-3)),
+    scratch=dict(cnns=('scratch',), seeds=(0, 1, 2), scratch=dict(arch='small_cnn', size=64, epochs=30, bs=16, lr=3e-3)))
 
 
 def default_table(record: dict, # Of `default_choice`
