@@ -425,6 +425,7 @@ def test_export(among_runs, tmp_path):
         torch.testing.assert_close(torch.tensor(found.map), expected.map, atol=1e-3, rtol=0)
         torch.testing.assert_close(torch.tensor(found.prediction), expected.probabilities, atol=1e-5, rtol=0)
     command = said.split('next: ')[1].replace('<your image>', str(images[0]))
+    command = command.replace('python ', f'{sys.executable} ', 1)  # no environment need be active here
     assert subprocess.run(command, shell=True, capture_output=True, text=True, check=True).stdout.startswith('[[')
     facts = json_of('export', 'specific', '--out', tmp_path/'small.onnx', '--int8', 'a/photos', '--size', 48)
     assert facts['size'] == [48, 48] and facts['labels'] == ['even', 'odd'] and facts['int8']['images'] == 24
