@@ -31,13 +31,15 @@ from antehoc_nb.evaluate.explainers import (
     gaussian_map,
     grad_cam,
     grad_cam_pp,
+    is_class_specific,
+    layer_cam,
     needs_target,
     random_map,
     score_cam,
 )
 from antehoc_nb.train.archs import small_cnn
 
-CAMS = dict(grad_cam=grad_cam, grad_cam_pp=grad_cam_pp, score_cam=score_cam)
+CAMS = dict(grad_cam=grad_cam, grad_cam_pp=grad_cam_pp, layer_cam=layer_cam, score_cam=score_cam)
 each_cam = pytest.mark.parametrize('cam', CAMS.values(), ids=CAMS)
 
 
@@ -112,6 +114,20 @@ def test_grad_cam_pp_is_the_other_librarys_where_its_epsilon_is_small(layer):
         atol=1e-3,
         rtol=0,
     )
+
+
+@pytest.mark.parametrize('layer', ['1', '4', '6'])
+def test_layer_cam_is_the_other_librarys(layer):
+    "pytorch-grad-cam's, and torchcam's own, which is not enlarged"
+    x, y = batch()
+    cnn = tiny()
+    ours = layer_cam(cnn, x, y, layer=layer, aligned=False)
+    torch.testing.assert_close(ours, other('LayerCAM', cnn, cnn[int(layer)], x, y), atol=1e-4, rtol=0)
+    methods = pytest.importorskip('torchcam.methods')
+    with methods.LayerCAM(cnn, layer) as extract:
+        theirs = extract(y.tolist(), cnn(x))[0]
+    torch.testing.assert_close(ours, minmax(resize(theirs[:, None], x.shape[2:])), atol=1e-4, rtol=0)
+    assert (ours - grad_cam(cnn, x, y, layer=layer, aligned=False)).abs().amax() > 0.1
 
 
 def by_definition(cnn, k, x, y):
@@ -317,7 +333,11 @@ def test_an_inplace_relu_that_follows_does_not_rewrite_the_activation(cam, layer
     x, y = batch()
     want = cam(tiny(), x, y, layer=layer)
     torch.testing.assert_close(cam(tiny(inplace=True), x, y, layer=layer), want)
-    assert (want - cam(tiny(), x, y, layer={'2': '4', '3': '4', '5': '6'}[layer])).abs().max() > 0.01
+    after = cam(tiny(), x, y, layer={'2': '4', '3': '4', '5': '6'}[layer])
+    if cam is layer_cam and layer != '2':  # where the ReLU is 0, so is the gradient in front of it
+        torch.testing.assert_close(want, after)
+    else:
+        assert (want - after).abs().max() > 0.01
 
 
 @each_cam
@@ -449,6 +469,8 @@ def test_blank_maps_are_zero_and_tiny_ones_are_scaled(cam):
     flat = tiny()
     nn.init.zeros_(flat[5].weight)
     nn.init.ones_(flat[5].bias)  # the same everywhere: singles out nothing
+    if cam is layer_cam:  # which has a weight for each place
+        nn.init.ones_(flat[8].weight)
     assert torch.equal(cam(flat, x, y, layer='6'), torch.zeros(4, 1, 16, 16))
     top = cam(tiny(scale=1e-12), x, y).flatten(1).amax(1)
     assert torch.equal(top, cam(tiny(), x, y).flatten(1).amax(1)) and top.sum() >= 3
@@ -512,7 +534,7 @@ def test_the_registry_names_what_is_near():
     ):
         with pytest.raises(ValueError, match=f'unknown explainer {wrong!r}: did you mean .*{near}'):
             explain_with(wrong, tiny(), batch()[0])
-    assert tuple(explainers)[:8] == OWN
+    assert tuple(explainers)[: len(OWN)] == OWN
 
 
 def where_marked(x, v):
@@ -664,7 +686,7 @@ def test_fastai_tensors_and_half_precision_models():
 
     x, y = batch()
     model = AntehocModel(small_cnn(5), sample=x, eta=3).eval()
-    for name in ('ante-hoc', 'grad-cam', 'grad-cam++', 'score-cam', 'random', 'edges', 'ones', 'gaussian'):
+    for name in ('ante-hoc', 'grad-cam', 'grad-cam++', 'layer-cam', 'score-cam', 'random', 'edges', 'ones', 'gaussian'):
         m = explain_with(name, model, TensorImage(x), TensorCategory(y))
         assert type(m) is torch.Tensor and m.dtype == torch.float32
         torch.testing.assert_close(m, explain_with(name, model, x, y))
@@ -681,24 +703,34 @@ sys.modules['torchcam'] = None
 cnn = torch.nn.Sequential(torch.nn.Conv2d(3, 2, 3), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
 x = torch.rand(2, 3, 8, 8)
 assert explain_with('edges', cnn, x).shape == (2, 1, 8, 8)
-for name in ('grad-cam', 'grad-cam++', 'score-cam'):
+for name in ('grad-cam', 'grad-cam++', 'layer-cam', 'score-cam'):
     try: explain_with(name, cnn, x)
     except ImportError as e: print(e)
 '''
     r = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True)
     assert not r.returncode, r.stderr
-    message = "Grad-CAM, Grad-CAM++ and Score-CAM are made by torchcam: pip install torchcam"
-    assert r.stdout.splitlines() == ['[]', message, message, message]
+    message = "class activation maps are made by torchcam: pip install torchcam"
+    assert r.stdout.splitlines() == ['[]'] + [message] * 4
 
 
-OWN = 'ante-hoc', 'grad-cam', 'grad-cam++', 'score-cam', 'ones', 'random', 'gaussian', 'edges'
+OWN = 'ante-hoc', 'grad-cam', 'grad-cam++', 'layer-cam', 'score-cam', 'ones', 'random', 'gaussian', 'edges'
 
 
 @pytest.mark.parametrize('name', [*OWN, 'plain average of layers', 'regression-cam'])
 def test_the_protocol_of_every_entry(name):
     p = list(inspect.signature(explainers[name]).parameters)
     assert p[:3] == ['model', 'x', 'target']
-    assert needs_target(name) == needs_target(explainers[name]) == (name in ('grad-cam', 'grad-cam++', 'score-cam'))
+    cams = 'grad-cam', 'grad-cam++', 'layer-cam', 'score-cam'
+    assert needs_target(name) == needs_target(explainers[name]) == (name in cams)
+
+
+@pytest.mark.parametrize('form', ['auto', 'paper'])
+def test_the_ante_hoc_map_is_class_specific_where_the_weight_network_is(form):
+    model = AntehocModel(tiny(), sample=batch()[0], eta=2, weight_net=form)
+    for ours in ('ante-hoc', ante_hoc):
+        assert is_class_specific(ours, model) == model.class_specific == (form == 'auto')
+    assert is_class_specific('layer-cam', model) and is_class_specific(partial(ante_hoc), model)
+    assert not is_class_specific('edges', model) and not is_class_specific('ante-hoc', tiny())
 
 
 @pytest.mark.parametrize(
