@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['class_probability', 'drop_inc_win', 'map_area', 'equal_area_mask', 'map_masks', 'faithfulness', 'faithfulness_table',
-           'insertion_deletion']
+           'insertion_deletion', 'class_swap']
 
 # %% ../../nbs/evaluate/40_faithfulness.ipynb #cell0003
 import math
@@ -319,3 +319,23 @@ def _score_steps(score, x, baseline, ranks, counts, target, bs):
         with torch.no_grad(): batch = score(images) if target is None else score(images, target[image])
         scores.append(check_score(batch, len(images)))
     return torch.cat(scores).view(-1, len(x)).T
+
+# %% ../../nbs/evaluate/40_faithfulness.ipynb #afe6d4b9
+def class_swap(
+    score, # Callable: `score(x, target)` to one number per image, (B,), such as `partial(class_probability, model)`
+    images: dict, # `none`: the images, `own`: under the maps of their targets, `other`: of the other classes; (B,C,H,W)
+    target, # The targets, (B,)
+    other, # The other classes, (B,)
+) -> dict: # (B,) each: `own_none`, `own_own`, ... (scored class, map); `specificity` and `steering`
+    """The class-swap matrix of each image. `ValueError` for other images than `none`, `own` and `other`, or where a
+    target and its other class are the same."""
+    if set(images) != {'none', 'own', 'other'}:
+        raise ValueError(f"images must be a dict of 'none', 'own' and 'other', got {sorted(images)}")
+    n = len(images['none'])
+    classes = {'own': check_target(target, images['none']), 'other': check_target(other, images['none'])}
+    same = int((classes['own'] == classes['other']).sum())
+    if same: raise ValueError(f'other: the other class is the target itself for {same} of {n} images')
+    found = {f'{scored}_{kept}': check_score(score(x, number), n)
+             for scored, number in classes.items() for kept, x in images.items()}
+    return found | dict(specificity=found['own_own'] - found['own_other'],
+                        steering=found['other_other'] - found['other_none'])

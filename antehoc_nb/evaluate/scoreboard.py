@@ -170,7 +170,10 @@ def read_record(
 KEY = ['explainer', 'scorer', 'masks', 'metric']  # what a row of the tidy table is about
 BETTER = dict(drop='low', inc='high', win='high', average_drop='low', average_gain='high',
               insertion='high', deletion='low', road_most='low', road_least='high', road_combined='high',
-              pointing='high', energy_in_region='high', iou_best='high', iou_fixed='high', ms_per_map='low')
+              pointing='high', energy_in_region='high', iou_best='high', iou_fixed='high', ms_per_map='low',
+              swap_own_own='high', swap_own_other='low', swap_specificity='high', swap_steering='low',
+              runner_up_own_own='high', runner_up_own_other='low', runner_up_specificity='high',
+              runner_up_steering='low', grid_pointing='high')
 
 
 def summarise(

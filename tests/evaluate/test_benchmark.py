@@ -17,6 +17,7 @@ from antehoc_nb.core.masking import masked
 from antehoc_nb.evaluate import benchmark as module
 from antehoc_nb.evaluate.benchmark import Task, benchmark, benchmark_metrics, test_images
 from antehoc_nb.evaluate.faithfulness import class_probability, drop_inc_win, equal_area_mask, insertion_deletion
+from antehoc_nb.evaluate.localisation import Mosaics
 from antehoc_nb.evaluate.scoreboard import KEY, Benchmark, pool, summarise
 
 test_images.__test__ = False  # a function of the library
@@ -256,3 +257,160 @@ def test_registered_explainers_on_a_trained_model(trained, digits):
     )
     assert list(b.pivot(('pointing',)).index) == ['ante-hoc', 'grad-cam', 'plain average of layers', 'ones']
     assert row(b.df, 'ones', 'cnn', 'energy', 'average_drop').value == 0
+
+
+# --- other classes
+
+
+def by_class(model, x, target):
+    "A map that depends on the class: a ramp that starts at another column for each"
+    return torch.stack([left(None, x[:1], None)[0].roll(5 * int(c), 2) for c in target])
+
+
+@pytest.mark.parametrize('target', ['true', 'predicted'])
+@pytest.mark.parametrize('metric, prefix', [('class_swap', 'swap'), ('class_swap_runner_up', 'runner_up')])
+def test_class_swap_is_that_of_plain_loops(metric, prefix, target):
+    cnn, evaluator, dl = net(), net(1), loader()
+    explained = dict(by_class=by_class, left='gaussian')
+    b = benchmark(cnn, dl, explained, (metric,), evaluator=evaluator, bs=5, resamples=20, target=target)
+    assert b.record['results']['class_agnostic'] == ['left']
+    x, y, _ = test_images(dl)
+    probabilities = cnn(x).softmax(1)
+    if target == 'predicted':
+        y = probabilities.argmax(1)
+    for i, own in enumerate(y.tolist()):
+        ranking = [c for c in probabilities[i].argsort(descending=True).tolist() if c != own]
+        other = (own + 1) % 3 if prefix == 'swap' else ranking[0]
+        m = {'own': by_class(None, x[i : i + 1], [own]), 'other': by_class(None, x[i : i + 1], [other])}
+        for kind in ('energy', 'top 20%'):
+            images = {k: masked(x[i : i + 1], v if kind == 'energy' else equal_area_mask(v, 0.2)) for k, v in m.items()}
+            images['none'] = x[i : i + 1]
+            for scorer, model in dict(cnn=cnn, evaluator=evaluator).items():
+                found = {}
+                for scored, number in dict(own=own, other=other).items():
+                    for kept, image in images.items():
+                        found[scored, kept] = class_probability(model, image, number).item()
+                        key = scorer, '' if kept == 'none' else kind, f'{prefix}_{scored}_{kept}'
+                        np.testing.assert_allclose(b.values['by_class'][key][i], found[scored, kept], rtol=1e-5)
+                differences = dict(specificity=found['own', 'own'] - found['own', 'other'])
+                differences['steering'] = found['other', 'other'] - found['other', 'none']
+                for name, value in differences.items():
+                    got = b.values['by_class'][scorer, kind, f'{prefix}_{name}'][i]
+                    np.testing.assert_allclose(got, value, atol=1e-6)
+    assert row(b.df, 'left', '', '', f'{prefix}_map_difference').value == 0
+    assert row(b.df, 'left', 'evaluator', 'energy', f'{prefix}_specificity').value == 0
+    assert row(b.df, 'by_class', '', '', f'{prefix}_map_difference').value > 0.1
+
+
+class Sees(nn.Module):
+    "Logits are how much red, green, blue and grey is in the image; `flat` takes images of one size only"
+
+    def __init__(self, flat=False):
+        super().__init__()
+        self.flat = nn.Linear(3 * 16 * 16, 4, bias=False) if flat else None
+        self.conv = nn.Conv2d(3, 4, 1, bias=False)
+        colours = torch.cat([torch.eye(3), torch.full((1, 3), 0.5)])
+        self.conv.weight.data = 40 * (colours - colours.mean(0))[:, :, None, None]
+
+    def forward(self, x):
+        if self.flat is not None:
+            self.flat(x.flatten(1))
+        return self.conv(x).mean((2, 3))
+
+
+def coloured(n=40):
+    "Images that are all red, green, blue or grey, every fifth of them too dim to be classified with confidence"
+    colours = torch.cat([torch.eye(3), torch.full((1, 3), 0.5)])
+    y = torch.arange(n) % 4
+    x = colours[y][:, :, None, None].expand(-1, -1, 16, 16) * torch.where(torch.arange(n) % 5 == 4, 0.01, 1.0)[
+        :, None, None, None
+    ]
+    dl = DataLoader(list(zip(x, y)), bs=8)
+    dl.vocab = list('rgbk')
+    return dl
+
+
+def oracle(model, x, target):
+    "1 where the CNN sees the target's colour"
+    with torch.no_grad():
+        seen = model.conv(x).argmax(1)
+    return (seen == target[:, None, None])[:, None].float()
+
+
+def first_cell(model, x, target):
+    m = torch.zeros(len(x), 1, *x.shape[2:])
+    m[..., : x.shape[2] // 2, : x.shape[3] // 2] = 1
+    return m
+
+
+@pytest.mark.parametrize('resized', [False, True])
+def test_the_grid_pointing_game(resized, tmp_path):
+    "One score for each confidently classified image: all for an oracle, chance for a map that is always the same"
+    seen = []
+
+    def blank(model, x, target):
+        seen.append(tuple(x.shape[2:]))
+        return torch.zeros(len(x), 1, *x.shape[2:])
+
+    kw = dict(metrics=('grid_pointing',), bs=8, resamples=20, out=tmp_path / 'b.json')
+    explained = dict(oracle=oracle, first=first_cell, blank=blank, edges='edges')
+    b = benchmark(Sees(), coloured(), explained, mosaics=Mosaics(resized=resized), **kw)
+    score = b.values['oracle']['', '', 'grid_pointing']
+    assert np.isnan(score[4::5]).all() and np.isfinite(score).sum() == 32  # eight mosaics
+    assert row(b.df, 'oracle', '', '', 'grid_pointing').value > (0.9 if resized else 1 - 1e-6)
+    assert row(b.df, 'first', '', '', 'grid_pointing').value == pytest.approx(0.25)
+    assert row(b.df, 'edges', '', '', 'grid_pointing').value == pytest.approx(0.25)
+    assert np.isnan(row(b.df, 'blank', '', '', 'grid_pointing').value)  # nothing to share
+    assert row(b.df, 'oracle', '', '', 'grid_pointing_chance').value == 0.25
+    assert row(b.df, 'oracle', '', '', 'grid_pointing').n == 32
+    assert set(seen[1:]) - {(16, 16)} == (set() if resized else {(32, 32)})
+    settings = dict(side=2, confidence=0.99, resized=resized)
+    assert b.record['config']['mosaics'] == settings and b.record['results']['class_agnostic'] == ['edges']
+    with pytest.raises(ValueError, match='holds a run with other settings .*mosaics: '):
+        benchmark(Sees(), coloured(), explained, mosaics=Mosaics(confidence=0.9, resized=resized), **kw)
+
+
+def test_a_cnn_of_one_size_needs_mosaics_of_that_size():
+    cnn, dl = Sees(flat=True), coloured()
+    with pytest.raises(ValueError, match=r'does not take images of 32x32 pixels .*; give Mosaics\(resized=True\)'):
+        benchmark(cnn, dl, dict(oracle=oracle), ('grid_pointing',))
+    b = benchmark(cnn, dl, dict(oracle=oracle), ('grid_pointing',), mosaics=Mosaics(resized=True), resamples=20)
+    assert row(b.df, 'oracle', '', '', 'grid_pointing').value > 0.9
+    with pytest.raises(ValueError, match='side=3: a mosaic holds images of 9 different classes, these images have 4'):
+        benchmark(cnn, dl, dict(oracle=oracle), ('grid_pointing',), mosaics=Mosaics(side=3))
+
+
+def test_the_predicted_class_is_what_explainers_are_asked_about():
+    cnn, dl, asked = net(), loader(), []
+
+    def asks(model, x, target):
+        asked.append(target)
+        return left(model, x, target)
+
+    x, y, _ = test_images(dl)
+    predicted = cnn(x).argmax(1)
+    assert (predicted != y).any()
+    for target, expected in dict(true=y, predicted=predicted).items():
+        asked.clear()
+        b = benchmark(cnn, dl, dict(asks=asks), ('faithfulness',), target=target, bs=5, resamples=20)
+        assert torch.equal(torch.cat(asked[1:]), expected)
+        np.testing.assert_allclose(
+            b.values['asks']['cnn', '', 'p_x'], class_probability(cnn, x, expected).numpy(), rtol=1e-5
+        )
+        assert b.record['config']['target'] == target
+
+
+@pytest.mark.parametrize('form', ['auto', 'paper'])
+def test_the_record_says_whose_maps_are_class_agnostic(form):
+    from antehoc_nb.core.model import AntehocModel
+
+    model = AntehocModel(net(), sample=torch.rand(1, 3, 16, 16), eta=1, weight_net=form)
+    explained = 'ante-hoc', 'grad-cam', 'ones'
+    b = benchmark(model, loader(), explained, ('class_swap_runner_up',), n=9, resamples=20)
+    agnostic = ['ones'] if form == 'auto' else ['ante-hoc', 'ones']
+    assert b.record['results']['class_agnostic'] == agnostic
+    for e in agnostic:
+        assert row(b.df, e, 'cnn', 'energy', 'runner_up_specificity').value == 0
+        assert row(b.df, e, '', '', 'runner_up_map_difference').value == 0
+    assert row(b.df, 'grad-cam', '', '', 'runner_up_map_difference').value > 0
+    assert row(b.df, 'ones', 'cnn', 'energy', 'runner_up_steering').value == 0  # nothing is hidden

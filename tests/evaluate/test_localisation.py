@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from antehoc_nb.evaluate.localisation import boxes_to_masks, energy_in_region, iou, pointing_game
+from antehoc_nb.evaluate.localisation import Mosaics, boxes_to_masks, energy_in_region, iou, pointing_game
 
 seeds = st.integers(0, 2**31 - 1)
 sizes = st.integers(2, 12)
@@ -142,3 +142,58 @@ def test_more_refusals():
         pointing_game(torch.rand(1, 4, 4), [[0, 0, 1, 1]], -1)
     with pytest.raises(ValueError, match=r'boxes must have shape \(B,4\)'):
         boxes_to_masks([0, 0, 1, 1], 4)
+
+
+# --- mosaics
+
+
+@given(st.integers(2, 4), st.integers(4, 21), st.integers(4, 21), st.integers(0, 99))
+def test_cells_share_a_map_among_them(side, h, w, seed):
+    m = torch.rand(3, 1, h, w, generator=torch.Generator().manual_seed(seed))
+    mosaics = Mosaics(side=side)
+    shares = torch.stack([mosaics.share_in_cell(m, cell) for cell in range(mosaics.cells)], 1)
+    torch.testing.assert_close(shares.sum(1), torch.ones(3))
+    # at a multiple of the size all borders are those of pixels
+    large = m.repeat_interleave(side, 2).repeat_interleave(side, 3)
+    for cell in range(mosaics.cells):
+        r, c = divmod(cell, side)
+        part = large[..., r * h : (r + 1) * h, c * w : (c + 1) * w].sum((1, 2, 3)) / large.sum((1, 2, 3))
+        torch.testing.assert_close(shares[:, cell], part)
+
+
+@given(st.lists(st.integers(0, 6), min_size=1, max_size=60), st.integers(0, 99))
+def test_groups_are_of_different_classes_and_as_many_as_there_can_be(classes, seed):
+    y = torch.tensor(classes)
+    p = torch.rand(len(y), generator=torch.Generator().manual_seed(seed))
+    mosaics = Mosaics(confidence=0.3)
+    counts = [int(((y == c) & (p >= 0.3)).sum()) for c in range(7)]
+    # m mosaics take at most m images of a class
+    possible = max(m for m in range(61) if sum(min(n, m) for n in counts) >= 4 * m)
+    if not possible:
+        with pytest.raises(ValueError, match='a mosaic (needs 4 classes|holds images of 4 different classes)'):
+            mosaics.group(y, p)
+        return
+    groups = mosaics.group(y, p)
+    assert groups.shape == (possible, 4) and len(groups.unique()) == groups.numel()
+    assert (p[groups] >= 0.3).all() and all(len(set(y[g].tolist())) == 4 for g in groups)
+    assert torch.equal(groups, mosaics.group(y, p))
+
+
+def test_the_confidence_that_is_named_would_do():
+    y, p = torch.arange(8) % 4, torch.tensor([0.5, 0.61, 0.7, 0.9, 0.2, 0.2, 0.2, 0.2])
+    with pytest.raises(ValueError, match='the highest confidence that gives one is 0.5$'):
+        Mosaics().group(y, p)
+    assert Mosaics(confidence=0.5).group(y, p).sort().values.tolist() == [[0, 1, 2, 3]]
+
+
+def test_mosaics_keep_rows_and_columns():
+    x = torch.arange(2 * 4 * 3 * 5 * 6.0).view(8, 3, 5, 6)
+    joined = Mosaics().build(x)
+    assert joined.shape == (2, 3, 10, 12)
+    for i in range(2):
+        for cell in range(4):
+            r, c = divmod(cell, 2)
+            assert torch.equal(joined[i, :, 5 * r : 5 * r + 5, 6 * c : 6 * c + 6], x[4 * i + cell])
+    small = Mosaics(resized=True).build(torch.ones(4, 1, 1, 1) * torch.arange(4.0).view(4, 1, 1, 1).expand(4, 1, 8, 8))
+    assert small.shape == (1, 1, 8, 8)
+    assert [small[0, 0, r, c].item() for r in (1, 6) for c in (1, 6)] == pytest.approx([0, 1, 2, 3])
