@@ -27,13 +27,15 @@ from .evaluate.benchmark import benchmark, benchmark_metrics
 from .evaluate.evaluator import RandomMasks, random_masks, train_evaluator
 from .evaluate.explainers import explain_with, explainers
 from antehoc_nb.evaluate.faithfulness import (
-    class_probability, drop_inc_win, equal_area_mask, faithfulness, faithfulness_table, insertion_deletion, map_area
+    class_probability, class_swap, drop_inc_win, equal_area_mask, faithfulness, faithfulness_table, insertion_deletion,
+    map_area
 )
-from .evaluate.localisation import boxes_to_masks, energy_in_region, iou, localisation, pointing_game
+from .evaluate.localisation import Mosaics, boxes_to_masks, energy_in_region, iou, localisation, pointing_game
 from .evaluate.road import linear_imputation, road_scores
 from .evaluate.robustness import max_sensitivity, noise_stability, salt_and_pepper, ssim
 from .evaluate.sanity import model_randomisation, plot_randomisation, rank_correlation
 from .evaluate.scoreboard import Benchmark, read_record, run_record, write_record
+from .evaluate.tame import TAME, tame_explainer, train_tame
 from .show.explain_files import explain_files
 from .show.learner import plot_losses, plot_map_history
 from antehoc_nb.show.plots import (
