@@ -147,10 +147,10 @@ def _two_of_each_block(length, block):
 
 def pool_cells(activation: torch.Tensor, # (B,C,h,w)
                grid: tuple | None, # Where the cells are, as of `layer_grids`; None: spread evenly
-               cells: tuple[int, int], # How many rows and columns should be left, or more
+               cells: tuple[int, int], # About how many rows and columns should be left: at least 85 % of these
               ) -> tuple[torch.Tensor, tuple | None]: # Means of up to four cells of each block, float32; their grid
     "One value for each block of cells, and where the blocks lie."
-    blocks = [max(1, n // wanted) for n, wanted in zip(activation.shape[2:], cells)]
+    blocks = [max(1, int(n / (.85 * wanted))) for n, wanted in zip(activation.shape[2:], cells)]
     if blocks == [1, 1]: return activation, grid
     rows, columns = map(_two_of_each_block, activation.shape[2:], blocks)
     of_rows = sum(activation[:, :, some].float() for some in rows)
