@@ -62,7 +62,7 @@ def _copy_for_size(model, x):
         raise ValueError(f'export: the network does not take images of size={size}: {_first_line(e)}') from e
     if model.corrects_border:
         for name, layer in zip(model._border_names, recorded):
-            setattr(model, name, fit_border(model.get_buffer(name), layer.sam.shape[2:]).contiguous())
+            setattr(model, name, fit_border(model.get_buffer(name), layer.response.shape[2:]).contiguous())
     return model, out
 
 

@@ -99,7 +99,9 @@ def _cell_weights(*numbers, device):
     "`_cell_table` as a tensor. No tensor of an export is kept: the next call would get it too"
     key = *numbers, device
     if key in _on_device and not torch.compiler.is_compiling(): return _on_device[key]
-    with torch.inference_mode(False): weights = torch.tensor(_cell_table(*numbers), device=device)
+    table = _cell_table(*numbers)
+    if device.type == 'cpu' and not torch.compiler.is_compiling(): return torch.from_numpy(table)
+    with torch.inference_mode(False): weights = torch.tensor(table, device=device)
     if device.type != 'cpu' and not _is_traced(weights):
         if len(_on_device) >= 256: _on_device.clear()
         _on_device[key] = weights
@@ -137,13 +139,22 @@ def resize_maps(maps: Sequence[torch.Tensor], # eta maps, (B,1,h_i,w_i)
     return torch.cat([resize(m, size, grid, cells) for m, grid in zip(maps, grids or [None] * len(maps))], 1)
 
 # %% ../../nbs/core/02_geometry.ipynb #768f41be
+def _two_of_each_block(length, block):
+    "Along an axis, slices of two cells of each block that lie symmetrically; of one if the block is one cell"
+    start, end = length % block // 2, length - (length % block + 1) // 2
+    return [slice(start + nth, end, block) for nth in sorted({block // 4, block - 1 - block // 4})]
+
+
 def pool_cells(activation: torch.Tensor, # (B,C,h,w)
                grid: tuple | None, # Where the cells are, as of `layer_grids`; None: spread evenly
-               cells: tuple[int, int], # How many rows and columns should be left, or more
-              ) -> tuple[torch.Tensor, tuple | None]: # The averages, and their grid
-    "Averages of blocks of cells, and where the blocks lie."
-    blocks = tuple(max(1, n // wanted) for n, wanted in zip(activation.shape[2:], cells))
-    if blocks == (1, 1): return activation, grid
-    pooled = F.avg_pool2d(activation, blocks, ceil_mode=True)
+               cells: tuple[int, int], # About how many rows and columns should be left: at least 85 % of these
+              ) -> tuple[torch.Tensor, tuple | None]: # Means of up to four cells of each block, float32; their grid
+    "One value for each block of cells, and where the blocks lie."
+    blocks = [max(1, int(n / (.85 * wanted))) for n, wanted in zip(activation.shape[2:], cells)]
+    if blocks == [1, 1]: return activation, grid
+    rows, columns = map(_two_of_each_block, activation.shape[2:], blocks)
+    of_rows = sum(activation[:, :, some].float() for some in rows)
+    pooled = sum(of_rows[..., some] for some in columns) / (len(rows) * len(columns))
     if grid is None: return pooled, None
-    return pooled, tuple((start + step * (n - 1) / 2, step * n) for (start, step), n in zip(grid, blocks))
+    return pooled, tuple((start + step * (length % block // 2 + (block - 1) / 2), step * block)
+                         for (start, step), length, block in zip(grid, activation.shape[2:], blocks))

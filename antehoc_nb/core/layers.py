@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from .utils import as_inputs, frozen, unknown_name
+from .utils import as_inputs, every_module, frozen, unknown_name
 
 # %% ../../nbs/core/01_layers.ipynb #cell0005
 CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
@@ -72,8 +72,8 @@ class ModuleCall:
 @contextmanager
 def hooks_run(cnn: nn.Module): # Any network
     "Inside the block, modules that were compiled run as they were before, so that they call their hooks."
-    compiled = any(getattr(module, '_compiled_call_impl', None) is not None or hasattr(module, '_orig_mod')
-                   for module in cnn.modules())
+    compiled = any(module._compiled_call_impl is not None or '_orig_mod' in module._modules
+                   for module in every_module(cnn))
     if not compiled or torch.compiler.is_compiling(): yield
     else:
         with torch.compiler.set_stance('force_eager'): yield

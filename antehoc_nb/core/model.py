@@ -28,7 +28,8 @@ from torch import nn
 
 import antehoc_nb
 from antehoc_nb.core.attention import (
-    channel_rms, fit_border, noise_like_photographs, record_sams, soft_attentions, take_off_border,
+    channel_rms, fit_border, largest_value, noise_like_photographs, record_sams, soft_attentions, spatial_softmax,
+    standardise, take_off_border,
 )
 from .geometry import layer_grids, pool_cells, resize_maps
 from .layers import choose_layers
@@ -37,7 +38,9 @@ from antehoc_nb.core.utils import (
     as_inputs, cnn_builders, eval_mode, import_extra, in_channels, map_tensors, noise_images, own_seed, plain_tensor,
     rgb_images, train_functions, unknown_name, usual_mode
 )
-from .weight_net import class_numbers, count_classes, gives_logits, interpretation_map, weight_nets
+from antehoc_nb.core.weight_net import (
+    class_numbers, count_classes, gives_logits, in_deviations, interpretation_map, modulate, weight_nets,
+)
 
 # %% ../../nbs/core/07_model.ipynb #cell0006
 def has_other_units(mean: torch.Tensor, # Of the normalisation, any shape
@@ -440,7 +443,7 @@ class AntehocModel(nn.Module):
         self._warned = set()  # what this model has warned about
         # The weight network takes no part in `forward`, so data-parallel training must not wait for its gradients.
         names = [f'weight_net.{name}' for name, _ in self.weight_net.named_parameters()]
-        self._ddp_params_and_buffers_to_ignore = [*names, *self._border_names]
+        self._ddp_params_and_buffers_to_ignore = [*names, *self._border_names, 'units']
 
 # %% ../../nbs/core/07_model.ipynb #01eafa28
 @patch
@@ -520,6 +523,7 @@ def map_cells(self: AntehocModel,
 def _prepare_border(self: AntehocModel, border, sample):
     "Buffers for the border responses: measured, of a saved model's sizes, or None"
     strength = soft_attentions.option(self.soft_attention, 'strength', None)
+    self.aligns_strength = strength is not None and (self.cells is not None or self.reads_activations or bool(border))
     if border is None: border = self.cells is not None and strength is not None
     if border is True and strength is None:
         raise ValueError(f'border=True: soft_attention={self.soft_attention!r} was registered without strength=')
@@ -527,6 +531,7 @@ def _prepare_border(self: AntehocModel, border, sample):
     sizes = border if isinstance(border, (list, tuple)) else [(1, 1)] * self.eta
     for name, size in zip(self._border_names, sizes):
         self.register_buffer(name, torch.zeros(1, 1, *size, device=self.mean.device) if border else None)
+    self.register_buffer('units', torch.ones(self.eta, device=self.mean.device) if border else None)
     if border is True and sample is not False: self.measure_border(sample)
 
 
@@ -543,26 +548,26 @@ def measure_border(self: AntehocModel,
     else: noise = ((noise - self.mean) / self.std).to(x)
     strength = soft_attentions.option(self.soft_attention, 'strength')
     cells = self.map_cells(x.shape[2:])
-    def mean_strength(activation): return strength(pool_cells(activation, None, cells)[0]).mean(0, keepdim=True)
+
+    def mean_strength(activation):
+        pooled = pool_cells(activation, None, cells)[0].float() if cells else activation.float()
+        scale = largest_value(pooled, (0, 1, 2, 3))
+        return strength(pooled / scale).mean(0, keepdim=True) * scale
     with torch.no_grad(), eval_mode(self.cnn), torch.random.fork_rng([]):
         found = [record_sams(self.cnn, self.layers, (images, *others), attention=mean_strength)[1]
                  for images in noise.split(len(x))]
-    for name, of_batches in zip(self._border_names, zip(*found)):
+    for i, (name, of_batches) in enumerate(zip(self._border_names, zip(*found))):
         response = torch.stack(of_batches).mean(0)
-        setattr(self, name, response if response.isfinite().all() else torch.zeros_like(response))
+        typical = response.abs().mean()
+        is_usual = response.isfinite().all() and typical > 0
+        self.units[i] = 1 / typical if is_usual else 1.
+        setattr(self, name, response / typical if is_usual else torch.zeros_like(response))
 
 
 @patch
-def _strength(self: AntehocModel, i, activation):
-    "How strongly layer `i` responds, without its border response, (B,1,h,w)"
-    strength = soft_attentions.option(self.soft_attention, 'strength', None) or channel_rms
-    return take_off_border(strength(activation), self._border(i, activation.shape[2:]))
-
-
-@patch
-def _border(self: AntehocModel, i, size):
-    "The border response of layer `i` for an activation of a size, (1,1,h,w); 0. if there is none"
-    return fit_border(self.get_buffer(self._border_names[i]), size) if self.corrects_border else 0.
+def _border(self: AntehocModel, i, response):
+    "The border response of layer `i`, as large as its response, (B,1,h,w)"
+    return fit_border(self.get_buffer(self._border_names[i]), response.shape[2:]).expand_as(response)
 
 # %% ../../nbs/core/07_model.ipynb #4de22cee
 @patch(as_prop=True)
@@ -573,19 +578,23 @@ def attention(self: AntehocModel) -> Callable:
 
 class LayerMaps(NamedTuple):
     "What is recorded of a layer in a forward pass."
-    sam: torch.Tensor # Soft attention map, (B,1,h,w) in [0,1]
-    activation: torch.Tensor | None # (B,C,h,w), if the weight network reads it
-    grid: tuple | None # Where the cells of both are, as of `layer_grids`; None: spread evenly
+    response: torch.Tensor # How strongly it responds at each place, (B,1,h,w); or its soft attention map, in [0,1]
+    grid: tuple | None # Where the cells are, as of `layer_grids`; None: spread evenly
+    activation: torch.Tensor | None = None # (B,C,h,w), if the weight network reads it
+    rms: torch.Tensor | None = None # The root mean square over its channels, (B,1,h,w)
 
 
 @patch
 def _record(self: AntehocModel, i, cells, activation):
-    "What is kept of layer `i`, averaged to about the `cells` of the map"
+    "What is kept of layer `i`, at about the `cells` of the map"
     pooled, grid = (activation, self.grids[i]) if cells is None else pool_cells(activation, self.grids[i], cells)
-    border = dict(border=self._border(i, pooled.shape[2:])) if self.corrects_border else {}
-    sam = self.attention(pooled, **border)
-    if not self.reads_activations: return LayerMaps(sam, None, grid)
-    return LayerMaps(sam, pooled.clone() if pooled is activation else pooled, grid)  # the CNN may go on to write to it
+    to_response = self.attention
+    if self.aligns_strength: to_response = soft_attentions.option(self.soft_attention, 'strength')
+    if self.corrects_border: scaled = pooled.float() * self.units[i]
+    else: scaled = pooled.float() / largest_value(pooled.float(), (1, 2, 3))
+    response = to_response(scaled)
+    if not self.reads_activations: return LayerMaps(response, grid)
+    return LayerMaps(response, grid, scaled, response if to_response is channel_rms else channel_rms(scaled))
 
 
 @patch
@@ -645,16 +654,30 @@ def interpret(self: AntehocModel,
 @patch
 def _align(self: AntehocModel, recorded, size, target):
     "Soft attention maps at the map's resolution, (B,n,h,w); and, for some weight networks, what is read of activations"
-    sams, activations, grids = zip(*recorded)
-    cells = self.map_cells(size)
-    if not self.reads_activations: return resize_maps(sams, size, grids, cells), []
-    strengths = [self._strength(i, activation) for i, activation in enumerate(activations)]
-    views, modulated = self.weight_net.read(activations, strengths, target, self.temperature)
-    kinds = [sams, modulated] if self.modulates else [sams]
-    of_layers = [torch.cat(maps, 1) for maps in zip(*kinds, views)]
-    aligned = resize_maps(of_layers, size, grids, cells).unflatten(1, (self.eta, -1))
-    maps, views = aligned.split([len(kinds), aligned.shape[2] - len(kinds)], 2)
-    return maps.transpose(1, 2).flatten(1, 2), [views.flatten(1, 2), activations[-1].mean((2, 3))]
+    responses, grids, activations, rms = zip(*recorded)
+    of_layers = [responses]
+    if self.corrects_border: of_layers.append([self._border(i, response) for i, response in enumerate(responses)])
+    with torch.autocast(responses[0].device.type, enabled=False):
+        if self.reads_activations: of_layers += [rms, self.weight_net.read(activations, target)]
+        joined = [torch.cat(maps, 1) if len(maps) > 1 else maps[0] for maps in zip(*of_layers)]
+        aligned = resize_maps(joined, size, grids, self.map_cells(size)).unflatten(1, (self.eta, -1))
+    response = aligned[:, :, 0]
+    if self.corrects_border: response = take_off_border(response, aligned[:, :, 1])
+    if not self.reads_activations: return self._soft_attention_maps(response), []
+    n_before = len(of_layers) - 1
+    read = in_deviations(aligned[:, :, n_before:], aligned[:, :, n_before - 1])
+    views, change = (read[:, :, :-1], read[:, :, -1]) if self.modulates else (read, None)
+    return self._soft_attention_maps(response, change), [views.flatten(1, 2), activations[-1].mean((2, 3))]
+
+
+@patch
+def _soft_attention_maps(self: AntehocModel, response, change=None):
+    "Soft attention maps of aligned responses, (B,eta,h,w), and modulated ones if there is a change, (B,2 eta,h,w)"
+    if change is None and not self.aligns_strength: return response
+    standardised = standardise(response)
+    modulated = [] if change is None else [modulate(standardised, change)]
+    if self.aligns_strength: return spatial_softmax(torch.cat([standardised, *modulated], 1), self.temperature)
+    return torch.cat([response, spatial_softmax(modulated[0], self.temperature)], 1)
 
 
 @patch
@@ -863,7 +886,7 @@ def explain(self: AntehocModel,
 @patch
 def _map_names(self: AntehocModel, recorded):
     "The layer and the resolution of each soft attention map"
-    sizes = tuple(tuple(layer.sam.shape[2:]) for layer in recorded)
+    sizes = tuple(tuple(layer.response.shape[2:]) for layer in recorded)
     if not self.modulates: return self.layers, sizes
     return (*self.layers, *(f'{layer}, modulated' for layer in self.layers)), sizes * 2
 

@@ -56,7 +56,7 @@ def test_measuring_disturbs_nothing_and_follows_the_cnn():
     cnn[0][1].eval()  # a frozen batch norm
     model = AntehocModel(cnn, sample, eta=3)
     before, modes, stream = copy.deepcopy(cnn.state_dict()), [m.training for m in cnn.modules()], torch.get_rng_state()
-    first = model.border_0.clone()
+    first, first_unit = model.border_0.clone(), model.units[0].clone()
     model.measure_border(sample)
     assert torch.equal(model.border_0, first)  # the noise is the same each time
     assert torch.equal(torch.get_rng_state(), stream) and [m.training for m in cnn.modules()] == modes
@@ -64,7 +64,8 @@ def test_measuring_disturbs_nothing_and_follows_the_cnn():
     assert not any(module._forward_hooks for module in model.modules())
     with torch.no_grad(): cnn[0][0].weight.mul_(3)
     model.measure_border(sample)
-    torch.testing.assert_close(model.border_0, 3 * first, atol=1e-4, rtol=.05)
+    in_place = model.border_0 / model.units[0]  # both are kept in units of their mean
+    torch.testing.assert_close(in_place, 3 * first / first_unit, atol=1e-4, rtol=.05)
 
 
 def test_a_saved_model_keeps_its_border(tmp_path):

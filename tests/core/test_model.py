@@ -181,7 +181,7 @@ def test_explanation_keeps_no_graph_and_no_activation():
 
 @pytest.mark.parametrize('where', ['cnn', 'weight_net', 'attention'])
 def test_error_leaves_nothing_behind(where, monkeypatch):
-    m = small_model()
+    m = small_model(weight_net='paper')  # which takes the soft attention of each layer as it runs
     m.train()
     m.cnn[0][1].eval()  # a frozen batch norm
     modes = [o.training for o in m.modules()]

@@ -2,7 +2,6 @@
 import matplotlib.pyplot as plt
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -11,7 +10,7 @@ from workers import small_cnn
 from antehoc_nb.core.interpretation_loss import int_loss
 from antehoc_nb.core.model import AntehocModel
 from antehoc_nb.core.utils import frozen
-from antehoc_nb.core.weight_net import LayerReader, weight_nets
+from antehoc_nb.core.weight_net import Reader, modulate, weight_nets
 from antehoc_nb.show.plots import show_sams, show_weights
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -30,37 +29,36 @@ def pass_1(model, x):
 @pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
 def test_modulated_maps_written_out(layout):
     "The modulated map written out, class-specific or not."
-    activation = torch.randn(3, 5, 7, 4).to(memory_format=layout)
+    other, activation = torch.randn(3, 2, 4, 4), torch.randn(3, 5, 7, 4).to(memory_format=layout)
     for classes, target in ((6, torch.tensor([5, 0, 2])), (None, None)):
-        reader = LayerReader(5, 2, classes)
+        reader = Reader([2, 5], 2, classes)
         rows = nn.init.normal_(reader.shared_direction)
         if classes: rows = rows + nn.init.normal_(reader.class_directions.weight)[target]
-        normalised = F.group_norm(activation, 1, reader.norm.weight, reader.norm.bias)
-        change = (normalised * rows[:, :, None, None]).sum(1, keepdim=True)
-        strength = activation.square().mean(1, keepdim=True).sqrt()
-        z = (strength - strength.mean((2, 3), keepdim=True)) / strength.std((2, 3), correction=0, keepdim=True)
+        by_hand = 2 * (activation * rows[:, 2:, None, None]).sum(1)
+        change = reader([other, activation], target)[1][:, -2]
+        torch.testing.assert_close(change, by_hand, atol=1e-5, rtol=1e-4)
+        strength = activation.square().mean(1).sqrt()
+        z = (strength - strength.mean((1, 2), keepdim=True)) / strength.std((1, 2), correction=0, keepdim=True)
         response = z + change
-        deviation = response.std((2, 3), correction=0, keepdim=True)
-        e = ((response - response.mean((2, 3), keepdim=True)) / deviation / 3).exp()
-        expected = (e - e.amin((2, 3), keepdim=True)) / (e.amax((2, 3), keepdim=True) - e.amin((2, 3), keepdim=True))
-        torch.testing.assert_close(reader(activation, strength, target)[1], expected, atol=1e-5, rtol=1e-4)
+        deviation = response.std((1, 2), correction=0, keepdim=True)
+        expected = (response - response.mean((1, 2), keepdim=True)) / deviation
+        found = modulate(z[:, None], change[:, None])[:, 0]
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
 @given(st.integers(1, 3), st.integers(2, 6), st.integers(0, 2**30))
 def test_views_are_projections_written_out(n, classes, seed):
-    "The projections of a layer: at each pixel, the normalised activation times the weights, plus the bias."
+    "The projections of a layer: at each pixel, the activation times the weights."
     torch.manual_seed(seed)
-    activation, target = torch.randn(n, 5, 4, 3), torch.randint(0, classes, (n,))
-    reader = LayerReader(5, 2, classes)
+    activations, target = [torch.randn(n, 5, 4, 3), torch.randn(n, 2, 2, 2)], torch.randint(0, classes, (n,))
+    reader = Reader([5, 2], 2, classes)
     nn.init.normal_(reader.class_directions.weight)
-    views, _ = reader(activation, activation[:, :1], target)
-    normalised = F.group_norm(activation, 1, reader.norm.weight, reader.norm.bias)
-    assert views.shape == (n, 2, 4, 3)
+    views, of_second_layer = reader(activations, target)
+    assert views.shape == (n, 4, 4, 3) and of_second_layer.shape == (n, 4, 2, 2)
     for i in range(n):
         for row in range(4):
             for column in range(3):
-                weight, bias = reader.views.weight[1, :, 0, 0], reader.views.bias[1]
-                by_hand = bias + sum(normalised[i, k, row, column] * weight[k] for k in range(5))
+                by_hand = sum(activations[0][i, k, row, column] * reader.views[1, k] for k in range(5))
                 torch.testing.assert_close(views[i, 1, row, column], by_hand, atol=1e-5, rtol=1e-4)
 
 
@@ -95,7 +93,7 @@ def test_only_the_target_classes_learn():
     x, target = images(4), torch.tensor([1, 7, 7, 1])
     i_map, *_ = model.interpret(pass_1(model, x), (32, 32), target)
     with frozen(model.cnn): int_loss(model.cnn(model.mask(x, i_map)), target, 'cross_entropy').backward()
-    for embedding in [*(r.class_directions for r in model.weight_net.readers), model.weight_net.class_embedding]:
+    for embedding in (model.weight_net.read.class_directions, model.weight_net.class_embedding):
         learned = embedding.weight.grad.abs().sum(1) > 0
         assert learned.nonzero().flatten().tolist() == [1, 7]
     assert all(p.grad is None for p in model.cnn.parameters())
@@ -107,7 +105,6 @@ def test_an_image_without_a_response_spoils_nothing():
                         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
     model = AntehocModel(cnn, images(), eta=2)
     nn.init.normal_(model.weight_net.autoencoder.out.weight)
-    for reader in model.weight_net.readers: nn.init.normal_(reader.norm.bias)  # as if it were trained
     x, target = images(3), torch.tensor([0, 1, 2])
     x[1] = 0
     i_map, _, sams = model.interpret(pass_1(model, x), (32, 32), target)
@@ -115,7 +112,8 @@ def test_an_image_without_a_response_spoils_nothing():
     with frozen(model.cnn): int_loss(model.cnn(model.mask(x, i_map)), target, 'cross_entropy').backward()
     gradients = [p.grad for p in model.weight_net.parameters() if p.grad is not None]
     assert all(g.isfinite().all() for g in gradients) and max(g.abs().max() for g in gradients) < 1e3
-    assert all(reader.class_directions.weight.grad[0].abs().sum() > 0 for reader in model.weight_net.readers)
+    gradients = model.weight_net.read.class_directions.weight.grad[0].split([4, 4])
+    assert all(of_layer.abs().sum() > 0 for of_layer in gradients)
 
 
 def test_a_class_specific_network_of_ones_own():

@@ -5,7 +5,7 @@ import torch
 from antehoc_nb.core.attention import minmax, soft_attentions, standardise, take_off_border
 from antehoc_nb.core.interpretation_loss import mse
 from antehoc_nb.core.model import AntehocModel
-from antehoc_nb.core.weight_net import LayerReader, interpretation_map
+from antehoc_nb.core.weight_net import interpretation_map
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -44,14 +44,20 @@ def test_constant_maps_become_0_with_finite_gradients(constant):
         assert maps.grad.isfinite().all()
 
 
+@pytest.mark.parametrize('cells, border', [(None, None), (None, False), ('pixels', None)])
 @pytest.mark.parametrize('scale', SCALES)
-def test_what_a_trained_weight_network_reads(scale):
-    reader = LayerReader(8, 4)
-    torch.nn.init.normal_(reader.shared_direction)
-    f, strength = torch.rand(2, 8, 6, 6) + .5, torch.rand(2, 1, 6, 6)
-    with torch.no_grad(): (views, modulated), (small_views, small_modulated) = reader(f, strength), reader(
-        f * scale, strength * scale)
-    assert torch.allclose(views, small_views, atol=.01) and torch.allclose(modulated, small_modulated, atol=.01)
+def test_what_a_trained_weight_network_reads(cnn, scale, cells, border):
+    x = torch.rand(2, 3, 32, 32)
+    network = cnn()
+    model = AntehocModel(network, x, eta=2, class_specific=False, cells=cells, border=border)
+    torch.nn.init.normal_(model.weight_net.read.shared_direction)
+    torch.nn.init.normal_(model.weight_net.autoencoder.out.weight)
+    ordinary = model.explain(x)
+    network[0][1].register_forward_hook(lambda module, args, out: out * scale)
+    network[1][0].weight.data /= scale  # so that all later layers respond as before
+    model.measure_border(x)
+    scaled = model.explain(x)
+    assert torch.allclose(ordinary.sams, scaled.sams, atol=.01) and torch.allclose(ordinary.map, scaled.map, atol=.01)
 
 
 @pytest.mark.parametrize('scale', [1e-10, 1e-6, 1e6])
