@@ -45,7 +45,7 @@ SLOW = ('small_cnn', False), ('resnet18', False), ('resnet18', True), ('convnext
 
 
 @cache
-def make_pair(name='small_cnn', class_specific=True):
+def make_pair(name, class_specific):
     "A model, and its graph, which takes seconds to record; do not change them"
     model = make_model(name, class_specific)
     return model, MapModule(model)
@@ -95,7 +95,7 @@ def test_export(pair, strict):
 
 @pytest.mark.slow
 def test_strict_export():
-    check_export(*make_pair(), strict=True)
+    check_export(*make_pair('small_cnn', True), strict=True)
 
 
 def check_export(model, graph, strict):
@@ -114,7 +114,7 @@ def test_compile_has_one_graph(pair):
 
 @pytest.mark.slow
 def test_inductor():
-    model, graph = make_pair()
+    model, graph = make_pair('small_cnn', True)
     compiled = torch.compile(graph, fullgraph=True)
     try: found = compiled(*arguments(model))
     except Exception as e:
@@ -124,7 +124,7 @@ def test_inductor():
 
 
 def test_inference_mode_threads_and_data_parallel():
-    model, graph = make_pair()
+    model, graph = make_pair('small_cnn', True)
     inputs = arguments(model)
     expected = explained(model, *inputs)
     with torch.inference_mode(): assert_same(graph(*inputs), expected)
@@ -154,7 +154,7 @@ def test_the_graph_is_a_copy_in_evaluation_mode():
 
 
 def test_pixels_and_floats():
-    model, graph = make_pair()
+    model, graph = make_pair('small_cnn', True)
     pixels = torch.randint(0, 256, (2, 3, SIZE, SIZE), dtype=torch.uint8)
     assert_same(graph(pixels), graph((pixels / 255 - model.mean) / model.std))
     assert_same(graph(pixels), explained(model, (pixels / 255 - model.mean) / model.std))
