@@ -15,6 +15,12 @@ from hypothesis import settings
 torch.set_num_threads(1 if 'PYTEST_XDIST_WORKER' in os.environ else 2)  # beside another worker, one
 settings.register_profile('repeatable', derandomize=True, deadline=None, max_examples=25, database=None)
 settings.load_profile('repeatable')
+LONGEST = 'test_killed_run', 'test_two_processes', 'test_figure4', 'test_table3', 'test_table4'
+
+
+def pytest_collection_modifyitems(items):
+    "The longest tests come first: else one worker ends alone with them."
+    items.sort(key=lambda item: not item.name.startswith(LONGEST))
 
 
 @pytest.fixture(autouse=True)
@@ -35,6 +41,15 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(n)
+
+
+@pytest.fixture(scope='module')
+def without_figures():
+    "The figures that a run writes take longer than a short training; the notebook of `train_run` draws them."
+    from antehoc_nb.tasks import experiment
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experiment, '_write_figures', lambda *args: None)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -80,9 +81,11 @@ def lint():
     return run('ruff', 'check', LIB, *others)
 
 
-def notebooks(workers=2):
-    threads = str(max(1, (os.cpu_count() or 1)//workers))
-    return run('nbdev_test', '--n_workers', workers, '--do_print', '--timing', OMP_NUM_THREADS=threads)
+def notebooks(workers=2, *args, quiet=False):
+    "The notebooks, with a share of the cores for each: see tools/notebooks.py"
+    threads = str(max(1, (os.cpu_count() or 1)//2))
+    command = sys.executable, 'tools/notebooks.py', '--workers', workers, *args
+    return run(*command, quiet=quiet, OMP_NUM_THREADS=threads)
 
 
 def tests(workers=2, *args):
@@ -90,19 +93,15 @@ def tests(workers=2, *args):
     return run(sys.executable, '-m', 'pytest', '-n', workers, '--dist', 'worksteal', *args)
 
 
-def slow_notebooks(workers=2):
-    "The notebooks that have cells marked `#| slow`, with these cells"
-    threads = str(max(1, (os.cpu_count() or 1)//workers))
-    marked = [f for f in sorted((ROOT/'nbs').rglob('*.ipynb')) if '"#| slow' in f.read_text(encoding='utf-8')]
-    flags = '--flags', 'slow', '--do_print', '--timing'
-    return all([run('nbdev_test', '--path', f, *flags, OMP_NUM_THREADS=threads) for f in marked])
-
-
-def slow_tests(): return tests(2, '-m', 'slow')
+def slow():
+    "The slow cells beside the slow tests: one long notebook would leave a core idle"
+    with ThreadPoolExecutor() as pool:
+        cells = pool.submit(notebooks, 1, '--slow', quiet=True)
+        return tests(2, '-m', 'slow') & cells.result()
 
 
 STEPS = {'ruff': lint, 'in-step': in_step, 'notebooks': notebooks, 'tests': tests}
-SLOW = {'slow notebooks': slow_notebooks, 'slow tests': slow_tests}
+SLOW = {'slow cells and tests': slow}
 
 
 def main():

@@ -32,7 +32,7 @@ from antehoc_nb.tasks import captioner as M
 from antehoc_nb.tasks import captioning as T
 from antehoc_nb.train.archs import rebuild_cnn
 
-pytestmark = pytest.mark.usefixtures('one_thread')
+pytestmark = pytest.mark.usefixtures('one_thread', 'without_figures')
 WORDS = 'a red green blue one two three above left of'.split()
 
 

@@ -29,7 +29,7 @@ from antehoc_nb.tasks.classification import (
 from antehoc_nb.tasks.experiment import DatasetSpec
 from antehoc_nb.tasks.noise import read_stability, run_stability, stability, stability_table
 
-pytestmark = pytest.mark.usefixtures('one_thread')
+pytestmark = pytest.mark.usefixtures('one_thread', 'without_figures')
 
 
 @pytest.fixture(scope='module')
@@ -51,7 +51,7 @@ def squares(tmp_path_factory):
 
 
 @pytest.fixture(scope='module')
-def run(squares, tmp_path_factory):
+def run(squares, tmp_path_factory, without_figures):
     "The smoke run of the classification; every test below reads it."
     d, threads = tmp_path_factory.mktemp('run'), torch.get_num_threads()
     torch.set_num_threads(1)  # the CNN is too small to share among cores

@@ -3,6 +3,7 @@ import gc
 import json
 import weakref
 from copy import deepcopy
+from functools import partial
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ from torch.utils.data import TensorDataset
 from antehoc_nb.data.photo_digits import photo_digits_dls
 from antehoc_nb.evaluate.explainers import explain_with
 from antehoc_nb.evaluate.scoreboard import read_record
-from antehoc_nb.tasks import classification
+from antehoc_nb.tasks import classification, concept_tables
 from antehoc_nb.tasks.concept_models import (
     Cbah,
     CbahLoss,
@@ -53,7 +54,7 @@ from antehoc_nb.train.archs import small_cnn
 from antehoc_nb.train.checkpoint import Checkpoint
 from antehoc_nb.train.learner import Bf16
 
-pytestmark = pytest.mark.usefixtures('one_thread')
+pytestmark = pytest.mark.usefixtures('one_thread', 'without_figures')
 
 
 def toy_dls(n=64, size=16, bs=16, classes=3, seed=0):
@@ -411,6 +412,7 @@ def test_table3(tmp_path, monkeypatch):
         assert n_valid == 500
         return photo_digits_dls(n_train, 60, *args)
     monkeypatch.setattr(classification, 'photo_digits_dls', fewer)
+    monkeypatch.setattr(concept_tables, 'epoch_seconds', partial(concept_tables.epoch_seconds, rounds=1))
     command = 'antehoc reproduce table3'
     rec = run_concept_models('photo-digits', 'smoke', tmp_path/'results', tmp_path/'work', command=command)
     stored = read_concept_models('photo-digits', 'smoke', tmp_path/'results')

@@ -12,7 +12,7 @@ from antehoc_nb.data.photo_digits import photo_digits_dls
 from antehoc_nb.tasks import experiment
 from antehoc_nb.tasks.experiment import epoch_scores, train_run
 
-pytestmark = pytest.mark.usefixtures('one_thread')
+pytestmark = pytest.mark.usefixtures('one_thread', 'without_figures')
 CONFIG = dict(arch='small_cnn', epochs=2, lr=1e-2, seed=0, eta=2, plain=False)
 
 
@@ -41,16 +41,8 @@ def killed(out, epoch, **changes):
     with pytest.raises(KeyboardInterrupt): train(out, cbs=[Kill(epoch)], **changes)
 
 
-@pytest.fixture(scope='module', autouse=True)
-def without_figures():
-    "They take longer than the training; the notebook draws them."
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experiment, '_write_figures', lambda *args: None)
-        yield
-
-
 @pytest.fixture(scope='module')
-def finished(tmp_path_factory):
+def finished(tmp_path_factory, without_figures):
     "A run of two epochs that was continued by two more, with a weight network and without"
     folder = tmp_path_factory.mktemp('finished')
     for plain in (False, True):

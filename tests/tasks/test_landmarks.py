@@ -34,7 +34,7 @@ from antehoc_nb.train.archs import build_cnn
 from antehoc_nb.train.learner import antehoc_learner, plain_learner
 from antehoc_nb.train.two_pass import TwoPass
 
-pytestmark = pytest.mark.usefixtures('one_thread')
+pytestmark = pytest.mark.usefixtures('one_thread', 'without_figures')
 
 
 @pytest.fixture(scope='module')

@@ -1,0 +1,53 @@
+"""Run notebooks as `nbdev_test` does, side by side, those first that take longest: else one worker ends alone.
+
+`python tools/notebooks.py` runs all of them but the cells marked slow. Paths choose some; `--slow` runs the notebooks
+that have such cells, with these cells, but for `index.ipynb`: its slow cell is README's example, which CI runs with the
+wheel. Exits with 1 if a notebook fails.
+"""
+import argparse
+from pathlib import Path
+
+from fastcore.parallel import parallel
+from nbdev.config import get_config
+from nbdev.test import test_nb
+
+NBS = Path(__file__).resolve().parents[1]/'nbs'
+LONGEST = ('45_explainers', '56_captioner', '53_concept_models', '31_learner', '46_evaluator', '48_benchmark',
+           '08_export')
+
+
+def all_notebooks():
+    "The notebooks of the repository, the longest first, the others by path"
+    def is_hidden(path): return any(part[0] in '._' for part in path.relative_to(NBS).parts)
+    def place(path): return LONGEST.index(path.stem) if path.stem in LONGEST else len(LONGEST)
+    return sorted((path for path in sorted(NBS.rglob('*.ipynb')) if not is_hidden(path)), key=place)
+
+
+def has_slow_cells(path): return '"#| slow' in path.read_text(encoding='utf-8')
+
+
+def run(paths, workers, slow=False):
+    "Run notebooks; True if all went well."
+    config = get_config()
+    flags = dict(skip_flags=config.tst_flags.split(), force_flags=['slow'] if slow else [])
+    results = parallel(test_nb, paths, n_workers=workers, pause=.01, basepath=config.config_path, do_print=True,
+                       **flags)
+    by_time = sorted(zip(paths, results), key=lambda pair: -pair[1][1])
+    for path, (_, seconds) in by_time: print(f'{seconds:4.0f} s  {path.relative_to(NBS)}')
+    failed = [path.name for path, (passed, _) in by_time if not passed]
+    if failed: print('failed:', *failed)
+    return not failed
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    p.add_argument('paths', nargs='*', type=Path, help='run these notebooks only')
+    p.add_argument('--workers', type=int, default=2, help='how many run side by side')
+    p.add_argument('--slow', action='store_true', help='run the notebooks with slow cells, and these cells')
+    args = p.parse_args()
+    paths = [path.resolve() for path in args.paths] or all_notebooks()
+    if args.slow: paths = [path for path in paths if has_slow_cells(path) and path.name != 'index.ipynb']
+    raise SystemExit(0 if run(paths, min(args.workers, len(paths)), args.slow) else 1)
+
+
+if __name__ == '__main__': main()
