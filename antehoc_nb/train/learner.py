@@ -43,8 +43,9 @@ def _warn_of_stats(arch, stats, present, replaced):
     "A warning about images that are normalised otherwise than the weights need"
     rest = 'these replace them; normalize=False keeps the old ones'
     if not replaced: rest = 'change the transform of the data set'
-    warnings.warn(f'the images are normalised with mean {present[0]} and std {present[1]}; the pretrained weights of '
-                  f'{arch} need mean {stats[0]} and std {stats[1]}: {rest}', stacklevel=4)
+    mean, std, wanted_mean, wanted_std = ([round(value, 4) for value in values] for values in (*present, *stats))
+    warnings.warn(f'the images are normalised with mean {mean} and std {std}; the pretrained weights of {arch} need '
+                  f'mean {wanted_mean} and std {wanted_std}: {rest}', stacklevel=4)
 
 
 def normalise_for(dls: DataLoaders, # fastai's

@@ -3,7 +3,6 @@ import importlib.util
 import io
 import json
 import pickle
-import re
 import sys
 import warnings
 from copy import deepcopy
@@ -284,7 +283,7 @@ def test_statistics_that_someone_chose_are_not_replaced_silently(dls):
                'weights of timm/tf_efficientnet_lite0 need mean [0.5, 0.5, 0.5] and std [0.5, 0.5, 0.5]: these replace '
                'them; normalize=False keeps the old ones')
     with pytest.warns(UserWarning) as warned: normalise_for(own, LITE0)
-    assert re.sub(r'0\.2\d{4,}', lambda o: f'{float(o[0]):.3f}', str(warned[0].message)) == message
+    assert str(warned[0].message) == message
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         normalise_for(own, LITE0)
