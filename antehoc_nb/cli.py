@@ -319,8 +319,9 @@ def train(
         chosen = {name: _default_of(name) if value is None else value for name, value in chosen.items()}
         config = dict(
             data=Path(data).resolve().name, arch=arch, size=size, epochs=epochs, bs=bs, lr=lr, valid=valid,
-            pretrained=str(weights) if weights else pretrained, aug=aug, eta=eta, layers=layers.split(',') if layers else None, mask=mask,
-            bf16=bf16, channels_last=channels_last, seed=seed, plain=plain) | chosen
+            pretrained=str(weights) if weights else pretrained, aug=aug, eta=eta,
+            layers=layers.split(',') if layers else None, mask=mask, bf16=bf16,
+            channels_last=channels_last, seed=seed, plain=plain) | chosen
         given = dict(class_specific=class_specific, cells=cells)
         config |= {name: value for name, value in given.items() if value is not None}
         learn = train_run(dls, config, out, _command(), say=output.lines)

@@ -162,7 +162,8 @@ PROFILES.update(
     transfer=dict(**_PRETRAINED, size=112, eta=8, bs=32, lr=4e-3, epochs=2, n_train=7500, n_valid=1000,
                   evaluator_epochs=2, evaluator_lr=2e-3, seeds=(0,),
                   weight_net='paper', class_agnostic_images=15_000, class_specific_images=30_000,
-                  explainers=[name for name in SCORED['explainers'] if name != 'score-cam, aligned'],
+                  explainers=(*MAIN_EXPLAINERS, CLASS_SPECIFIC, WRONG_TARGET, 'plain average of layers', 'random',
+                              'gaussian'),
                   n_test=200, n_slow=100, steps=12),
     paper=dict(arch='resnet50', size=128, eta=8, bs=64, lr=1e-3, n_train=None, n_test=2000,
                steps=32, seeds=(0, 1, 2), class_specific_images=200_000))
