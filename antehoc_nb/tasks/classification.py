@@ -218,7 +218,7 @@ def train_weight_net(cnn: nn.Module, # Finished; it stays as it is
                     ) -> Learner: # Of a copy of the CNN
     "Train a weight network alone, on a finished CNN. Errors as of `train_run`."
     cnn = deepcopy(cnn).requires_grad_()  # that of a run which is only read is frozen still
-    cnn.build = build
+    if build: cnn.build = build
     alone = dict(train_cnn=False, epochs=max(1, round(images / len(dls.train_ds))), cnn=weights_digest(cnn))
     settings = {k: v for k, v in cnn_config(config, seed).items() if k not in ('pretrained', 'fine_tune')}
     return train_run(dls, settings | net | alone, out, build=lambda: cnn)
@@ -231,7 +231,8 @@ def train_class_specific(model: AntehocModel, # Trained
                          out: str | Path, # Folder to write to
                         ) -> Learner: # Of the same CNN, with a class-specific weight network
     "Train the weight network of `config['class_specific_net']` alone, on a finished CNN. Errors as of `train_run`."
-    return train_weight_net(model.cnn, model.meta.get('cnn'), dls, config, seed, out, config['class_specific_net'],
+    build = model.meta.get('cnn') or getattr(model.cnn, 'build', None)
+    return train_weight_net(model.cnn, build, dls, config, seed, out, config['class_specific_net'],
                             config['class_specific_images'])
 
 

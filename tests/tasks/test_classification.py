@@ -216,8 +216,10 @@ def test_weight_networks_on_a_cnn_that_was_fine_tuned(squares, tmp_path):
     names = [(o.model.weight_net_name, o.model.class_specific, o.two_pass.int_loss) for o in (agnostic, specific)]
     assert names == [('paper', False, 'mse'), ('auto', True, 'cross_entropy')]
     assert agnostic.two_pass.mask == 'soft' and seconds['class_agnostic_epochs'] == 1
-    loaded = AntehocModel.from_pretrained(tmp_path/'cnn'/'model')  # as figures and stability find it
-    assert weights_digest(loaded) == weights_digest(agnostic.model)
+    for part, learn in (('cnn', agnostic), ('class-specific', specific)):  # as figures and stability find them
+        loaded = AntehocModel.from_pretrained(tmp_path/part/'model')
+        assert weights_digest(loaded) == weights_digest(learn.model)
+        assert loaded.meta['cnn'] == dict(arch='small_cnn', n_out=2)
     files = {path: path.read_bytes() for path in tmp_path.rglob('*') if path.is_file()}
     assert train()[2] == seconds
     assert {path: path.read_bytes() for path in tmp_path.rglob('*') if path.is_file()} == files
