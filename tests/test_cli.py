@@ -11,6 +11,7 @@ import pytest
 import torch
 import typer
 from PIL import Image
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from antehoc_nb import cli
@@ -212,6 +213,13 @@ def test_which_device_is_chosen(monkeypatch):
     (('train', 'a/photos', '--out', 'file/run'), '--out file/run: file is a file, not a folder'),
     (('train', 'a/photos', '--arch', 'small_cnn', '--pretrained'),
      'antehoc: error: --pretrained: small_cnn has no ImageNet weights; leave it out, or choose another --arch'),
+    (('train', 'a/photos', *TRAIN, '--weights', 'w.pt'), 'antehoc: error: w.pt: no such weight file'),
+    (('train', 'a/photos', *TRAIN, '--weights', 'file'),
+     'antehoc: error: file: the name of a weight file ends in .safetensors, .pt or .pth'),
+    (('train', 'a/photos', '--weights', 'plain/cnn.safetensors', '--out', 'new'),
+     "antehoc: error: plain/cnn.safetensors does not hold the weights of arch='resnet18': expected conv1.weight"),
+    (('train', 'a/photos', *TRAIN, '--pretrained', '--weights', 'w.pt'),
+     'antehoc: error: --pretrained and --weights: give one of the two'),
     (('train', 'file'), 'antehoc: error: file: not an archive, or damaged'),
     (('train', 'empty'), 'no images found; expected <class>/<image>.jpg'),
     (('train', 'one'), "only one class, 'cats'; give each of two or more classes a folder"),
@@ -277,6 +285,16 @@ def test_interrupted(among_runs, monkeypatch, tmp_path):
     assert 'interrupted; the same command goes on from the last finished epoch or file' in output
 
 
+def test_training_begins_with_the_weights_of_a_file(among_runs, tmp_path):
+    "With next to no steps, what comes out is what came in"
+    no_step = '--lr', 1e-8, '--plain', '--out', tmp_path/'x'
+    antehoc('train', 'a/photos', *TRAIN, *no_step, '--weights', 'plain/cnn.safetensors')
+    config = json.loads((tmp_path/'x'/'config.json').read_text())
+    assert config['pretrained'] == 'cnn.safetensors' and len(config['weights']) == 16
+    came, began = (load_file(folder/'cnn.safetensors') for folder in (tmp_path/'x', Path('plain')))
+    assert all(torch.allclose(came[name], began[name], atol=1e-5) for name in came if came[name].ndim == 4)
+
+
 def test_the_help_lists_every_choice(monkeypatch):
     monkeypatch.setenv('COLUMNS', '300')
     text = antehoc('train', '--help')
@@ -295,7 +313,7 @@ def test_every_option_of_training_is_used(folders):
     settings = json.loads((folders/'antehoc-run'/'config.json').read_text())
     noted_if_given = {'class_specific', 'cells'}
     about_output = {'out', 'device', 'workers', 'quiet', 'as_json'}
-    assert {*options} - {*settings} - {'help'} == about_output | noted_if_given
+    assert {*options} - {*settings} - {'help'} == about_output | noted_if_given | {'weights'}
     antehoc('train', 'a/photos', *TRAIN, '--class-agnostic', '--cells', 8, '--out', 'other')
     given = json.loads((folders/'other'/'config.json').read_text())
     assert {name: given[name] for name in noted_if_given} == dict(class_specific=False, cells=8)

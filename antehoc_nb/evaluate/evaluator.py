@@ -8,6 +8,7 @@ __all__ = ['random_masks', 'RandomMasks', 'train_evaluator']
 # %% ../../nbs/evaluate/46_evaluator.ipynb #cell0002
 import sys
 from contextlib import nullcontext
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -76,11 +77,11 @@ def train_evaluator(
     dls, # fastai DataLoaders: the images that the explained CNN was trained on
     arch, # The explained CNN's architecture: a name, a torchvision function, or an untrained CNN
     epochs: int, # Passes over the images; masked images are harder, so take more than for the CNN
-    lr: float, # Highest learning rate of the one-cycle schedule
+    lr: float | slice, # Highest learning rate of the one-cycle schedule; a slice: of the first and the last layers
     fill='black', # The colour of masked pixels, as in `masked`
     seed: int = 0, # Of the masks
     cbs=None, # More callbacks, such as `Checkpoint` or `Bf16`
-    pretrained: bool = False, # Start from ImageNet weights, where `arch` is a name?
+    pretrained: bool | str | Path = False, # Start from ImageNet weights, or a weight file, where `arch` is a name
     **kwargs, # Of `plain_learner`
 ) -> Learner: # Trained; its `model` is the evaluator
     """Train an independent evaluator on randomly masked images (EVAL-X, Jethani et al. 2021).

@@ -225,7 +225,8 @@ def map_table(record: dict, # As `run_concept_models` makes it
 
 # %% ../../nbs/tasks/54_concept_tables.ipynb #49b0b0b2
 CONCEPT_PROFILES = Registry('profile')
-CONCEPT_PROFILES.update(PROFILES, paper=PROFILES['paper'] | dict(arch='resnet18'))
+CONCEPT_PROFILES.update({name: PROFILES[name] for name in ('smoke', 'cpu')})
+CONCEPT_PROFILES['paper'] = PROFILES['paper'] | dict(arch='resnet18')
 
 
 def _printed_table(record, results):

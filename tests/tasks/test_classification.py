@@ -1,13 +1,18 @@
 """The run behind Tables 1, 2 and 5 on a made-up data set in Tiny-ImageNet's layout, and its records."""
 import json
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
 
-from antehoc_nb.core.utils import weights_digest
-from antehoc_nb.evaluate.scoreboard import Benchmark, read_record
+from antehoc_nb.core.model import AntehocModel
+from antehoc_nb.core.utils import plain_tensor, weights_digest
+from antehoc_nb.evaluate.benchmark import MAIN_EXPLAINERS
+from antehoc_nb.evaluate.scoreboard import BETTER, Benchmark, as_results, read_record
+from antehoc_nb.tasks import classification as C
 from antehoc_nb.tasks.classification import (
     CLASS_SPECIFIC,
     CRITERIA,
@@ -15,6 +20,7 @@ from antehoc_nb.tasks.classification import (
     PROFILES,
     WRONG_TARGET,
     classification,
+    criterion_name,
     dataset_boxes,
     dataset_dls,
     figure1,
@@ -26,8 +32,10 @@ from antehoc_nb.tasks.classification import (
     trained_model,
     verdict,
 )
-from antehoc_nb.tasks.experiment import DatasetSpec
+from antehoc_nb.tasks.concept_tables import CONCEPT_PROFILES, METHODS
+from antehoc_nb.tasks.experiment import DatasetSpec, Paths, fingerprint
 from antehoc_nb.tasks.noise import read_stability, run_stability, stability, stability_table
+from antehoc_nb.train.two_pass import normalisation
 
 pytestmark = pytest.mark.usefixtures('one_thread', 'without_figures')
 
@@ -87,9 +95,12 @@ def test_record_tables_and_figures(run, squares):
     assert v.ahead['win energy'] == sum(win['ante-hoc'] > win[e] for e in list(win)[1:])
     paper = d/'paper.json'
     paper.write_text(json.dumps(dict(table1={'Animals-10': {'grad-cam': dict(drop=12.3)}})))
-    cells = paper_table('table1', dict(tinyimagenet20=b), paper)['Tiny-ImageNet-20']
+    cells = paper_table('table1', dict(tinyimagenet20=b), paper)['Tiny-ImageNet-20 (paper: Animals-10)']
     assert cells['drop']['grad-cam'] == f"{t['grad-cam', 'cnn', 'energy', 'drop']:.1f} (12.3)"
     assert cells['drop']['ones'] == '–'
+    printed = classification.tables['table1'](rec, d)  # `d` has the paper's numbers
+    assert 'Tiny-ImageNet-20 (paper: Animals-10)' in printed and f"{cells['drop']['grad-cam']}" in printed
+    assert '(paper' not in classification.tables['table1'](rec, d/'results')
     assert len(figure1('tinyimagenet20', 'smoke', d/'work', squares, n=2).axes) == 8
     assert len(figure3('tinyimagenet20', 'smoke', d/'work', squares, n=2).axes) == 12
 
@@ -110,6 +121,151 @@ def test_the_class_specific_network_has_the_same_cnn(run, squares):
     with pytest.raises(ValueError, match='holds a run with other settings .class_specific: another there'):
         run_classification('tinyimagenet20', 'smoke', d/'r', d/'work', squares)
     config.write_text(text)
+
+
+def test_more_seeds_keep_what_is_done(run, squares, monkeypatch):
+    rec, d = run
+    one_seed, seeds = C._one_seed, []
+    def again(config, seed, out, data):
+        seeds.append((seed, out.name))
+        scores, slow, facts, dls = one_seed(config, 0, out.parent/'seed0', data)
+        return scores, slow, facts | dict(seed=seed), dls
+    monkeypatch.setattr(C, '_one_seed', again)
+    files = {path: path.stat().st_mtime_ns for path in (d/'work'/'classification').rglob('*.safetensors')}
+    three = run_classification('tinyimagenet20', 'smoke', d/'three', d/'work', squares, seeds=3)
+    assert seeds == [(0, 'seed0'), (1, 'seed1'), (2, 'seed2')]
+    assert three['seed'] == [0, 1, 2] == list(three['config']['seeds'])
+    assert three['command'] == 'antehoc reproduce table1 --dataset tinyimagenet20 --profile smoke --seeds 3'
+    assert three['results']['runs'][0] == rec['results']['runs'][0]
+    assert {path: path.stat().st_mtime_ns for path in files} == files
+    with pytest.raises(ValueError, match='seeds=0: give 1 or more'): classification.config('cifar10', 'cpu', seeds=0)
+    with pytest.raises(ValueError, match='seeds=2: stability has one seed only; leave it out'):
+        stability.config('cifar10', 'cpu', seeds=2)
+
+
+def test_slow_explainers_are_scored_on_fewer_images(run):
+    "And compared on these, whatever the others' scores are"
+    b = read_classification('tinyimagenet20', 'smoke', run[1]/'results')
+    fast, slow = (b.df[keep] for keep in (b.df.explainer != 'score-cam', b.df.explainer.isin(['score-cam', *C.OURS])))
+    better = slow.assign(value=slow.value.where(slow.explainer == 'score-cam', 1e9), significant=True)
+    record = dict(b.record, results=dict(b.record['results'], slow=dict(n=8, **as_results(better))))
+    split = Benchmark(fast, record, {}, {})
+    v, whole = verdict(split), verdict(b)
+    shown = ['ante-hoc', 'score-cam']
+    pd.testing.assert_frame_equal(v[shown].astype(float), whole[shown].astype(float))
+    without = verdict(split, baselines=('grad-cam', 'grad-cam++'))
+    for name, row in v.iterrows():
+        high = BETTER[next(o[2] for o in CRITERIA if criterion_name(*o) == name)] == 'high'
+        assert row.ahead == without.ahead[name] + (high and pd.notna(row['score-cam']))
+    assert (v.significant == whole.significant).all()
+    table = paper_table('table1', dict(tinyimagenet20=split), 'none.json')
+    assert sorted(table.index) == sorted(paper_table('table1', dict(tinyimagenet20=b), 'none.json').index)
+
+
+def test_a_run_with_slow_explainers(run, squares, tmp_path, monkeypatch):
+    "Score-CAM on half of the images, in the record, the verdict and the table"
+    config = classification.config('tinyimagenet20', 'smoke')
+    config |= dict(n_slow=8, explainers=[*C.OURS, 'grad-cam', 'score-cam'])
+    parts = 'cnn', 'class-specific'
+    model, specific = (trained_model('tinyimagenet20', 'smoke', work=run[1]/'work', part=part) for part in parts)
+
+    def one_seed(config, seed, out, data):
+        dls = C.run_dls(config, seed, data)
+        scores, slow = C._score(config, model, specific, None, dls, out)
+        return scores, slow, dict(seed=seed, shared_inc=C._shared_incs(scores, slow)), dls
+    monkeypatch.setattr(C, '_one_seed', one_seed)
+    found = C._run(config, Paths(tmp_path, tmp_path, squares)).results
+    assert (found['n'], found['slow']['n']) == (16, 8)
+    b = Benchmark.of(dict(config=config, results=found))
+    of_few = C.slow_scores(b)
+    assert set(b.df.explainer) == {*C.OURS, 'grad-cam'} and set(of_few.df.explainer) == {*C.OURS, 'score-cam'}
+    assert [set(o.df[o.df.metric == 'average_drop'].n) for o in (b, of_few)] == [{16}, {8}]
+    assert {o['baseline'] for o in found['runs'][0]['shared_inc']} == {'grad-cam', 'score-cam'}
+    values = of_few.df.set_index(['explainer', 'scorer', 'masks', 'metric']).value
+    shown = verdict(b)['score-cam']['average drop top 20%']
+    assert shown == values['score-cam', 'cnn', 'top 20%', 'average_drop']
+    assert 'score-cam' in paper_table('table1', dict(tinyimagenet20=b), 'none.json').index
+
+
+def test_images_of_a_run_are_at_most_so_many(squares):
+    "Test images of all classes, with their boxes"
+    config = classification.config('tinyimagenet20', 'smoke')
+    whole, part = (C.run_dls(config | more, 0, squares) for more in ({}, dict(n_valid=4)))
+    labels = torch.cat([plain_tensor(y) for _, y in part.valid])
+    assert sorted(labels.tolist()) == [0, 0, 1, 1] and len(whole.valid_ds) == 16
+    boxes, x = dataset_boxes('tinyimagenet20', part, 32), torch.cat([plain_tensor(b[0]) for b in part.valid])
+    for (x0, y0, x1, y1), image in zip(boxes.round().int().tolist(), x):
+        assert image[:, y0:y1, x0:x1].mean() > image.mean() + 1
+    assert fingerprint(part) != fingerprint(whole)
+
+
+def test_weight_networks_on_a_cnn_that_was_fine_tuned(squares, tmp_path):
+    "The profile `transfer` on a small CNN: three trainings, one CNN; started again, nothing is trained"
+    config = classification.config('tinyimagenet20', 'transfer') | classification.config('tinyimagenet20', 'smoke')
+    config |= dict(weight_net='paper', class_agnostic_images=64, pretrained=False)
+
+    def train():
+        dls = C.run_dls(config, 0, squares)
+        learn, seconds = C.train_class_agnostic(dls, config, 0, tmp_path)
+        return learn, C.train_class_specific(learn.model, dls, config, 0, tmp_path/'class-specific'), seconds
+    agnostic, specific, seconds = train()
+    tuned = json.loads((tmp_path/'fine-tuned'/'record.json').read_text())
+    assert tuned['config']['fine_tune'] and tuned['config']['plain'] and 'weight_net' not in tuned['config']
+    digests = {weights_digest(learn.model.cnn) for learn in (agnostic, specific)}
+    assert digests == {tuned['results']['cnn_sha256']}
+    names = [(o.model.weight_net_name, o.model.class_specific, o.two_pass.int_loss) for o in (agnostic, specific)]
+    assert names == [('paper', False, 'mse'), ('auto', True, 'cross_entropy')]
+    assert agnostic.two_pass.mask == 'soft' and seconds['class_agnostic_epochs'] == 1
+    for part, learn in (('cnn', agnostic), ('class-specific', specific)):  # as figures and stability find them
+        loaded = AntehocModel.from_pretrained(tmp_path/part/'model')
+        assert weights_digest(loaded) == weights_digest(learn.model)
+        assert loaded.meta['cnn'] == dict(arch='small_cnn', n_out=2)
+    files = {path: path.read_bytes() for path in tmp_path.rglob('*') if path.is_file()}
+    assert train()[2] == seconds
+    assert {path: path.read_bytes() for path in tmp_path.rglob('*') if path.is_file()} == files
+
+
+def test_the_profile_transfer():
+    for dataset in ('cifar10', 'tinyimagenet20', 'food101-10', 'tinyimagenet200'):
+        config = classification.config(dataset, 'transfer')
+        assert (config['arch'], config['pretrained'], config['fine_tune']) == ('timm/tf_efficientnet_lite0', True, True)
+        assert (config['weight_net'], config['class_specific']) == ('paper', False)
+        assert config['class_specific_net'] == dict(weight_net='auto', class_specific=True)
+        assert config['size'] in (112, 128) and config['n_test'] >= 200 and config['n_slow'] >= 100
+        assert config['seeds'] == ((0, 1, 2) if dataset == 'tinyimagenet20' else (0,))
+        assert classification.config(dataset, 'transfer', seeds=3)['seeds'] == (0, 1, 2)
+        settings = C.cnn_config(config, 0)
+        assert settings['pretrained'] and settings['fine_tune'] and settings['epochs'] == config['epochs']
+        assert {'ante-hoc', CLASS_SPECIFIC, WRONG_TARGET, 'grad-cam', 'score-cam'} <= set(config['explainers'])
+    assert 'transfer' not in CONCEPT_PROFILES  # its CNNs would train from scratch
+
+
+def test_images_are_normalised_as_the_weights_of_a_profile_need_them(squares):
+    config = classification.config('tinyimagenet20', 'transfer')
+    assert list(normalisation(C.run_dls(config, 0, squares))) == [[.5] * 3, [.5] * 3]
+    seen = []
+    def train(dls, arch, epochs, lr, **kwargs):
+        seen.append((arch, lr, kwargs['pretrained']))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(C, 'train_evaluator', train)
+        C._train_evaluator(None, config, 0, Path())
+        C._train_evaluator(None, classification.config('tinyimagenet20', 'cpu'), 0, Path())
+    rate = config['evaluator_lr']
+    assert seen == [('timm/tf_efficientnet_lite0', slice(rate / 20, rate), True), ('resnet18_half', 3e-3, False)]
+
+
+def test_the_papers_numbers():
+    "Each is of a data set that ours stand for, and of a method that has a row"
+    paper = json.loads((Path(__file__).parents[2]/'results'/'paper.json').read_text())
+    originals = {spec.stands_for for spec in DATASETS.values()}
+    for table in ('table1', 'table2'):
+        assert set(paper[table]) == originals - {'none of them'}
+        for rows in paper[table].values():
+            assert set(rows) == set(MAIN_EXPLAINERS)
+            assert all(set(row) == {'drop', 'inc', 'win'} for row in rows.values())
+    assert all(set(row) == {'ours', 'SENN', 'CBAH'} <= set(METHODS.values()) for row in paper['table3'].values())
+    assert paper['table1']['Animals-10']['ante-hoc'] == dict(drop=19.24, inc=16.81, win=34)
+    assert paper['table3']['CIFAR-10']['ours'] == 90.86
 
 
 def test_a_finished_run_is_read_and_not_trained_again(run, squares):

@@ -1,9 +1,11 @@
 """Runs that are killed, finished, and continued; their files, and what they print."""
 import json
+import shutil
 import stat
 
 import pytest
 import torch
+import torchvision
 from fastai.callback.core import Callback
 from fastai.metrics import error_rate
 
@@ -173,3 +175,57 @@ def test_a_line_now_and_then_within_long_epochs(tmp_path):
     with learn.no_bar(), learn.added_cbs(experiment.EpochTable(lines.append, seconds=0)): learn.fit(1, 1e-3)
     assert lines[1:4] == ['epoch 1/1: batch 1 of 3', 'epoch 1/1: batch 2 of 3', 'epoch 1/1: batch 3 of 3']
     assert torch.isfinite(torch.tensor(float(lines[4].split()[1])))
+
+
+@pytest.fixture(scope='module')
+def pretrained(tmp_path_factory):
+    "A CNN with layer groups, its weights in a file, and a fine-tuned run of them that was left alone"
+    folder = tmp_path_factory.mktemp('pretrained')
+    torch.save(torchvision.models.squeezenet1_1(num_classes=3).state_dict(), folder/'weights.pt')
+    changes = dict(arch='squeezenet1_1', pretrained=str(folder/'weights.pt'), fine_tune=True)
+    for plain in (False, True): train(folder/('plain' if plain else 'ours'), plain=plain, **changes)
+    return folder, changes
+
+
+class KillFit(Kill):
+    "Interrupt the training in an epoch of the fit of so many epochs."
+    def __init__(self, epoch, n_epoch):
+        super().__init__(epoch)
+        self.fit_of = n_epoch
+
+    def before_batch(self):
+        if self.n_epoch == self.fit_of: super().before_batch()
+
+
+@pytest.mark.parametrize('plain', [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_a_fine_tuned_run_killed_in_either_fit_ends_with_the_same_weights(tmp_path, pretrained, plain):
+    "`fine_tune` trains the head for one epoch, then all layers"
+    folder, changes = pretrained
+    out, whole = tmp_path/'run', folder/('plain' if plain else 'ours')
+    for epoch, n_epoch in ((0, 1), (0, 2), (1, 2)):
+        with pytest.raises(KeyboardInterrupt): train(out, cbs=[KillFit(epoch, n_epoch)], plain=plain, **changes)
+    learn = train(out, plain=plain, **changes)
+    weights = 'cnn.safetensors' if plain else 'model/model.safetensors'
+    assert (out/weights).read_bytes() == (whole/weights).read_bytes()
+    assert record(out)['results']['epochs'] == record(whole)['results']['epochs'] == epoch_scores(learn)
+    assert len(epoch_scores(learn)) == 2 and all(p.requires_grad for p in learn.model.parameters())
+    train(out, plain=plain, **changes, epochs=3)  # one more of all layers
+    assert len(record(out)['results']['epochs']) == 3
+
+
+def test_a_fine_tuned_run_keeps_which_weights_it_began_with(tmp_path, pretrained):
+    "By name and content, wherever the file lies"
+    folder, changes = pretrained
+    config = record(folder/'plain')['config']
+    assert (config['pretrained'], len(config['weights']), config['fine_tune']) == ('weights.pt', 16, True)
+    assert record(folder/'plain')['results']['cnn_sha256'] == record(folder/'ours')['results']['cnn_sha256']
+    files = {path: path.read_bytes() for path in (folder/'plain').rglob('*') if path.is_file()}
+    moved = shutil.copy(folder/'weights.pt', tmp_path/'weights.pt')
+    train(folder/'plain', plain=True, **changes | dict(pretrained=moved))
+    assert {path: path.read_bytes() for path in files} == files
+    torch.save(torchvision.models.squeezenet1_1(num_classes=3).state_dict(), moved)
+    with pytest.raises(ValueError, match=r'holds a run with other settings \(weights: '):
+        train(folder/'plain', plain=True, **changes | dict(pretrained=moved))
+    with pytest.raises(FileNotFoundError, match='nowhere.pt: no such weight file'):
+        train(tmp_path/'run', plain=True, **changes | dict(pretrained='nowhere.pt'))
+    assert not (tmp_path/'run').exists()
