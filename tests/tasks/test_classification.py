@@ -165,21 +165,25 @@ def test_slow_explainers_are_scored_on_fewer_images(run):
 def test_a_run_with_slow_explainers(run, squares, tmp_path, monkeypatch):
     "Score-CAM on half of the images, in the record, the verdict and the table"
     config = classification.config('tinyimagenet20', 'smoke')
-    config |= dict(n_slow=8, explainers=[*C.OURS, 'grad-cam', 'score-cam'])
+    config |= dict(n_slow=8, explainers=[*C.OURS, 'grad-cam', 'tame', 'score-cam'],
+                   metrics=['faithfulness', 'class_swap'])
     parts = 'cnn', 'class-specific'
     model, specific = (trained_model('tinyimagenet20', 'smoke', work=run[1]/'work', part=part) for part in parts)
 
     def one_seed(config, seed, out, data):
         dls = C.run_dls(config, seed, data)
-        scores, slow = C._score(config, model, specific, None, dls, out)
+        first, again = (C.trained_tame(model, dls, config, seed, out/'tame') for _ in range(2))
+        assert weights_digest(first.fusion) == weights_digest(again.fusion)  # read, not trained again
+        scores, slow = C._score(config, model, specific, None, dls, out, again)
         return scores, slow, dict(seed=seed, shared_inc=C._shared_incs(scores, slow)), dls
     monkeypatch.setattr(C, '_one_seed', one_seed)
     found = C._run(config, Paths(tmp_path, tmp_path, squares)).results
     assert (found['n'], found['slow']['n']) == (16, 8)
     b = Benchmark.of(dict(config=config, results=found))
     of_few = C.slow_scores(b)
-    assert set(b.df.explainer) == {*C.OURS, 'grad-cam'} and set(of_few.df.explainer) == {*C.OURS, 'score-cam'}
+    assert set(b.df.explainer) == {*C.OURS, 'grad-cam', 'tame'} and set(of_few.df.explainer) == {*C.OURS, 'score-cam'}
     assert [set(o.df[o.df.metric == 'average_drop'].n) for o in (b, of_few)] == [{16}, {8}]
+    assert [any('swap' in metric for metric in set(o.df.metric)) for o in (b, of_few)] == [True, False]
     assert {o['baseline'] for o in found['runs'][0]['shared_inc']} == {'grad-cam', 'score-cam'}
     values = of_few.df.set_index(['explainer', 'scorer', 'masks', 'metric']).value
     shown = verdict(b)['score-cam']['average drop top 20%']
@@ -236,7 +240,8 @@ def test_the_profile_transfer():
         assert classification.config(dataset, 'transfer', seeds=3)['seeds'] == (0, 1, 2)
         settings = C.cnn_config(config, 0)
         assert settings['pretrained'] and settings['fine_tune'] and settings['epochs'] == config['epochs']
-        assert {'ante-hoc', CLASS_SPECIFIC, WRONG_TARGET, 'grad-cam', 'score-cam'} <= set(config['explainers'])
+        scored = {'ante-hoc', CLASS_SPECIFIC, WRONG_TARGET, 'grad-cam', 'score-cam', 'layer-cam', 'tame'}
+        assert scored <= set(config['explainers']) and {'class_swap', 'grid_pointing'} <= set(config['metrics'])
     assert 'transfer' not in CONCEPT_PROFILES  # its CNNs would train from scratch
 
 
