@@ -139,20 +139,28 @@ def resize_maps(maps: Sequence[torch.Tensor], # eta maps, (B,1,h_i,w_i)
     return torch.cat([resize(m, size, grid, cells) for m, grid in zip(maps, grids or [None] * len(maps))], 1)
 
 # %% ../../nbs/core/02_geometry.ipynb #768f41be
-def _two_of_each_block(length, block):
-    "Along an axis, slices of two cells of each block that lie symmetrically; of one if the block is one cell"
+def _block_length(length, wanted):
+    "The most cells that a block can have so that 85 % of the wanted blocks are left"
+    return max(block for block in range(1, max(1, int(length / (.85 * wanted))) + 1)
+               if block == 1 or length // block >= .85 * wanted)
+
+
+def _two_of_each_block(length, block, nth):
+    "Along an axis, slices of two cells of each block, the `nth` from either end; of one if it is in the middle"
     start, end = length % block // 2, length - (length % block + 1) // 2
-    return [slice(start + nth, end, block) for nth in sorted({block // 4, block - 1 - block // 4})]
+    nth = block // 4 if nth is None else min(nth, (block - 1) // 2)
+    return [slice(start + place, end, block) for place in sorted({nth, block - 1 - nth})]
 
 
 def pool_cells(activation: torch.Tensor, # (B,C,h,w)
                grid: tuple | None, # Where the cells are, as of `layer_grids`; None: spread evenly
                cells: tuple[int, int], # About how many rows and columns should be left: at least 85 % of these
+               nth: int | None = None, # Take the cells so far from the ends of their block; None: half-way to its centre
               ) -> tuple[torch.Tensor, tuple | None]: # Means of up to four cells of each block, float32; their grid
     "One value for each block of cells, and where the blocks lie."
-    blocks = [max(1, int(n / (.85 * wanted))) for n, wanted in zip(activation.shape[2:], cells)]
+    blocks = list(map(_block_length, activation.shape[2:], cells))
     if blocks == [1, 1]: return activation, grid
-    rows, columns = map(_two_of_each_block, activation.shape[2:], blocks)
+    rows, columns = (_two_of_each_block(*of_axis, nth) for of_axis in zip(activation.shape[2:], blocks))
     of_rows = sum(activation[:, :, some].float() for some in rows)
     pooled = sum(of_rows[..., some] for some in columns) / (len(rows) * len(columns))
     if grid is None: return pooled, None

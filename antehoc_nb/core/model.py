@@ -550,9 +550,11 @@ def measure_border(self: AntehocModel,
     cells = self.map_cells(x.shape[2:])
 
     def mean_strength(activation):
-        pooled = pool_cells(activation, None, cells)[0].float() if cells else activation.float()
-        scale = largest_value(pooled, (0, 1, 2, 3))
-        return strength(pooled / scale).mean(0, keepdim=True) * scale
+        scale = largest_value(activation.float(), (0, 1, 2, 3))
+        scaled, found = activation / scale, []
+        for nth in range(4 if cells else 1):  # other cells of each block, so that more of the noise counts
+            found.append(strength(pool_cells(scaled, None, cells, nth)[0] if cells else scaled).mean(0, keepdim=True))
+        return torch.stack(found).mean(0) * scale
     with torch.no_grad(), eval_mode(self.cnn), torch.random.fork_rng([]):
         found = [record_sams(self.cnn, self.layers, (images, *others), attention=mean_strength)[1]
                  for images in noise.split(len(x))]
