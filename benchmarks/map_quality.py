@@ -9,7 +9,7 @@ import os
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+FOLDER = Path(__file__).resolve().parents[1]/'results'/'benchmarks'
 ARCHIVES = {'cifar10': 'cifar10/cifar10_jpeg_full.tar.gz', 'food101-10': 'food101_10/food101_10.tar'}
 SHARES = .05, .1, .2, .5
 
@@ -85,6 +85,20 @@ def run(name, options, seed):
     return found
 
 
+def compare(labels):
+    "Means over the seeds of each data set, from the records of two states of the code."
+    import pandas as pd
+
+    from antehoc_nb.evaluate.scoreboard import read_record
+    rows = []
+    for label in labels:
+        record = read_record(FOLDER/f'quality-{label}.json', f'python benchmarks/map_quality.py --label {label}')
+        for part in record['results']['parts']:
+            for maps in ('default', 'grad-cam'):
+                rows.append(dict(data=part['data'], maps=maps, code=label) | part[maps])
+    print(pd.DataFrame(rows).groupby(['data', 'maps', 'code'], sort=False).mean().round(2).to_string())
+
+
 def parse_options():
     show_defaults = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0], formatter_class=show_defaults)
@@ -97,16 +111,19 @@ def parse_options():
     add('--epochs', type=int, default=5)
     add('--steps', type=int, default=8, help='of insertion and deletion')
     add('--seeds', nargs='+', type=int, default=[0, 1])
-    add('--label', required=True, help='what the code is called in the record, such as "before"')
-    return parser.parse_args()
+    add('--label', help='what the code is called in the record, such as "before"')
+    add('--compare', nargs=2, metavar='LABEL', help='print the records of two states beside each other, and stop')
+    options = parser.parse_args()
+    if not options.label and not options.compare: parser.error('give --label or --compare')
+    return options
 
 
 def main():
     from antehoc_nb.evaluate.scoreboard import run_record, write_record
     options = parse_options()
+    if options.compare: return compare(options.compare)
     start = time.time()
-    folder = ROOT/'results'/'benchmarks'
-    parts = folder/f'quality-{options.label}.parts.json'
+    parts = FOLDER/f'quality-{options.label}.parts.json'
     found = json.loads(parts.read_text()) if parts.exists() else []
     for seed in options.seeds:
         for name in options.data:
@@ -115,9 +132,10 @@ def main():
             parts.write_text(json.dumps(found))
             print(found[-1], flush=True)
     command = f'python benchmarks/map_quality.py --label {options.label}'
-    record = run_record(vars(options), options.seeds, dict(parts=found), experiment='map_quality', command=command,
+    config = {key: value for key, value in vars(options).items() if key != 'compare'}
+    record = run_record(config, options.seeds, dict(parts=found), experiment='map_quality', command=command,
                         seconds=round(time.time() - start))
-    print(write_record(record, folder/f'quality-{options.label}.json'))
+    print(write_record(record, FOLDER/f'quality-{options.label}.json'))
     parts.unlink()
 
 
