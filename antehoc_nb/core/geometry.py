@@ -154,8 +154,8 @@ def _two_of_each_block(length, block, nth):
 
 def pool_cells(activation: torch.Tensor, # (B,C,h,w)
                grid: tuple | None, # Where the cells are, as of `layer_grids`; None: spread evenly
-               cells: tuple[int, int], # About how many rows and columns should be left: at least 85 % of these
-               nth: int | None = None, # Take the cells so far from the ends of their block; None: half-way to its centre
+               cells: tuple[int, int], # About how many rows and columns should be left, at least 85 % of them
+               nth: int | None = None, # Which cells of a block, counted from its ends; None: half-way to its centre
               ) -> tuple[torch.Tensor, tuple | None]: # Means of up to four cells of each block, float32; their grid
     "One value for each block of cells, and where the blocks lie."
     blocks = list(map(_block_length, activation.shape[2:], cells))
