@@ -217,7 +217,7 @@ def _class_swap_runner_up(task, maps):
 # %% ../../nbs/evaluate/48_benchmark.ipynb #02d6de62
 @benchmark_metrics.register(name='grid_pointing', whole=True)
 def _grid_pointing(task, maps=None):
-    "Share of the map in the cell of the class that is asked about, and chance level; nan for images in no mosaic"
+    "Share of the map in the cell of the target class, and chance level; nan for images in no mosaic"
     mosaics = task.mosaics
     share = torch.full((len(task.x),), torch.nan)
     for group in task.groups.split(max(1, task.bs // mosaics.cells)):
