@@ -590,13 +590,13 @@ class LayerMaps(NamedTuple):
 def _record(self: AntehocModel, i, cells, activation):
     "What is kept of layer `i`, at about the `cells` of the map"
     pooled, grid = (activation, self.grids[i]) if cells is None else pool_cells(activation, self.grids[i], cells)
-    to_response = self.attention
-    if self.aligns_strength: to_response = soft_attentions.option(self.soft_attention, 'strength')
+    if not self.aligns_strength and not self.reads_activations: return LayerMaps(self.attention(pooled), grid)
     if self.corrects_border: scaled = pooled.float() * self.units[i]
     else: scaled = pooled.float() / largest_value(pooled.float(), (1, 2, 3))
-    response = to_response(scaled)
+    strength = soft_attentions.option(self.soft_attention, 'strength') if self.aligns_strength else None
+    response = strength(scaled) if strength else self.attention(pooled)
     if not self.reads_activations: return LayerMaps(response, grid)
-    return LayerMaps(response, grid, scaled, response if to_response is channel_rms else channel_rms(scaled))
+    return LayerMaps(response, grid, scaled, response if strength is channel_rms else channel_rms(scaled))
 
 
 @patch

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 from workers import small_cnn
 
+from antehoc_nb.core.attention import soft_attentions
 from antehoc_nb.core.interpretation_loss import int_loss
 from antehoc_nb.core.model import AntehocModel
 from antehoc_nb.core.utils import frozen
@@ -136,3 +137,17 @@ def test_a_class_specific_network_of_ones_own():
         e = model.explain(images(), target=[3, 4])
         assert (e.weights[0] - e.weights[1]).abs().max() > .01
     finally: del weight_nets['two_moods']
+
+
+def test_a_soft_attention_without_strength_gets_the_activations_as_they_are():
+    "Its map may depend on their scale."
+    def gate(f, temperature): return f.mean(1, keepdim=True).clamp(0, 1)
+    soft_attentions.register(gate)
+    try:
+        for net in ('auto', 'mean'):
+            for cells in (None, 'pixels'):
+                model = AntehocModel(small_cnn(), images(), eta=2, soft_attention='gate', weight_net=net, cells=cells)
+                f = torch.rand(2, 8, 8, 8) / 10
+                recorded = model.layer_maps([f, f], (32, 32))
+                assert torch.equal(recorded[1].response, gate(f, 1.)), (net, cells)
+    finally: del soft_attentions['gate']
