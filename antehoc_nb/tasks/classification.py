@@ -84,13 +84,14 @@ DATASETS.update({
         'photo-digits', photo_digit_scenes, 'none of them', by_profile=epochs(cpu=10, paper=10)),
     'cifar10': DatasetSpec(
         'CIFAR-10 (JPEG)', image_folders, 'CIFAR-10', 'cifar10/cifar10_jpeg_full.tar.gz',
-        by_profile=epochs(cpu=2, paper=30)),
+        by_profile=epochs(cpu=2, paper=30, transfer=dict(n_train=12_000, epochs=3))),
     'tinyimagenet20': DatasetSpec(
         'Tiny-ImageNet-20', image_folders, 'Animals-10', 'tinyimagenet/tinyimagenet20_500tr_50val.tar.gz',
-        **_IN_TINY_IMAGENET, by_profile=epochs(cpu=6, paper=60, transfer=dict(seeds=(0, 1, 2)))),
+        **_IN_TINY_IMAGENET,
+        by_profile=epochs(cpu=6, paper=60, transfer=dict(n_train=None, epochs=4, seeds=(0, 1, 2)))),
     'food101-10': DatasetSpec(
         'Food-101-10', image_folders, 'Food-11', 'food101_10/food101_10.tar', publishable=False,
-        by_profile=epochs(cpu=12, paper=60, transfer=6)),
+        by_profile=epochs(cpu=12, paper=60, transfer=dict(epochs=10, evaluator_epochs=4))),
     'tinyimagenet200': DatasetSpec(
         'Tiny-ImageNet-200 (subset)', image_folders, 'Tiny-ImageNet', 'tinyimagenet/tinyimagenet200_120tr_25val.tar.gz',
         **_IN_TINY_IMAGENET, by_profile=epochs(cpu=3, paper=60, transfer=dict(n_train=12_000))),
