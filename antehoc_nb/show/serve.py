@@ -365,14 +365,15 @@ def _escaped(text): return re.sub('[<>&"]', lambda found: f'&#{ord(found[0])};',
 @patch
 def _controls(self: PhotoPage, gr):
     "Photograph, target class, explainer to compare with, and threshold"
-    photo = gr.Image(label='Photograph', type='filepath', sources=['upload', 'webcam', 'clipboard'], height=260)
+    photo = gr.Image(label='Photograph', type='filepath', sources=['upload', 'webcam', 'clipboard'], height=260,
+                     elem_id='photograph')
     photo.preprocess = _file_of
-    target = gr.Dropdown(list(self.targets.items()), value=PREDICTED, label='The map is about',
+    target = gr.Dropdown(list(self.targets.items()), value=PREDICTED, label='The map is about', elem_id='target',
                          visible=len(self.targets) > 1)
     hint = None
     if self.task != 'regression' and not {*CAMS} & {*self.comparable}: hint = 'Grad-CAM: pip install torchcam'
     compare = gr.Dropdown(self.comparable, value=self.comparable[0], label='Compare with', info=hint)
-    threshold = gr.Slider(.05, 1, .8, step=.05, label='Threshold of the concept regions')
+    threshold = gr.Slider(.05, 1, .8, step=.05, label='Threshold of the concept regions', elem_id='threshold')
     return photo, target, compare, threshold
 
 
@@ -425,12 +426,13 @@ def _one_photograph(self: PhotoPage, gr):
 @patch
 def _several_photographs(self: PhotoPage, gr):
     "The second tab"
-    files = gr.File(label=f'Photographs, {MAX_FILES} at most', file_count='multiple', file_types=_ENDINGS)
+    files = gr.File(label=f'Photographs, {MAX_FILES} at most', file_count='multiple', file_types=_ENDINGS,
+                    elem_id='photographs')
     threshold = gr.Slider(.05, 1, .8, step=.05, label='Threshold of the concept regions')
     start = gr.Button('Explain', variant='primary')
     message = gr.Textbox(label='Result', interactive=False, elem_id='batch-message')
-    gallery = gr.Gallery(label='Maps', columns=4, object_fit='contain', interactive=False)
-    table = gr.Dataframe(headers=HEADERS, label='Table', interactive=False, wrap=True)
+    gallery = gr.Gallery(label='Maps', columns=4, object_fit='contain', interactive=False, elem_id='maps')
+    table = gr.Dataframe(headers=HEADERS, label='Table', interactive=False, wrap=True, elem_id='table')
 
     def explain_batch(files, threshold, progress=gr.Progress()):  # noqa: B008  Gradio finds it there
         "Overlays and a table of several photographs"
@@ -451,6 +453,7 @@ def free_port() -> int: # From 1024
 def _check_address(host, port):
     "`OSError` for an address that can't be listened on"
     host = host or os.environ.get('GRADIO_SERVER_NAME') or LOOPBACK
+    if port is not None and not 0 < port < 2**16: raise OSError(f'port={port}: choose one from 1024 to 65535')
     try: family, kind, protocol, _, address = socket.getaddrinfo(host, port or 0, type=socket.SOCK_STREAM)[0]
     except OSError as e: raise OSError(f'host={host!r}: no such address ({e.strerror}); leave it out for this '
                                        f'machine alone, or give 0.0.0.0 for the network') from e
@@ -458,7 +461,6 @@ def _check_address(host, port):
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try: probe.bind(address)
         except PermissionError as e: raise OSError(f'port={port}: not allowed; choose one from 1024') from e
-        except OverflowError as e: raise OSError(f'port={port}: choose one from 1024 to 65535') from e
         except OSError as e:
             if not port: raise OSError(f'host={host!r}: this machine has no such address') from e
             raise OSError(f'host={host!r}, port={port}: in use, or not an address of this machine; choose another '
@@ -568,7 +570,9 @@ def write_space(folder: str | Path, # Where to; made if it is not there
     title = PhotoPage(model, title).title
     with tempfile.TemporaryDirectory() as part:
         saved = model.save_pretrained(Path(part)/'model')
-        AntehocModel.from_pretrained(saved)  # raises the error for a CNN that can't be built by name
+        if model.config['meta'].get('cnn') is None:
+            raise ValueError(f'{type(model.cnn).__name__}: the CNN was not built by name; it cannot be loaded from the '
+                             'Space alone')
         _copy_library(folder)
         shutil.copytree(saved, folder/'model', dirs_exist_ok=True)
     python = '.'.join(map(str, sys.version_info[:2]))

@@ -1,17 +1,20 @@
 """The web page: what it answers, what it refuses, what it is in a browser, and as a Space."""
 import importlib.metadata
+import io
 import json
 import os
 import shutil
 import socket
+import struct
 import subprocess
 import sys
-import time
+import zlib
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from torch import nn
 from typer.testing import CliRunner
@@ -69,16 +72,23 @@ def cut_png(file):
     return write_bytes(file, file.read_bytes()[:9000])
 
 
-def blank(size): return lambda file: Image.new('1', size).save(file) or file
+def large_png(size):
+    "A writer of a PNG file that says it is of that size; no pixel of it may be decoded"
+    def write(file):
+        Image.new('1', (1, 1)).save(file)
+        header = b'IHDR' + struct.pack('>2I', *size) + bytes((1, 0, 0, 0, 0))
+        whole = file.read_bytes()
+        return write_bytes(file, whole[:12] + header + struct.pack('>I', zlib.crc32(header)) + whole[33:])
+    return write
 
 
 BAD = {
     'empty.png': (lambda file: write_bytes(file, b''), 'the file is empty'),
     'notes.png': (lambda file: write_bytes(file, b'text'), f'not an image that can be read; give a {KINDS}'),
     'drawing.svg': (lambda file: write_bytes(file, b'<svg/>'), f'not an image that can be read; give a {KINDS}'),
-    'mega.png': (blank((12_000, 9_000)), '12,000 x 9,000 pixels, more than the 50 million that the page takes; make it '
+    'mega.png': (large_png((12_000, 9_000)), '12,000 x 9,000 pixels, more than the 50 million that the page takes; make it '
                  'smaller'),
-    'bomb.png': (blank((20_000, 20_000)), 'it has hundreds of millions of pixels, more than the 50 million that the '
+    'bomb.png': (large_png((20_000, 20_000)), 'it has hundreds of millions of pixels, more than the 50 million that the '
                  'page takes; make it smaller'),
     'large.bmp': (lambda file: write_bytes(file, b'BM' + bytes(22 * 2**20)), '22.0 MB, more than the 20 MB that the '
                   'page takes'),
@@ -141,7 +151,7 @@ def test_the_answer_is_that_of_the_model(model, page, photo):
 
 
 def test_pictures_are_no_larger_than_needed(page, tmp_path):
-    answer = page.explain(photograph(tmp_path/'large.jpg', (3000, 1500)))
+    answer = page.explain(photograph(tmp_path/'large.jpg', (3000, 1500)), threshold=.05)
     assert answer.overlay.size == (1024, 512) and answer.size == (3000, 1500)
     assert max(row[5] for row in answer.table) > 1024  # boxes are in pixels of the photograph itself
 
@@ -299,3 +309,243 @@ def test_several_photographs(model, page, tmp_path):
     assert done == [0, 1 / 3, 2 / 3]
     assert page.explain_batch(None) == page.explain_batch([]) == ('', [], [])
     assert page.explain_batch([bad] * 51) == ('51 files; give 50 at most', [], [])
+
+
+# --- opening the page
+
+def test_a_missing_or_old_gradio(model, monkeypatch):
+    def missing(name): raise importlib.metadata.PackageNotFoundError(name)
+    monkeypatch.setattr(importlib.metadata, 'version', missing)
+    monkeypatch.setitem(sys.modules, 'gradio', None)
+    for ask in (lambda: serve(model), lambda: write_space('space', model), lambda: PhotoPage(model).make_page()):
+        with pytest.raises(ImportError) as error: ask()
+        assert str(error.value) == 'the web page needs Gradio: pip install antehoc_nb[serve]'
+    monkeypatch.setattr(importlib.metadata, 'version', lambda name: '3.18.0')
+    with pytest.raises(ImportError) as error: serve(model)
+    assert str(error.value) == 'the web page is made for Gradio 6, here is 3.18.0: pip install "gradio>=6,<7"'
+
+
+def test_addresses_that_cannot_be_had(model, monkeypatch):
+    monkeypatch.setattr(module, '_gradio', lambda: None)
+    with socket.socket() as other:
+        other.bind(('127.0.0.1', 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(OSError) as error: serve(model, port=port)
+    assert str(error.value) == (f"host='127.0.0.1', port={port}: in use, or not an address of this machine; choose "
+                                'another port, or leave it out')
+    with pytest.raises(OSError) as error: serve(model, '203.0.113.7')
+    assert str(error.value) == "host='203.0.113.7': this machine has no such address"
+    with pytest.raises(OSError, match=r"host='no.such.invalid': no such address"): serve(model, 'no.such.invalid')
+    with pytest.raises(OSError) as error: serve(model, port=70_000)
+    assert str(error.value) == 'port=70000: choose one from 1024 to 65535'
+
+
+def test_loopback_unless_another_host_is_given(model, monkeypatch):
+    opened = {}
+
+    class Blocks:
+        share_url, local_url = None, 'http://127.0.0.1:7860/'
+
+        def launch(self, **kwargs): opened.update(kwargs)
+
+        def block_thread(self): opened['blocked'] = True
+    monkeypatch.setattr(module, '_gradio', lambda: SimpleNamespace(themes=SimpleNamespace(Default=dict)))
+    monkeypatch.setattr(PhotoPage, 'make_page', lambda self: Blocks())
+    said = []
+    serve(model, say=said.append)
+    assert said == ['the page is at http://127.0.0.1:7860/; Ctrl-C ends it'] and opened['blocked']
+    assert opened['server_name'] == '127.0.0.1' and opened['share'] is False and opened['ssr_mode'] is False
+    assert opened['max_file_size'] == 20 * 2**20
+
+
+# --- a Space
+
+@pytest.fixture
+def as_if_gradio_6(monkeypatch):
+    version = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, 'version', lambda name: '6.31.0' if name == 'gradio' else version(name))
+    monkeypatch.setattr(module, '_gradio', lambda: None)
+
+
+def test_the_files_of_a_space(model, tmp_path, as_if_gradio_6):
+    space = write_space(tmp_path/'space', model, title='Ants: "bees"')
+    assert sorted(path.name for path in space.iterdir()) == ['.gitattributes', 'README.md', 'antehoc_nb', 'app.py',
+                                                             'model', 'requirements.txt']
+    readme = (space/'README.md').read_text()
+    front = yaml.safe_load(readme.split('---')[1])
+    wanted = dict(title='Ants: "bees"', sdk='gradio', sdk_version='6.31.0', app_file='app.py', pinned=False,
+                  python_version='{}.{}'.format(*sys.version_info))
+    assert {key: front[key] for key in wanted} == wanted and len(front['short_description']) <= 60
+    lines = (space/'requirements.txt').read_text().splitlines()
+    pins = dict(line.split('==') for line in lines if '==' in line)
+    assert pins['gradio'] == '6.31.0' and pins['torch'] == torch.__version__.split('+')[0]
+    assert {'fastai', 'safetensors', 'torchvision', 'pillow', 'tqdm'} <= {*pins} and 'timm' not in pins
+    assert not [path for path in space.rglob('*') if path.name == '__pycache__']
+    again = AntehocModel.from_pretrained(space/'model')
+    assert torch.equal(again.mean, model.mean) and again.meta['vocab'] == NAMES
+    write_space(space, model, title='Again')  # its own files it may write again
+    assert 'title: "Again"' in (space/'README.md').read_text()
+
+
+def test_a_space_overwrites_nothing_and_loads_alone(model, tmp_path, as_if_gradio_6):
+    (tmp_path/'README.md').write_text('mine')
+    with pytest.raises(ValueError) as error: write_space(tmp_path, model)
+    assert str(error.value) == f'{tmp_path} holds README.md already; choose another folder, or delete it'
+    with pytest.raises(NotADirectoryError) as error: write_space(tmp_path/'README.md', model)
+    assert str(error.value) == f'{tmp_path}/README.md is a file; give a folder'
+    source = module.Path(module.antehoc_nb.__file__).parents[1]
+    with pytest.raises(ValueError, match='where this library lies; choose another folder'): module._copy_library(source)
+    unnamed = wrapped(nn.Sequential(nn.Conv2d(3, 3, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()))
+    with pytest.warns(UserWarning, match='cannot be built by name'), \
+         pytest.raises(ValueError, match='the CNN was not built by name; it cannot be loaded from the Space alone'):
+        write_space(tmp_path/'space', unnamed)
+    assert not (tmp_path/'space').exists()
+
+
+def antehoc(*args, code=0):
+    result = CliRunner().invoke(app, list(map(str, args)))
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+def test_the_commands(model, tmp_path, as_if_gradio_6, monkeypatch):
+    folder = model.save_pretrained(tmp_path/'run'/'model')
+    told = json.loads(antehoc('space', tmp_path/'space', tmp_path/'run', '--title', 'Ants', '--json'))
+    assert told['out'] == str(tmp_path/'space') and 'app.py' in told['files'] and told['next'].startswith('hf upload ')
+    assert "title='Ants'" in (tmp_path/'space'/'app.py').read_text()
+    assert f'{tmp_path}/none: no such model folder' in antehoc('serve', tmp_path/'none', code=1)
+    opened = []
+    blocks = SimpleNamespace(share_url=None, local_url='http://127.0.0.1:7860/',
+                             block_thread=lambda: opened.append('wait'))
+    monkeypatch.setattr(module, 'serve', lambda *args, **kwargs: opened.append((args[1:], kwargs)) or blocks)
+    assert 'the page is at http://127.0.0.1:7860/; Ctrl-C ends it' in antehoc('serve', folder, '--device', 'cpu')
+    assert opened == [(('127.0.0.1', None, False, None), dict(block=False, say=None)), 'wait']
+
+
+# --- in a browser, and as a program
+
+def needs_gradio():
+    try: version = importlib.metadata.version('gradio')
+    except importlib.metadata.PackageNotFoundError: version = '0'
+    if int(version.split('.')[0]) != 6: pytest.skip('no Gradio 6: pip install "gradio>=6,<7"')
+
+
+@pytest.fixture(scope='module')
+def address(model):
+    needs_gradio()
+    blocks = serve(model, port=free_port(), block=False, say=None)
+    yield blocks.local_url
+    blocks.close()
+
+
+@pytest.fixture(scope='module')
+def browser():
+    sync_api = pytest.importorskip('playwright.sync_api', reason='no Playwright: pip install playwright')
+    chromium = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
+    if not chromium: pytest.skip('no Chromium: apt install chromium')
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=['--no-sandbox'])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(params=[1400, 400])
+def tab(browser, address, request):
+    "A tab of that width. No errors on the console, no requests to other machines"
+    tab = browser.new_page(viewport=dict(width=request.param, height=900))
+    tab.errors, tab.outside = [], []
+    tab.on('console', lambda message: message.type == 'error' and tab.errors.append(message.text))
+    tab.on('pageerror', lambda error: tab.errors.append(str(error)))
+    tab.on('request', lambda r: r.url.startswith(('http:', 'https:')) and '//127.0.0.1' not in r.url
+           and tab.outside.append(r.url))
+    tab.goto(address)
+    tab.wait_for_selector('#photograph input[type=file]', state='attached', timeout=60_000)
+    yield tab
+    pictures = os.environ.get('SCREENSHOTS')  # how the names of screenshots begin
+    if pictures: tab.screenshot(path=f'{pictures}-{request.param}.png', full_page=True)
+    tab.close()
+    assert not tab.errors and not tab.outside
+
+
+def message(tab, text, timeout=60_000):
+    tab.wait_for_function('text => document.querySelector("#message textarea").value.includes(text)', arg=text,
+                          timeout=timeout)
+    return tab.input_value('#message textarea')
+
+
+def picture(tab, name):
+    "The pixels of a picture of the page"
+    tab.wait_for_selector(f'#{name} img', timeout=60_000)
+    address = tab.get_attribute(f'#{name} img', 'src')
+    return address, Image.open(io.BytesIO(tab.request.get(address).body())).convert('RGB')
+
+
+def changed(tab, name, before):
+    tab.wait_for_function('([name, before]) => { const found = document.querySelector(`#${name} img`);'
+                          ' return found && found.src != before }', arg=[name, before], timeout=60_000)
+    return picture(tab, name)
+
+
+def close(picture, wanted): # WebP loses a little
+    assert picture.size == wanted.size
+    return np.abs(np.asarray(picture, dtype=float) - np.asarray(wanted, dtype=float)).mean() < 4
+
+
+@pytest.mark.slow
+def test_in_a_browser(tab, page, photo, tmp_path):
+    tab.set_input_files('#photograph input[type=file]', photo)
+    wanted = page.explain(photo)
+    assert message(tab, 'Predicted') == wanted.message
+    shown, overlay = picture(tab, 'map')
+    assert close(overlay, wanted.overlay) and close(picture(tab, 'energy-map')[1], wanted.energy)
+    before, regions = picture(tab, 'concept-regions')
+    assert close(regions, wanted.regions) and picture(tab, 'compared-with')
+    tab.fill('#threshold input[type=number]', '0.3')
+    tab.press('#threshold input[type=number]', 'Tab')
+    assert close(changed(tab, 'concept-regions', before)[1], page.explain(photo, threshold=.3).regions)
+    assert picture(tab, 'map')[0] == shown  # nothing else was done again
+    other = 'cat' if not wanted.message.startswith('Predicted: cat') else 'ant'
+    tab.click('#target input')
+    tab.get_by_role('option', name=other).click()
+    assert message(tab, f'the class {other}.')
+    overlay = page.explain(photo, target=NAMES.index(other)).overlay
+    assert close(changed(tab, 'map', shown)[1], overlay) and not close(overlay, wanted.overlay)
+    tab.click('#photograph button[aria-label="Clear"]')
+    tab.wait_for_selector('#map img', state='detached')
+    tab.set_input_files('#photograph input[type=file]', write_bytes(tmp_path/'notes.png', b'text'))
+    assert message(tab, 'notes.png') == f'notes.png: {BAD["notes.png"][1]}'
+    tab.get_by_role('tab', name='Several photographs').click()
+    tab.set_input_files('#photographs input[type=file]', [photo, tmp_path/'notes.png'])
+    tab.get_by_text('notes.png').first.wait_for()
+    tab.get_by_role('button', name='Explain', exact=True).click()
+    tab.wait_for_function('document.querySelector("#batch-message textarea").value.startsWith("1 photograph expl")')
+    tab.wait_for_selector('#maps img')
+    assert 'not an image that can be read' in tab.inner_text('#table')
+
+
+@pytest.mark.slow
+def test_a_space_runs_from_its_folder_alone(model, page, photo, tmp_path):
+    needs_gradio()
+    client = pytest.importorskip('gradio_client')
+    space = write_space(tmp_path/'space', model, title='Ants')
+    port = free_port()
+    env = {name: value for name, value in os.environ.items() if name != 'PYTHONPATH'}
+    env |= dict(GRADIO_SERVER_PORT=str(port), GRADIO_SERVER_NAME='127.0.0.1', GRADIO_TEMP_DIR=str(tmp_path/'gradio'))
+    command = sys.executable, str(space/'app.py')
+    process = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == f'the page is at http://127.0.0.1:{port}/; Ctrl-C ends it\n'
+        app = client.Client(f'http://127.0.0.1:{port}', verbose=False, download_files=str(tmp_path/'down'))
+        answer = app.predict(client.handle_file(photo), 2, NOTHING, .5, api_name='/explain')
+        wanted = page.explain(photo, 2, threshold=.5)
+        assert answer[0] == wanted.message and close(Image.open(answer[2]).convert('RGB'), wanted.overlay)
+        bad = app.predict(client.handle_file(write_bytes(tmp_path/'a.png', b'')), api_name='/explain')
+        assert bad[0] == 'a.png: the file is empty'
+        several = app.predict([client.handle_file(photo)], .5, api_name='/explain_batch')
+        assert several[0] == '1 photograph explained'
+        inside = [path for path in (space/'antehoc_nb').rglob('*.pyc')]
+        assert inside  # it was this copy of the library that ran
+    finally:
+        process.terminate()
+        process.wait(20)
