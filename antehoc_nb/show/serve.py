@@ -467,6 +467,9 @@ def _check_address(host, port):
                           'port, or leave it out') from e
 
 
+def _say(text): print(text, flush=True)
+
+
 def serve(model: AntehocModel | str | Path, # Or a folder that `save_pretrained` wrote
           host: str | None = LOOPBACK, # Address to listen on: this machine alone; '0.0.0.0' for the network. None: as
           # $GRADIO_SERVER_NAME says, which Spaces set
@@ -474,17 +477,21 @@ def serve(model: AntehocModel | str | Path, # Or a folder that `save_pretrained`
           share: bool = False, # Give it a public address for a week? The page then goes through Gradio's servers
           title: str | None = None, # Above the page; None: with the name of the CNN
           block: bool = True, # Wait until it is closed? False: `blocks.close()` closes it
-          say: Callable | None = print, # Told the address; None: no output
+          say: Callable | None = _say, # Told the address; None: no output
          ): # The `gradio.Blocks`; its address is `local_url`
     """Open the page of a model. `ValueError` for a model that can't be shown, `OSError` for an address or port that
-    is not free, `ImportError` without Gradio 6."""
+    is not free or a public address that can't be had, `ImportError` without Gradio 6."""
     gr = _gradio()
     _check_address(host, port)
     if not isinstance(model, AntehocModel): model = AntehocModel.from_pretrained(model)
     blocks = PhotoPage(model, title).make_page()
     theme = gr.themes.Default(font=['system-ui', 'sans-serif'], font_mono=['ui-monospace', 'monospace'])
     blocks.launch(server_name=host, server_port=port, share=share, max_file_size=MAX_BYTES, show_error=True, quiet=True,
-                  ssr_mode=False, inbrowser=False, prevent_thread_lock=True, theme=theme, footer_links=['api'])
+                  ssr_mode=False, inbrowser=False, inline=False, prevent_thread_lock=True, theme=theme,
+                  footer_links=['api'], state_session_capacity=200)
+    if share and not blocks.share_url:
+        blocks.close(verbose=False)
+        raise OSError('share=True: Gradio gave no public address; see to the network, or leave it out')
     if say: say(f'the page is at {blocks.share_url or blocks.local_url}; Ctrl-C ends it')
     if block: blocks.block_thread()
     return blocks
@@ -518,7 +525,7 @@ Drop a photograph: the page shows the prediction and a map of the pixels that it
 
 Run it here: `pip install -r requirements.txt && python app.py`
 '''
-_PACKAGES = 'torch', 'torchvision', 'gradio'
+_PACKAGES = ['torch', 'torchvision', 'numpy', 'pillow', 'scipy', 'matplotlib', 'fastcore', 'plum-dispatch', 'gradio']
 
 
 def _own_requirements():
@@ -531,7 +538,7 @@ def _own_requirements():
 def _requirements(model):
     "Lines of requirements.txt: what the library and this model need, in the versions of this machine"
     names = [re.match(r'[\w.-]+', line)[0] for line in _own_requirements()]
-    names += [*_PACKAGES, 'numpy', 'pillow', 'scipy', 'matplotlib', 'fastcore']
+    names += _PACKAGES
     if 'timm/' in str(model.config['meta'].get('cnn')): names.append('timm')
     if importlib.util.find_spec('torchcam'): names.append('torchcam')
     pinned = {name.lower(): importlib.metadata.version(name).split('+')[0] for name in names}

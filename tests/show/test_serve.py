@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import requests
 import torch
 import yaml
 from PIL import Image
@@ -350,13 +351,18 @@ def test_loopback_unless_another_host_is_given(model, monkeypatch):
         def launch(self, **kwargs): opened.update(kwargs)
 
         def block_thread(self): opened['blocked'] = True
+
+        def close(self, verbose): opened['closed'] = True
     monkeypatch.setattr(module, '_gradio', lambda: SimpleNamespace(themes=SimpleNamespace(Default=dict)))
     monkeypatch.setattr(PhotoPage, 'make_page', lambda self: Blocks())
     said = []
     serve(model, say=said.append)
     assert said == ['the page is at http://127.0.0.1:7860/; Ctrl-C ends it'] and opened['blocked']
     assert opened['server_name'] == '127.0.0.1' and opened['share'] is False and opened['ssr_mode'] is False
-    assert opened['max_file_size'] == 20 * 2**20
+    assert opened['max_file_size'] == 20 * 2**20 and 'closed' not in opened
+    with pytest.raises(OSError) as error: serve(model, share=True, say=said.append)
+    assert str(error.value) == 'share=True: Gradio gave no public address; see to the network, or leave it out'
+    assert opened['closed'] and len(said) == 1
 
 
 # --- a Space
@@ -436,7 +442,7 @@ def address(model):
     needs_gradio()
     blocks = serve(model, port=free_port(), block=False, say=None)
     yield blocks.local_url
-    blocks.close()
+    blocks.close(verbose=False)
 
 
 @pytest.fixture(scope='module')
@@ -544,6 +550,10 @@ def test_a_space_runs_from_its_folder_alone(model, page, photo, tmp_path):
         assert bad[0] == 'a.png: the file is empty'
         several = app.predict([client.handle_file(photo)], .5, api_name='/explain_batch')
         assert several[0] == '1 photograph explained'
+        stolen = dict(path='/etc/hostname', meta=dict(_type='gradio.FileData'))  # not an upload
+        call = f'http://127.0.0.1:{port}/gradio_api/call/explain'
+        event = requests.post(call, json=dict(data=[stolen, -1, NOTHING, .5]), timeout=60).json()['event_id']
+        assert requests.get(f'{call}/{event}', timeout=60).text.startswith('event: error')
         inside = [path for path in (space/'antehoc_nb').rglob('*.pyc')]
         assert inside  # it was this copy of the library that ran
     finally:
