@@ -431,7 +431,8 @@ def _several_photographs(self: PhotoPage, gr):
     threshold = gr.Slider(.05, 1, .8, step=.05, label='Threshold of the concept regions')
     start = gr.Button('Explain', variant='primary')
     message = gr.Textbox(label='Result', interactive=False, elem_id='batch-message')
-    gallery = gr.Gallery(label='Maps', columns=4, object_fit='contain', interactive=False, elem_id='maps')
+    gallery = gr.Gallery(label='Maps', columns=4, fit_columns=False, height='auto', object_fit='contain',
+                         interactive=False, elem_id='maps')
     table = gr.Dataframe(headers=HEADERS, label='Table', interactive=False, wrap=True, elem_id='table')
 
     def explain_batch(files, threshold, progress=gr.Progress()):  # noqa: B008  Gradio finds it there

@@ -517,7 +517,7 @@ def test_in_a_browser(tab, page, photo, tmp_path):
     assert message(tab, f'the class {other}.')
     overlay = page.explain(photo, target=NAMES.index(other)).overlay
     assert close(changed(tab, 'map', shown)[1], overlay) and not close(overlay, wanted.overlay)
-    tab.click('#photograph button[aria-label="Clear"]')
+    tab.click('#photograph button[aria-label="Remove Image"]')
     tab.wait_for_selector('#map img', state='detached')
     tab.set_input_files('#photograph input[type=file]', write_bytes(tmp_path/'notes.png', b'text'))
     assert message(tab, 'notes.png') == f'notes.png: {BAD["notes.png"][1]}'
