@@ -87,10 +87,10 @@ BAD = {
     'empty.png': (lambda file: write_bytes(file, b''), 'the file is empty'),
     'notes.png': (lambda file: write_bytes(file, b'text'), f'not an image that can be read; give a {KINDS}'),
     'drawing.svg': (lambda file: write_bytes(file, b'<svg/>'), f'not an image that can be read; give a {KINDS}'),
-    'mega.png': (large_png((12_000, 9_000)), '12,000 x 9,000 pixels, more than the 50 million that the page takes; make it '
-                 'smaller'),
-    'bomb.png': (large_png((20_000, 20_000)), 'it has hundreds of millions of pixels, more than the 50 million that the '
-                 'page takes; make it smaller'),
+    'mega.png': (large_png((12_000, 9_000)), '12,000 x 9,000 pixels, more than the 50 million that the page takes; '
+                 'make it smaller'),
+    'bomb.png': (large_png((20_000, 20_000)), 'it has hundreds of millions of pixels, more than the 50 million that '
+                 'the page takes; make it smaller'),
     'large.bmp': (lambda file: write_bytes(file, b'BM' + bytes(22 * 2**20)), '22.0 MB, more than the 20 MB that the '
                   'page takes'),
     'icon.ico': (lambda file: Image.new('RGB', (32, 32)).save(file) or file,
@@ -536,7 +536,8 @@ def test_a_space_runs_from_its_folder_alone(model, page, photo, tmp_path):
     client = pytest.importorskip('gradio_client')
     space = write_space(tmp_path/'space', model, title='Ants')
     port = free_port()
-    env = {name: value for name, value in os.environ.items() if name != 'PYTHONPATH'}
+    left_out = 'PYTHONPATH', 'PYTHONDONTWRITEBYTECODE'
+    env = {name: value for name, value in os.environ.items() if name not in left_out}
     env |= dict(GRADIO_SERVER_PORT=str(port), GRADIO_SERVER_NAME='127.0.0.1', GRADIO_TEMP_DIR=str(tmp_path/'gradio'))
     command = sys.executable, str(space/'app.py')
     process = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, text=True)
@@ -554,8 +555,7 @@ def test_a_space_runs_from_its_folder_alone(model, page, photo, tmp_path):
         call = f'http://127.0.0.1:{port}/gradio_api/call/explain'
         event = requests.post(call, json=dict(data=[stolen, -1, NOTHING, .5]), timeout=60).json()['event_id']
         assert requests.get(f'{call}/{event}', timeout=60).text.startswith('event: error')
-        inside = [path for path in (space/'antehoc_nb').rglob('*.pyc')]
-        assert inside  # it was this copy of the library that ran
+        assert [*(space/'antehoc_nb').rglob('*.pyc')]  # it was this copy of the library that ran
     finally:
         process.terminate()
         process.wait(20)
