@@ -523,7 +523,7 @@ def test_in_a_browser(tab, page, photo, tmp_path):
     assert message(tab, 'notes.png') == f'notes.png: {BAD["notes.png"][1]}'
     tab.get_by_role('tab', name='Several photographs').click()
     tab.set_input_files('#photographs input[type=file]', [photo, tmp_path/'notes.png'])
-    tab.get_by_text('notes.png').first.wait_for()
+    tab.locator('#photographs [aria-label="Remove this file"]').nth(1).wait_for()  # both files are there
     tab.get_by_role('button', name='Explain', exact=True).click()
     tab.wait_for_function('document.querySelector("#batch-message textarea").value.startsWith("1 photograph expl")')
     tab.wait_for_selector('#maps img')
