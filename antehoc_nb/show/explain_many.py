@@ -227,7 +227,7 @@ class Explained:
     "What `explain_many` has left in a folder."
     folder: Path
     meta: dict # explain.json
-    images: pd.DataFrame # a row per image; texts are '' where there is none, numbers NaN
+    images: pd.DataFrame # a row per image; texts are '' where there is none, numbers NaN, whole numbers NA
     _last: tuple = field(default=('', None), repr=False) # shard that was read last
     _source: Any = field(default=None, repr=False) # where the images are, once it was needed
 
@@ -284,10 +284,13 @@ def _read_meta(folder):
 
 def _read_table(path, columns):
     "The table, texts as texts and numbers as numbers"
-    if path.suffix == '.parquet': return _parquet().read_table(path, columns=columns).to_pandas()
-    numeric = {name: [''] for name in TABLE_COLUMNS if name not in _TEXTS}
-    return pd.read_csv(path, usecols=columns, dtype=dict.fromkeys(_TEXTS, 'object'), keep_default_na=False,
-                       na_values=numeric, encoding_errors='surrogateescape')
+    if path.suffix == '.parquet': table = _parquet().read_table(path, columns=columns).to_pandas()
+    else:
+        numeric = {name: [''] for name in TABLE_COLUMNS if name not in _TEXTS}
+        table = pd.read_csv(path, usecols=columns, dtype=dict.fromkeys(_TEXTS, 'object'), keep_default_na=False,
+                            na_values=numeric, encoding_errors='surrogateescape')
+    types = dict.fromkeys(_TEXTS, 'object') | dict.fromkeys(_INTEGERS, 'Int64')
+    return table.astype({name: types.get(name, 'float64') for name in table.columns})
 
 
 def read_explained(
@@ -642,21 +645,29 @@ class _Writer:
         self.classes = {name: number for number, name in enumerate(meta['classes'] or ())}
         self.rows = []
         self.maps = []
-        self.failed = 0
+        self.broken = False
 
     def add(self, batch, e, maps):
-        "The rows of a batch; `e` and `maps` are of the images that could be read, or None"
+        """Add a batch, and write its shard if it is complete; `e` and `maps` are of the images that could be read, or
+        None. The number of images; 0 after an error, when no more is taken"""
+        if self.broken: return 0
+        try:
+            self.collect(batch, e, maps)
+            end = min((batch.shard + 1) * self.meta['shard'], len(self.source))
+            if batch.first + len(batch.errors) == end: self.write(batch.shard)
+        except BaseException:
+            self.broken = True
+            raise
+        return len(batch.errors)
+
+    def collect(self, batch, e, maps):
         maps = None if maps is None else maps.cpu().numpy()
         told = iter(() if e is None else self.told(batch, e.cpu(), maps))
         for i, error in enumerate(batch.errors):
             name = self.source.names[batch.first + i]
             row = dict(image=name, label=self.label(name, batch.labels[i]))
             self.rows.append(row | (dict(error=error) if error else next(told)))
-            self.failed += error is not None
         if maps is not None and self.meta['maps'] != 'none': self.maps.append(maps)
-        end = min((batch.shard + 1) * self.meta['shard'], len(self.source))
-        if batch.first + len(batch.errors) == end: self.write(batch.shard)
-        return len(batch.errors)
 
     def label(self, name, label):
         if self.source.kind == 'folder': return _class_of_folder(name, self.classes)
@@ -723,7 +734,8 @@ class _OneProcess:
 
 def _processes(model):
     "The processes that were launched together; the model goes to the device of this one"
-    if int(os.environ.get('WORLD_SIZE', 1)) == 1: return _OneProcess()
+    counts = 'WORLD_SIZE', 'PMI_SIZE', 'OMPI_COMM_WORLD_SIZE', 'MV2_COMM_WORLD_SIZE'  # of torchrun, and of MPI
+    if not any(int(os.environ.get(name, 1)) > 1 for name in counts): return _OneProcess()
     accelerate = import_extra('accelerate', 'antehoc_nb[bulk]', 'Several processes need accelerate')
     longest = timedelta(days=30)  # that the first to finish waits for the last
     state = accelerate.PartialState(cpu=model.mean.device.type == 'cpu', timeout=longest)
