@@ -38,7 +38,7 @@ from scipy import ndimage
 import antehoc_nb
 from ..core.model import AntehocModel, pixel_batch
 from ..core.utils import import_extra, unknown_name, weights_digest
-from ..data.images import IMAGES
+from ..data.images import IMAGES, unread_images
 from .explain_files import Progress, decode_image, explain_pixels, print_line, target_number
 
 # %% ../../nbs/show/34_explain_many.ipynb #b4e859dc
@@ -336,30 +336,37 @@ def _is_explained(folder, names):
     return {'explanations.csv', 'explanations.json'} <= {*names}
 
 
+_MOST_OTHERS = 10_000  # files of other kinds that are looked at, to say what is left out
+
+
 def _image_names(root, out):
-    "Names of the image files below a folder, sorted; neither hidden ones nor explanations; links are followed once"
-    found, seen, out = [], set(), os.path.realpath(out)
+    """Names of the image files below a folder, sorted; neither hidden ones nor explanations; links are followed once.
+    And the paths of other files"""
+    found, others, seen, out = [], [], set(), os.path.realpath(out)
     for where, folders, names in os.walk(root, followlinks=True):
         place = os.path.realpath(where)
         if place in seen or place == out or _is_explained(where, names):
             folders[:] = []
             continue
         seen.add(place)
-        folders[:] = [name for name in folders if not name.startswith(('.', '__'))]
+        folders[:] = sorted(name for name in folders if not name.startswith(('.', '__')))
         below = '' if where == str(root) else Path(where).relative_to(root).as_posix() + '/'
-        found += [below + name for name in names
-                  if name[0] != '.' and os.path.splitext(name)[1].lower() in IMAGES]
-    return sorted(found)
+        for name in names:
+            if name[0] == '.': continue
+            if os.path.splitext(name)[1].lower() in IMAGES: found.append(below + name)
+            elif len(others) < _MOST_OTHERS: others.append(Path(where, name))
+    return sorted(found), others
 
 
 class _Folder:
     "The image files of a folder and its subfolders"
     kind = 'folder'
 
-    def __init__(self, root, names):
+    def __init__(self, root, names, left_out=''):
         self.root = str(Path(root).absolute())
         self.names = _Names(names)
         self.digest = self.names.digest()
+        self.left_out = left_out  # what is to be said about other files
 
     def __len__(self): return len(self.names)
 
@@ -375,9 +382,11 @@ def _read_file(root, name):
 
 def _folder_source(path, out):
     if path.is_file(): return _Folder(path.parent, [path.name])
-    found = _Folder(path, _image_names(path, out))
-    if not len(found): raise ValueError(f'{path}: no image files found in this folder')
-    return found
+    names, others = _image_names(path, out)
+    left_out = unread_images(others)
+    if not names:
+        raise ValueError(f'{path}: no image files found in this folder{left_out and f"; there is {left_out}"}')
+    return _Folder(path, names, left_out)
 
 # %% ../../nbs/show/34_explain_many.ipynb #c52d134c
 def _tar_members(path):
@@ -840,9 +849,11 @@ def explain_many(
     processes = _processes(model)
     source = _find_source(source, out)
     meta, number = _settings(model, name or type(model.cnn).__name__, source, maps, table, threshold, target, shard)
+    if not processes.is_main_process: say = None
+    if say and getattr(source, 'left_out', ''): say(f'left out: {source.left_out}')
     unfinished = _begin(out, meta, processes)
     own = [shard for shard in unfinished if shard % processes.num_processes == processes.process_index]
-    _explain_shards(model, source, out, meta, number, own, bs, workers, say if processes.is_main_process else None)
+    _explain_shards(model, source, out, meta, number, own, bs, workers, say)
     failed = _finish(out, meta, processes)
     return ManyExplained(meta['n'], meta['n'] - _images_of(unfinished, meta), failed, out/f'images.{table}')
 
@@ -852,8 +863,17 @@ def _images_of(shards, meta):
     return sum(min(meta['shard'], meta['n'] - shard * meta['shard']) for shard in shards)
 
 
+def _check_writable(out):
+    "Errors of a folder that can't be written to"
+    existing = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    if not existing.is_dir(): raise NotADirectoryError(f'out: {existing} is a file, not a folder; choose another folder')
+    if os.access(existing, os.W_OK | os.X_OK): return
+    raise PermissionError(f'out: no permission to write to {existing}; choose another folder')
+
+
 def _prepare(out, meta):
     "Check the folder, and write `explain.json`"
+    _check_writable(out)
     _check_same_run(out, meta)
     out.mkdir(parents=True, exist_ok=True)
     _check_room(out, meta, _images_of(_unfinished(out, meta), meta))

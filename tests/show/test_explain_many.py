@@ -17,7 +17,9 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from typer.testing import CliRunner
 
+from antehoc_nb.cli import app
 from antehoc_nb.core.model import AntehocModel, Explanation
 from antehoc_nb.show import explain_many as module
 from antehoc_nb.show.explain_many import TABLE_COLUMNS, explain_many, read_explained
@@ -209,8 +211,8 @@ def test_forms_hold_the_same(model, tmp_path, maps, table):
     good = np.flatnonzero(usual.images.error == '')[::-1]
     if maps == 'none':
         with pytest.raises(ValueError) as caught: other.maps()
-        assert str(caught.value) == (f"{tmp_path}/other: the images were explained with maps='none'; explain them again "
-                                     "with maps='npz', into another folder")
+        assert str(caught.value) == (f"{tmp_path}/other: the images were explained with maps='none'; explain them "
+                                     "again with maps='npz', into another folder")
     else: np.testing.assert_array_equal(usual.maps(good), other.maps(good))
 
 
@@ -253,8 +255,8 @@ def test_killed_and_started_again(model, interrupted):
     assert process.exitcode == -signal.SIGKILL
     assert len(list((folder/'out'/'parts').iterdir())) == 3 and not (folder/'out'/'images.csv').exists()
     with pytest.raises(FileNotFoundError) as caught: read_explained(folder/'out')
-    assert str(caught.value) == (f'{folder}/out: the run is not finished, there is no images.csv; start the same command '
-                                 'again, it goes on')
+    assert str(caught.value) == (f'{folder}/out: the run is not finished, there is no images.csv; start the same '
+                                 'command again, it goes on')
     done = explain_many(model, images, folder/'out', **USUAL)
     assert done[:3] == (46, 24, 1)
     (folder/'out'/'maps'/'00003.npz.part').unlink(missing_ok=True)
@@ -384,6 +386,17 @@ def test_what_is_found_in_a_folder(model, tmp_path):
     assert explain_many(model, images/'cat'/'000.png', tmp_path/'one', **USUAL).images == 1
 
 
+def test_images_of_other_kinds_are_said_to_be_left_out(model, tmp_path):
+    images, said = fill(tmp_path/'in', 2), []
+    (images/'cat'/'phone.heic').write_bytes(b'')
+    (images/'cat'/'notes.txt').write_bytes(b'')
+    explain_many(model, images, tmp_path/'out', **USUAL | dict(say=said.append))
+    assert said == [f'left out: 1 image of a kind that is not read (.heic), the first is {images}/cat/phone.heic']
+    with pytest.raises(ValueError, match='no image files found in this folder; there is 1 image of a kind that is not'):
+        (images/'cat'/'000.png').unlink()
+        explain_many(model, images/'cat', tmp_path/'none', **USUAL)
+
+
 def samples(n=10):
     return [(f'{i:04}', as_bytes(picture(i)), str(i % 2) if i % 3 else ('cat', 'dog')[i % 2]) for i in range(n)]
 
@@ -454,7 +467,8 @@ def test_a_data_set_in_memory_and_saved(model, tmp_path):
                            (3, 'source: a int has no images by number')]:
         with pytest.raises(TypeError) as caught: explain_many(model, wrong, tmp_path/'o', **USUAL)
         assert str(caught.value) == message
-    with pytest.raises(ValueError) as caught: explain_many(model, dataset.remove_columns('photo'), tmp_path/'o', **USUAL)
+    without = dataset.remove_columns('photo')
+    with pytest.raises(ValueError) as caught: explain_many(model, without, tmp_path/'o', **USUAL)
     assert str(caught.value) == ('source: the data set has no column of images (it has name, y); '
                                  'name it: dataset.cast_column(name, datasets.Image())')
 
@@ -467,8 +481,9 @@ def test_a_missing_package_is_named(model, tmp_path, monkeypatch, package, sourc
     for name in ('dataset_info.json', 'state.json'): (tmp_path/'saved'/name).write_text('{}')
     for name in [o for o in sys.modules if o.split('.')[0] == package]: monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setitem(sys.modules, package, None)
+    table = 'parquet' if package == 'pyarrow' else 'csv'
     with pytest.raises(ImportError, match=r'pip install antehoc_nb\[bulk\]'):
-        explain_many(model, tmp_path/source, tmp_path/'out', table='parquet' if package == 'pyarrow' else 'csv', **USUAL)
+        explain_many(model, tmp_path/source, tmp_path/'out', table=table, **USUAL)
 
 
 # --- Several processes
@@ -545,7 +560,8 @@ def test_settings_that_cannot_be(model, tmp_path, settings, message):
     ('nowhere', FileNotFoundError, '{0}/nowhere: no such image or folder'),
     ('empty', ValueError, '{0}/empty: no image files found in this folder'),
     ('no.tar', FileNotFoundError, '{0}/no.tar: no such tar file'),
-    ('https://x.org/a.tar', ValueError, 'https://x.org/a.tar is an address; download it first, images are read from files')])
+    ('https://x.org/a.tar', ValueError,
+     'https://x.org/a.tar is an address; download it first, images are read from files')])
 def test_sources_that_are_none(model, tmp_path, source, error, message):
     (tmp_path/'empty').mkdir()
     path = source if ':' in source else tmp_path/source
@@ -577,15 +593,25 @@ def test_a_folder_that_holds_another_run(model, tmp_path):
         explain_many(make_model(('cat', 'cow')), images, out, **USUAL)
     (images/'cat'/'000.png').unlink()
     with pytest.raises(ValueError) as caught: explain_many(model, images, out, **USUAL)
-    assert str(caught.value) == (f'{out} holds a run over 12 images of {images}, where there are other images now (11); '
-                                 'choose another folder, or delete this one')
+    assert str(caught.value) == (f'{out} holds a run over 12 images of {images}, where there are other images now '
+                                 '(11); choose another folder, or delete this one')
     (tmp_path/'pictures').mkdir()
     (tmp_path/'pictures'/'explanations.json').write_text('{}')
     with pytest.raises(ValueError) as caught: explain_many(model, images, tmp_path/'pictures', **USUAL)
-    assert str(caught.value) == (f'{tmp_path}/pictures holds the overlays of `antehoc explain` without --maps; choose '
-                                 'another folder')
+    assert str(caught.value) == (f'{tmp_path}/pictures holds the overlays of `antehoc explain` without --maps; '
+                                 'choose another folder')
+
+
+def test_a_folder_that_cannot_be_written(model, tmp_path, monkeypatch):
+    images = fill(tmp_path/'in', 2)
     (tmp_path/'file').write_text('')
-    with pytest.raises(OSError): explain_many(model, images, tmp_path/'file', **USUAL)
+    for out in (tmp_path/'file', tmp_path/'file'/'below'):
+        with pytest.raises(NotADirectoryError) as caught: explain_many(model, images, out, **USUAL)
+        assert str(caught.value) == f'out: {tmp_path}/file is a file, not a folder; choose another folder'
+    monkeypatch.setattr(module.os, 'access', lambda path, mode: False)
+    with pytest.raises(PermissionError) as caught: explain_many(model, images, tmp_path/'out'/'deep', **USUAL)
+    assert str(caught.value) == f'out: no permission to write to {tmp_path}; choose another folder'
+    assert not (tmp_path/'out').exists()
 
 
 def test_models_without_words(tmp_path):
@@ -647,3 +673,56 @@ def test_workers_left_alone_have_few_cores_beside_a_cpu(monkeypatch):
     monkeypatch.setenv('LOCAL_WORLD_SIZE', '4')
     assert [module._usual_workers(torch.device(name)) for name in ('cpu', 'cuda')] == [2, 7]
     assert Path(module.__file__).name == 'explain_many.py'
+
+
+# --- The command
+
+@pytest.fixture
+def command(model, tmp_path, monkeypatch):
+    "A function that runs `antehoc explain` beside a saved model and images"
+    monkeypatch.chdir(tmp_path)
+    fill(Path('in'), 12)
+    Path('in/cat/bad.png').write_bytes(b'')
+    model.save_pretrained('model')
+
+    def run(*args, code=0):
+        result = CliRunner().invoke(app, ['explain', 'model', *map(str, args), '--device', 'cpu'])
+        assert result.exit_code == code, result.output
+        return result
+    return run
+
+
+def test_the_command_writes_what_the_function_writes(model, command, tmp_path):
+    said = command('in', '--out', 'out', '--maps', 'png', '--table', 'csv', '--workers', 0, '--threshold', .5)
+    assert said.stdout.startswith('13 images explained in ')
+    assert said.stdout.endswith('; 1 could not be read, see the column error; the table is out/images.csv\n')
+    explain_many(model, 'in', 'same', maps='png', workers=0, threshold=.5, name='model', say=None)
+    assert content(Path('out')) == content(Path('same'))
+    facts = json.loads(command('in', '--out', 'out', '--maps', 'png', '--threshold', .5, '--json').stdout)
+    assert (facts['explained'], facts['done_before'], facts['failed'], facts['table']) == (0, 13, 1, 'out/images.csv')
+    assert command('in/cat/000.png', '--out', 'one', '--maps', 'none').stdout.startswith('1 image explained in ')
+
+
+def test_pictures_and_tables_have_folders_of_their_own(command, monkeypatch):
+    from antehoc_nb import cli
+    monkeypatch.setattr(cli, '_MANY', 10)
+    said = command('in', '--out', 'pictures', code=1)
+    assert '13 images get three files each; --maps npz makes a table and a few files, faster' in said.stdout
+    command('in', '--out', 'many', '--maps', 'none', '--workers', 0)
+    Path('a.tar').write_bytes(b'')
+    for args, message in [
+            (('in', '--out', 'many'), '--out many holds a run with --maps; choose another folder'),
+            (('in', '--out', 'pictures', '--maps', 'npz'),
+             'pictures holds the overlays of `antehoc explain` without --maps; choose another folder'),
+            (('a.tar',), 'a.tar: from a tar or a data set only the table and small maps are made; add --maps npz'),
+            (('in', '--table', 'csv'), '--table goes with --maps only; add --maps npz'),
+            (('in', '--workers', 1), '--workers goes with --maps only; add --maps npz'),
+            (('in', '--maps', 'npz', '--arrays'),
+             '--arrays and --maps exclude each other: --arrays writes a file for every image'),
+            (('nowhere', '--maps', 'npz'), 'nowhere: no such image or folder')]:
+        assert f'antehoc: error: {message}\n' in command(*args, code=1).output
+
+
+def test_of_several_processes_the_first_one_speaks(command, monkeypatch):
+    monkeypatch.setenv('RANK', '1')
+    assert command('in', '--out', 'out', '--maps', 'none', '--workers', 0).output == ''
