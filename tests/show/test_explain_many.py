@@ -139,6 +139,7 @@ def test_the_label_is_the_nearest_folder_that_is_a_class():
     assert module._class_of_folder('dog', {'dog': 1}) == ''
 
 
+@pytest.mark.slow
 def test_class_names_that_look_like_nothing(tmp_path):
     images = fill(tmp_path/'in', 6, ('NA', 'None'))
     explain_many(make_model(('NA', 'None')), images, tmp_path/'out', **USUAL)
@@ -148,6 +149,7 @@ def test_class_names_that_look_like_nothing(tmp_path):
     pd.testing.assert_frame_equal(*tables)
 
 
+@pytest.mark.slow
 def test_names_of_every_kind(model, tmp_path):
     names = ['a b.png', 'ü.png', 'with "quotes", commas.png', 'two\nlines.png', os.fsdecode(b'\xff.png'), 'UPPER.PNG']
     (tmp_path/'in').mkdir()
@@ -263,6 +265,7 @@ def test_killed_and_started_again(model, interrupted):
     assert content(folder/'out') == content(folder/'alone')
 
 
+@pytest.mark.slow
 def test_interrupted_by_the_keyboard(model, interrupted):
     process, images, folder = interrupted
     for _ in range(2):  # the first waits for the shard that is being written
@@ -344,7 +347,7 @@ def test_an_error_of_the_network_reaches_the_caller(tmp_path):
 def test_memory_is_flat(model, tmp_path):
     "The peak of the second half of many batches is that of the first, and far below what all the images take."
     images = fill(tmp_path/'in', 8)
-    for i in range(160): (images/'cat'/f'link{i}.png').symlink_to(images/'cat'/'000.png')
+    for i in range(72): (images/'cat'/f'link{i}.png').symlink_to(images/'cat'/'000.png')
     peaks = []
 
     class Watch:
@@ -361,7 +364,7 @@ def test_memory_is_flat(model, tmp_path):
         try: explain_many(model, images, tmp_path/'out', shard=16, bs=4, workers=0, say=None)
         finally: tracemalloc.stop()
     first, second = peaks[5:len(peaks)//2], peaks[len(peaks)//2:]
-    assert len(peaks) == 42 and max(second) < max(first) + 200_000
+    assert len(peaks) == 20 and max(second) < max(first) + 200_000
 
 
 def test_a_name_takes_few_bytes():
@@ -426,6 +429,7 @@ def test_a_tar_as_webdataset_reads_it(model, tmp_path):
     assert explained.meta['source'] == 'tar' and explained.meta['root'] == str(tmp_path/'a.tar')
 
 
+@pytest.mark.slow
 def test_several_tars(model, tmp_path):
     pytest.importorskip('webdataset')
     for number in range(2): write_tar(tmp_path/f'x-{number}.tar', samples(5))
