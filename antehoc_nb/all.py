@@ -37,6 +37,7 @@ from .evaluate.sanity import model_randomisation, plot_randomisation, rank_corre
 from .evaluate.scoreboard import Benchmark, read_record, run_record, write_record
 from .evaluate.tame import TAME, tame_explainer, train_tame
 from .show.explain_files import explain_files
+from .show.explain_many import explain_many, read_explained
 from .show.learner import plot_losses, plot_map_history
 from antehoc_nb.show.plots import (
     concept_regions, draw_regions, show_concepts, show_energy, show_explanation, show_map, show_maps, show_sams,
