@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from ..core.model import AntehocModel, Explanation, as_cnn_takes
 from ..core.utils import check_config, in_channels, weights_digest
+from ..core.weight_net import class_numbers
 from ..data.images import open_rgb
 from .plots import MAP_COLOURS, concept_regions
 
@@ -103,7 +104,7 @@ def _half(maps): return maps[0].cpu().numpy().astype('float16')
 def _write_arrays(e: Explanation, path):
     "Everything in the explanation of one image"
     arrays = dict(map=e.map[0, 0].cpu().numpy(), sams=_half(e.sams), weights=_half(e.weights))
-    arrays |= dict(pred=e.pred[0].float().cpu().numpy(), layers=np.array(e.layers))
+    arrays |= dict(pred=e.explained[0].float().cpu().numpy(), layers=np.array(e.layers))
     if e.target is not None: arrays['target'] = e.target[0].cpu().numpy()
     np.savez_compressed(_own_folder(path), **arrays)
 
@@ -277,10 +278,14 @@ def _check_task(model, e):
 
 def _target_number(model, target, size):
     "The number of the target class, or None; errors before any image is read"
+    if model.task == 'embedding':
+        raise ValueError("the model gives embeddings, whose map is about the likeness to a reference image: explain it in "
+                         "Python, model.explain(images, target=reference)")
     black = as_cnn_takes(torch.zeros(1, in_channels(model.cnn), *size, device=model.mean.device), model.cnn)[0]
     e = model.explain(black, target=target)
     _check_task(model, e)
     if target is None: return None
+    if model.task == 'segmentation': return int(class_numbers(target, 1, model.classes, model.meta.get('vocab') or ()))
     if e.target.shape != (1,): raise _not_a_classifier(model)
     return int(e.target)
 

@@ -93,6 +93,7 @@ def _target_numbers(learn, target, n):
     "Target classes by name or number as numbers, (n,), for a class-specific weight network"
     model = antehoc_of(learn)
     if target is None or not model.class_specific or model.cnn_finds_targets: return target
+    if model.task in ('segmentation', 'embedding'): return target  # a region or a reference
     names = getattr(learn.dls, 'vocab', None) or model.meta.get('vocab') or ()
     return class_numbers(target, n, model.classes, list(map(str, names)))
 
@@ -103,7 +104,8 @@ def explain(self: Learner,
     # as `AntehocModel.explain` takes them: paths, PIL images, arrays, a list of those, a batch
     n: int = 9, # how many, if `items` is None or a `DataLoader`
     threshold: float = .8, # of the binarised map, in (0,1]
-    target=None, # target classes, by name or number, or a captioner's words, as `AntehocModel.explain` takes them
+    target=None, # target classes, by name or number, a captioner's words, a region or a reference image, as
+    # `AntehocModel.explain` takes them
 ) -> Explanation: # a batch, in the order of `items`
     """Predictions and maps, one forward pass.
 

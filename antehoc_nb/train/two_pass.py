@@ -34,11 +34,11 @@ from torch.utils.data import IterableDataset, Subset
 from antehoc_nb.core.interpretation_loss import (
     default_loss, default_mask, draw_targets, gradients_of, int_losses, interpretation_loss,
 )
-from ..core.interpretation_loss import output_at_area, output_change
+from ..core.interpretation_loss import is_detector, output_at_area, output_change, target_scores
 from ..core.attention import soft_attentions
 from ..core.masking import Mask, as_mask, check_fill
 from ..core.model import ACTIVATIONS, AntehocModel
-from ..core.utils import frozen, output_tensors, plain_tensor, train_functions, unknown_name
+from ..core.utils import frozen, in_channels, output_tensors, plain_tensor, train_functions, unknown_name
 from ..core.weight_net import weight_nets
 import antehoc_nb.core.export  # noqa: F401  gives AntehocModel export and push_to_hub
 import antehoc_nb.train.archs  # noqa: F401  knows the names of CNNs, for saving and loading
@@ -321,8 +321,8 @@ class TwoPass(Callback):
                  train_cnn: bool = True, # False: the CNN is trained already; train the weight network alone
                  keep_maps: int = 0, # Keep the maps of so many validation images after every epoch, in `map_history`
                  keep_best: bool = True, # At the end of a fit, keep the best weight network; False: the last one
-                 **model_kwargs, # Of `AntehocModel`: eta, layers, soft_attention, temperature, weight_net, scale, mean
-                 # and std (where the DataLoaders do not tell)
+                 **model_kwargs, # Of `AntehocModel`: eta, layers, soft_attention, temperature, weight_net, scale, output,
+                 # meta, mean and std (where the DataLoaders do not tell)
                 ):
         as_mask(mask or 'soft')  # refuses unknown names
         int_losses[loss or 'mse']
@@ -409,6 +409,7 @@ def _task_of_labels(labels, loss_name, names):
     if not labels.is_floating_point():
         if labels.ndim == 1: return 'binary' if is_binary else 'single-label'
         if labels.ndim == 3: return 'segmentation'
+    if is_binary and labels.ndim > 2 and labels[0].numel() > 1: return None  # of pixels
     if is_binary: return 'binary' if labels.numel() == len(labels) else 'multi-label'
     if labels.ndim == 2 and names is not None and labels.shape[1] == len(names) and 'entropy' not in loss_name:
         if ((labels == 0) | (labels == 1)).all(): return 'multi-label'
@@ -479,6 +480,7 @@ def read_learner(learn) -> dict: # cnn, sample, mean, std, meta, class_specific
     except ValueError:  # a learner that was exported and loaded
         has_classes = 'vocab' in facts and facts.get('task', 'single-label') == 'single-label'
     if facts.get('task') == 'binary': has_classes = False  # one score is no score for each class
+    if facts.get('task') in ('multi-label', 'segmentation'): has_classes = True
     return dict(cnn=learn.model, sample=sample, mean=mean, std=std, meta=facts,
                 class_specific=None if has_classes else False)
 
@@ -497,8 +499,31 @@ def _wrap_model(self: TwoPass):
                          'cbs=TwoPass()')
     given = {name: value for name, value in self.model_kwargs.items() if (name, value) != ('class_specific', None)}
     facts = read_learner(learn)
-    if 'meta' in given: given['meta'] = facts['meta'] | (given['meta'] or {})
-    learn.model = AntehocModel(**facts | given)
+    if 'meta' in given:
+        if 'task' in (given['meta'] or {}): facts['class_specific'] = None
+        given['meta'] = _with_given_facts(facts['meta'], given['meta'] or {})
+    images = facts['sample'][0]
+    try: learn.model = AntehocModel(**facts | given)
+    except RuntimeError as e:
+        takes = in_channels(learn.model)
+        if images.shape[1] == takes: raise
+        raise _channels_error(images.shape[1], takes) from e
+
+
+def _with_given_facts(facts, given):
+    "What the learner says of its output, but for what was given; where that is the task, not the activation either"
+    stale = ('activation', 'threshold') if 'task' in given else ()
+    implied = dict(activation=ACTIVATIONS.get(given['task'])) if 'task' in given else {}
+    return {name: fact for name, fact in facts.items() if name not in stale} | implied | given
+
+
+def _channels_error(got, takes):
+    "The error for images of another number of channels than the CNN takes"
+    hints = {(1, 3): 'read them in colour: ImageBlock(PILImage)', (3, 1): 'read them in grey: ImageBlock(PILImageBW)',
+             (4, 3): 'leave out the alpha channel: x[:, :3]'}
+    hint = hints.get((got, takes), f'give the CNN a first convolution of {got} channels')
+    return ValueError(f"TwoPass: the DataLoaders give images of {got} channel{'s' * (got != 1)}, the CNN takes {takes}; "
+                      f'{hint}')
 
 # %% ../../nbs/train/11_two_pass.ipynb #f1d55eda
 @patch
@@ -585,6 +610,14 @@ def _check_alone(self: TwoPass):
 
 
 @patch
+def _is_copy(self: TwoPass):
+    "Whether the learner's model is like the one before, as an average of its weights (EMA, SWA) is"
+    if self._attached_model is None: return False
+    settings = [model.config | dict(meta=None) for model in (self._attached_model, self.learn.model)]
+    return settings[0] == settings[1]
+
+
+@patch
 def attach(self: TwoPass):
     """Wrap the learner's model, choose mask and loss, and hand the weight network to the optimiser.
 
@@ -595,7 +628,7 @@ def attach(self: TwoPass):
     does not fit."""
     self._check_alone()
     if not isinstance(self.learn.model, AntehocModel): self._wrap_model()
-    elif not self.model_kwargs: self._adopt_model()
+    elif not self.model_kwargs or self._is_copy(): self._adopt_model()
     else:
         names = ', '.join(self.model_kwargs)
         raise ValueError(f'{names}: the learner already has an AntehocModel; set these there')
@@ -619,6 +652,9 @@ def before_fit(self: TwoPass):
     "Attach to a model that is new."
     self._check_alone()
     if self._attached_model is not self.antehoc: self.attach()
+    if self.train_cnn and is_detector(self.antehoc.cnn):
+        raise ValueError('TwoPass: the CNN is a detector, which gives no detections in training mode; train it without '
+                         'TwoPass, then the weight network alone, with two_pass_step')
     self._fit_begun = False
 
 # %% ../../nbs/train/11_two_pass.ipynb #63fc65c7
@@ -649,9 +685,9 @@ def _renew_facts(self: TwoPass):
     dls, model = self.learn.dls, self.antehoc
     inputs, labels = sample_batch(dls)
     facts = _learner_facts(self.learn, inputs, labels)
-    given = self.model_kwargs.get('meta') or {}
-    model.meta = model.meta | {name: fact for name, fact in facts.items() if name not in given}
+    model.meta = model.meta | _with_given_facts(facts, self.model_kwargs.get('meta') or {})
     self._border_sample = inputs
+    model.check_training_images(inputs[0].to(model.mean.device), 'TwoPass')
     mean, std = normalisation(dls)
     if mean is None or 'mean' in self.model_kwargs or self._normalisation == (mean, std): return
     if self._normalisation is not None: model.mean, model.std = torch.zeros_like(model.mean), torch.ones_like(model.std)
@@ -704,6 +740,9 @@ def before_batch(self: TwoPass):
     if self.training and not len(self.yb):
         raise ValueError('the training batches have no labels, and without labels fastai does not train: '
                          'a batch must be (images, labels)')
+    if self._border_sample is not None and self.x.shape[1] != self._border_sample[0].shape[1]:
+        raise _channels_error(self.x.shape[1], self._border_sample[0].shape[1])
+    if self.training and not self.iter: self.antehoc.check_training_images(self.x, 'TwoPass')
     self.antehoc.recording = self.training or not hasattr(self.learn, 'gather_preds')
     self.antehoc.cnn_learns = self.train_cnn
 
@@ -733,8 +772,9 @@ def _targets(self: TwoPass, y1, others, numbers):
     if not model.class_specific: return None
     label = None
     if model.cnn_finds_targets: label = model.find_target(None, y1, *others)
-    elif len(self.yb): label = plain_tensor(self.yb[0])
-    return draw_targets(plain_tensor(output_tensors(y1)[0]), label, numbers if self.training else None)
+    elif len(self.yb) == 1 and model.output is None: label = plain_tensor(self.yb[0])
+    y1 = plain_tensor(output_tensors(model.explained(y1))[0])
+    return draw_targets(y1, label, numbers if self.training else None, task=model.task)
 
 # %% ../../nbs/train/11_two_pass.ipynb #5980c059
 @patch
@@ -927,7 +967,15 @@ def _outputs(self: TwoPass, inputs, weight_nets):
     for weight_net in weight_nets:
         with _other_weight_net(model, weight_net): maps, *_ = model.interpret(sams, x.shape[2:], target)
         outputs.append(output_at_area(model, x, maps, fill=self.fill, others=others))
+    outputs = [model.explained(output) for output in outputs]
+    if self._measures_scores(): outputs = [target_scores(output, target, model.task)[:, None] for output in outputs]
     return [[tensor.cpu() for tensor in output_tensors(output)] for output in outputs]
+
+
+@patch
+def _measures_scores(self: TwoPass):
+    "Whether the change of the target's score is measured, and not that of the whole output"
+    return self.antehoc.class_specific and self.antehoc.task in ('segmentation', 'embedding')
 
 
 @patch
@@ -940,6 +988,7 @@ def _measure(self: TwoPass, *weight_nets):
     y1, *others = zip(*outputs)
     labels = [batch[size] for batch, size in zip(self._batches, sizes) if len(batch) > size]
     self._activation = _activation_of(y1[0], labels[0] if labels else None, self.learn.loss_func)
+    if self._measures_scores(): self._activation = 'score'
     self._predicts_only = _only_class(y1, labels) if self._activation == 'softmax' else None
     changes = torch.stack([_changes(y1, y2, self._activation) for y2 in others])
     if process_count() == 1: return changes
