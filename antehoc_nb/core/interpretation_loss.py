@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['int_losses', 'describe_outputs', 'explained_output', 'mse', 'cross_entropy', 'binary_cross_entropy', 'cosine',
            'int_loss', 'class_shares', 'main_class', 'interpretation_loss', 'top_pixels', 'target_scores',
-           'output_change', 'output_at_area', 'change_at_area', 'gradients_of', 'default_mask', 'default_loss',
-           'is_detector', 'two_pass_step']
+           'nearest_references', 'output_change', 'output_at_area', 'change_at_area', 'gradients_of', 'default_mask',
+           'default_loss', 'is_detector', 'two_pass_step']
 
 # %% ../../nbs/core/06_interpretation_loss.ipynb #cell0002
 import math
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from .masking import Mask, masked_input
 from .utils import Registry, map_tensors, output_tensors
 
-# %% ../../nbs/core/06_interpretation_loss.ipynb #893e10ab
+# %% ../../nbs/core/06_interpretation_loss.ipynb #8972a4d4
 _MAIN_OUTPUTS = 'logits', 'out'  # as Hugging Face and torchvision call them
 
 
@@ -184,7 +184,7 @@ def _draw_classes(y1, number, temperature):
     drawn = (cumulated < _low_discrepancy(number, _WHICH)[:, None]).sum(1)
     return drawn.clamp_max(y1.shape[1] - 1).to(y1.device)
 
-# %% ../../nbs/core/06_interpretation_loss.ipynb #b38da5fd
+# %% ../../nbs/core/06_interpretation_loss.ipynb #8b2662a8
 def _draw_labels(y1, label, number, temperature):
     "A label for each image of a multi-label network, (B,)"
     likeliest = y1.argmax(1)
@@ -238,7 +238,7 @@ def _draw_references(y1, number, temperature):
     similarity = directions @ directions.T
     others = similarity[~own]
     standardised = (similarity - others.mean()) / others.std(correction=0).clamp_min(1e-6)
-    drawn = _draw_classes(standardised.masked_fill(own, -torch.inf), number, temperature)
+    drawn = _draw_classes(standardised.masked_fill(own, -torch.inf), number, temperature / 4)
     return torch.where(_first_half(number).to(y1.device)[:, None], directions, directions[drawn])
 
 # %% ../../nbs/core/06_interpretation_loss.ipynb #84e7f5a8
@@ -346,13 +346,22 @@ def target_scores(y: torch.Tensor, # Outputs: logits (B,K) or (B,K,h,w), or embe
                   task: str, # 'single-label', 'multi-label', 'segmentation' or 'embedding'
                  ) -> torch.Tensor: # (B,) in [0,1], on the CPU
     """How much of its target an output has: the probability of a class or a label; the mean probability of a class over
-    the target's pixels; the cosine similarity with a target direction, if it is above 0."""
+    the target's pixels; (1 + cosine) / 2 of the angle with a target direction."""
     y, target = y.detach().float(), target.to(y.device)
-    if task == 'embedding': return F.cosine_similarity(y, target.float()).clamp_min(0).cpu()
+    if task == 'embedding': return (1 + F.cosine_similarity(y, target.float())).cpu() / 2
     probability = y.sigmoid() if task == 'multi-label' else y.softmax(1)
     if task != 'segmentation': return probability.gather(1, target[:, None])[:, 0].cpu()
     of_pixels = probability.gather(1, target.clamp_min(0)[:, None])[:, 0] * (target >= 0)
     return (of_pixels.sum((1, 2)) / (target >= 0).sum((1, 2)).clamp_min(1)).cpu()
+
+
+def nearest_references(y: torch.Tensor, # Embeddings, (B,D)
+                      ) -> torch.Tensor: # (B,D), of length 1
+    "The direction of the most similar other image of the batch; of one image alone, its own."
+    directions = F.normalize(y.detach().float(), dim=1)
+    if len(directions) < 2: return directions
+    similarity = (directions @ directions.T).fill_diagonal_(-torch.inf)
+    return directions[similarity.argmax(1)]
 
 
 def _relative_change(y1, y2):
@@ -457,7 +466,11 @@ def gradients_of(loss: torch.Tensor, # Scalar
 def _with_gradients(loss, weights):
     "The loss, with its gradients for `weights` computed; those that overflow in half precision are 0"
     scale = 2.**10 if torch.is_autocast_enabled(loss.device.type) else 1.  # small gradients survive half precision
-    gradients = [gradient / scale for gradient in gradients_of(loss * scale, weights)]
+    try: gradients = [gradient / scale for gradient in gradients_of(loss * scale, weights)]
+    except RuntimeError as e:
+        if 'does not require grad' not in str(e) and 'not have been used' not in str(e): raise
+        raise ValueError('two_pass_step: no gradient goes through the CNN to the map, since its output is detached from '
+                         'its input, as that of a quantised network is; train the weight network before that') from e
     if scale > 1 and not all(gradient.isfinite().all() for gradient in gradients):
         gradients = [torch.zeros_like(gradient) for gradient in gradients]
     return _GradientsKnown.apply(loss.detach(), gradients, *weights)
@@ -516,6 +529,9 @@ def is_detector(cnn) -> bool: # Any network
 
 def _check_images(model, x):
     "Errors as of `AntehocModel.check_training_images`, every 2,000 images, from the first on"
+    if torch.is_inference_mode_enabled() and model.training:
+        raise ValueError('two_pass_step: nothing can be trained in inference mode; leave it out, or validate in it, after '
+                         'model.eval()')
     if is_detector(model.cnn) and model.cnn.training:
         raise ValueError('two_pass_step: the CNN is a detector, which gives no detections in training mode; train it first, '
                          'then the weight network alone: model.train(), model.cnn.eval()')
@@ -548,8 +564,11 @@ def two_pass_step(model, # An `AntehocModel`; or such a model in `DistributedDat
     _check_images(model, x)
     try: y1 = wrapped(x, *others)
     except RuntimeError as e:
-        if x.shape[1] == model.image_channels: raise
-        raise model.wrong_channels(x, 'two_pass_step') from e
+        if x.shape[1] != model.image_channels: raise model.wrong_channels(x, 'two_pass_step') from e
+        weights = next(model.cnn.parameters(), x)
+        if x.dtype == weights.dtype or torch.is_autocast_enabled(x.device.type): raise
+        raise ValueError(f'two_pass_step: the images are {x.dtype}, the weights of the CNN {weights.dtype}; '
+                         f'use x.to({weights.dtype})') from e
     recorded = model.take_recorded()
     numbers = _numbers(model, len(x), number)
     _keep_border_current(model, x, others, numbers)

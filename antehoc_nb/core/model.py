@@ -351,6 +351,12 @@ def _check_network(cnn):
     if isinstance(cnn, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         raise TypeError(f'cnn: a {type(cnn).__name__} runs copies of a network, in which no layer can be recorded; '
                         'give the network itself, cnn.module')
+    convolutions = ((name, module) for name, module in cnn.named_modules() if 'quantized' in type(module).__module__)
+    quantised = next(((name, module) for name, module in convolutions if 'Conv' in type(module).__name__), None)
+    if quantised:
+        raise TypeError(f'cnn: its module {quantised[0]!r} is a quantised {type(quantised[1]).__name__}, whose integer '
+                        'activations cannot be read; give the network as it was before (or one with quantised linear '
+                        'layers alone, as quantize_dynamic makes it)')
     if isinstance(cnn, torch.jit.ScriptModule):
         raise TypeError(f'cnn: {cnn.original_name} was scripted or traced, and its layers cannot be recorded; give the '
                         'nn.Module that it was made from')
@@ -785,7 +791,7 @@ def find_target(self: AntehocModel,
     if target is None: return out.argmax(1)
     return class_numbers(target, out.shape[0], self.classes, self.meta.get('vocab') or ())
 
-# %% ../../nbs/core/07_model.ipynb #b8209304
+# %% ../../nbs/core/07_model.ipynb #f773df1c
 def _as_tensor(values):
     "An array or a tensor as a tensor; None for anything else"
     if isinstance(values, np.ndarray) and values.dtype.kind in 'biuf': return torch.from_numpy(values)

@@ -160,12 +160,13 @@ def show_maps(self: Learner, # noqa: F811
 ): # array of `Axes`
     """Maps of validation images or items, titled with prediction and, if wrong, truth, and with the target class.
 
-    There are no titles if the output is not one score per class."""
+    There are no titles if the output is neither one score per class nor a segmentation nor an embedding."""
     antehoc_of(self)
     e, y = _explain(self, items, n, target)
     titles, colors = _titles(self, e.pred, y)
     if target is not None and titles:
         titles = [f'{title}\ntarget {self.dls.vocab[int(c)]}' for title, c in zip(titles, e.target)]
+    if titles is None and e.task in ('segmentation', 'embedding'): titles, colors = e.labels, ['black'] * len(e)
     return show_maps(e, titles=titles, colors=colors, **kwargs)
 
 # %% ../../nbs/show/31_learner.ipynb #cell0015

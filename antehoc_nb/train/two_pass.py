@@ -34,7 +34,9 @@ from torch.utils.data import IterableDataset, Subset
 from antehoc_nb.core.interpretation_loss import (
     default_loss, default_mask, draw_targets, gradients_of, int_losses, interpretation_loss,
 )
-from ..core.interpretation_loss import is_detector, output_at_area, output_change, target_scores
+from antehoc_nb.core.interpretation_loss import (
+    is_detector, nearest_references, output_at_area, output_change, target_scores,
+)
 from ..core.attention import soft_attentions
 from ..core.masking import Mask, as_mask, check_fill
 from ..core.model import ACTIVATIONS, AntehocModel
@@ -392,6 +394,9 @@ def map_drop(self: TwoPass,
 def _class_names(dls):
     "The names of the classes; numbers and truth values as text. None if there are none, or several lists of them"
     vocab = getattr(dls, 'vocab', None)
+    if vocab is None:  # `MaskBlock` keeps them elsewhere
+        transforms = getattr(getattr(dls, 'after_item', None), 'fs', ())
+        vocab = next((transform.codes for transform in transforms if getattr(transform, 'codes', None) is not None), None)
     if vocab is None or any(not isinstance(name, str) and hasattr(name, '__iter__') for name in vocab): return None
     return [str(name) for name in vocab]
 
@@ -963,18 +968,21 @@ def _outputs(self: TwoPass, inputs, weight_nets):
     y1 = model(x.clone(), *others)  # some CNNs write to their input
     sams = model.take_recorded()
     target = model.find_target(None, y1, *others).to(x.device) if model.class_specific else None
+    if model.class_specific and model.task == 'embedding': target = nearest_references(model.explained(y1))
     outputs = [y1]
     for weight_net in weight_nets:
         with _other_weight_net(model, weight_net): maps, *_ = model.interpret(sams, x.shape[2:], target)
         outputs.append(output_at_area(model, x, maps, fill=self.fill, others=others))
     outputs = [model.explained(output) for output in outputs]
     if self._measures_scores(): outputs = [target_scores(output, target, model.task)[:, None] for output in outputs]
+    if model.class_specific and model.task == 'embedding': outputs[0] = torch.ones_like(outputs[0])
     return [[tensor.cpu() for tensor in output_tensors(output)] for output in outputs]
 
 
 @patch
 def _measures_scores(self: TwoPass):
-    "Whether the change of the target's score is measured, and not that of the whole output"
+    """Whether the change of the target's score is measured, and not that of the whole output. Of an embedding, it is the
+    distance from the most similar image of the batch: a map that leaves all else out brings it nearer."""
     return self.antehoc.class_specific and self.antehoc.task in ('segmentation', 'embedding')
 
 
@@ -1055,6 +1063,7 @@ def _choose_weight_net(self: TwoPass):
     drop, kept = list(zip(drops, weight_nets))[-1 if earlier else 0]
     images = sum(len(batch[0]) for batch in self._batches)
     measure = 'average drop' if self._activation else 'average change of the output'
+    if self._measures_scores() and self.antehoc.task == 'embedding': measure = 'average distance from a similar image'
     best = KeptWeights(kept, drop, untrained_drop, images, measure)
     if self.keep_best and not best.helped: best = replace(best, kept='untrained')
     weight_nets['untrained'] = self._untrained

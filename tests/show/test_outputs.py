@@ -117,7 +117,8 @@ def test_trained_explained_saved(case, tmp_path):
     with torch.no_grad(): validated = two_pass_step(model, X)[1]
     assert 0 <= validated < 20
     e = model.explain(X, target=target)
-    assert e.map.shape == (3, 1, 32, 32) and torch.equal(e[1].map, model.explain(X[1:2], target=target).map) or task == ''
+    assert e.map.shape == (3, 1, 32, 32)
+    torch.testing.assert_close(e[1].map, model.explain(X[1:2], target=target).map, atol=1e-4, rtol=0)
     settings = dict(output=second) if callable(arguments.get('output')) else {}
     loaded = AntehocModel.from_pretrained(model.save_pretrained(tmp_path/'m'), cnn=Net(kind), **settings)
     assert torch.equal(loaded.explain(X, target=target).map, e.map)
@@ -184,7 +185,7 @@ def test_exports_that_are_refused(case, message, tmp_path):
 def test_a_multi_label_export_gives_the_same_maps():
     from antehoc_nb.core.export import MapModule
     model = model_of('several').eval()
-    module = MapModule(model, 32, activation='auto')
+    module = MapModule(model, 32, activation='auto', trace=False)
     assert module.activation == 'sigmoid'
     scores, i_map, _ = module(X, torch.tensor([1, 1, 1]))
     e = model.explain(X, target='b')
