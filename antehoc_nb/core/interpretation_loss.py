@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from .masking import Mask, masked_input
 from .utils import Registry, map_tensors, output_tensors
 
-# %% ../../nbs/core/06_interpretation_loss.ipynb #8972a4d4
+# %% ../../nbs/core/06_interpretation_loss.ipynb #c96d6c0c
 _MAIN_OUTPUTS = 'logits', 'out'  # as Hugging Face and torchvision call them
 
 
@@ -184,7 +184,7 @@ def _draw_classes(y1, number, temperature):
     drawn = (cumulated < _low_discrepancy(number, _WHICH)[:, None]).sum(1)
     return drawn.clamp_max(y1.shape[1] - 1).to(y1.device)
 
-# %% ../../nbs/core/06_interpretation_loss.ipynb #8b2662a8
+# %% ../../nbs/core/06_interpretation_loss.ipynb #2e915b02
 def _draw_labels(y1, label, number, temperature):
     "A label for each image of a multi-label network, (B,)"
     likeliest = y1.argmax(1)

@@ -558,13 +558,13 @@ def _can_have_targets(self: AntehocModel, out):
 
 
 @patch(as_prop=True)
-def task(self: AntehocModel) -> str:
+def task(self: AntehocModel) -> str:  # noqa: F811
     "What the output means, a name in `TASKS`, as `meta` says; else 'single-label' for maps of classes, or ''."
     return self.meta.get('task') or ('single-label' if getattr(self, 'class_specific', False) else '')
 
 
 @patch
-def explained(self: AntehocModel,
+def explained(self: AntehocModel, # noqa: F811
               out, # What the CNN returned
              ): # A tensor; or `out`, if the map is about all of it
     "The output that the map is about, as of `explained_output`."
@@ -791,7 +791,7 @@ def find_target(self: AntehocModel,
     if target is None: return out.argmax(1)
     return class_numbers(target, out.shape[0], self.classes, self.meta.get('vocab') or ())
 
-# %% ../../nbs/core/07_model.ipynb #f773df1c
+# %% ../../nbs/core/07_model.ipynb #b315cb4e
 def _as_tensor(values):
     "An array or a tensor as a tensor; None for anything else"
     if isinstance(values, np.ndarray) and values.dtype.kind in 'biuf': return torch.from_numpy(values)

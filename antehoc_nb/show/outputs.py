@@ -5,14 +5,13 @@
 # %% auto #0
 __all__ = ['explain_targets', 'show_targets', 'detection_scores']
 
-# %% ../../nbs/show/34_outputs.ipynb #793a429f
+# %% ../../nbs/show/34_outputs.ipynb #361aff6d
 import torch
-from torch import nn
 
 from ..core.model import AntehocModel, Explanation
 from .plots import draw_image, panel_grid, show_map, to_rgb
 
-# %% ../../nbs/show/34_outputs.ipynb #03be74b4
+# %% ../../nbs/show/34_outputs.ipynb #90c6998f
 def explain_targets(model: AntehocModel, # Class-specific
                     images, # As for `model.explain`
                     targets, # Targets, each as for `model.explain`; a dict gives them names
@@ -42,7 +41,7 @@ def show_targets(model: AntehocModel, # Class-specific
             show_map(explanation.pixels[i], explanation.map[i], ax, title=None if i else name, **kwargs)
     return axs
 
-# %% ../../nbs/show/34_outputs.ipynb #19f5f292
+# %% ../../nbs/show/34_outputs.ipynb #64dc8b4e
 def detection_scores(classes: int, # How many, the background included
                      box=None, # (x0,y0,x1,y1) in pixels: only detections that overlap it count; None: all
                      overlap: float = .3, # Least intersection over union with the box, in [0,1]

@@ -627,8 +627,8 @@ def attach(self: TwoPass):
     """Wrap the learner's model, choose mask and loss, and hand the weight network to the optimiser.
 
     The mask defaults to the one that the weight network names: 'soft+capped+threshold' for `auto`, else 'soft'. The
-    loss defaults to 'cross_entropy' for a class-specific map, else 'mse'. The map of `auto` is class-specific if the
-    labels are class numbers, one for each image.
+    loss defaults to that of the task, such as 'cross_entropy', for a class-specific map, else 'mse'. The map of `auto` is
+    class-specific if the labels are class numbers, of each image or of each pixel, or several labels that are on or off.
     `ValueError` for arguments of the model if there is one already, for another normalisation, and for a loss that
     does not fit."""
     self._check_alone()

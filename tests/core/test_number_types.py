@@ -94,22 +94,27 @@ REFUSED = {
     'quantised': (lambda: two_pass_step(model_of(dynamic()).train(), X, Y), ValueError,
                   'two_pass_step: no gradient goes through the CNN to the map, since its output is detached from its '
                   'input, as that of a quantised network is; train the weight network before that'),
-    'quantised convolutions': (lambda: AntehocModel(QuantisedConvolution(), X), TypeError,
-                               "cnn: its module 'first' is a quantised Conv2d, whose integer activations cannot be read; "
-                               'give the network as it was before (or one with quantised linear layers alone, as '
-                               'quantize_dynamic makes it)'),
-    'inference mode': (in_inference_mode, ValueError, 'two_pass_step: nothing can be trained in inference mode; leave it '
-                       'out, or validate in it, after model.eval()'),
-    'pixels to 255': (lambda: two_pass_step(model_of().train(), X * 255, Y), ValueError,
-                      f'two_pass_step: these look like pixels from 0 to 255 (the highest is {X.max() * 255:.0f}); divide '
-                      'them by 255 and normalise; or, if the CNN is meant to get them so, make the model with '
-                      'mean=[0, 0, 0], std=[1/255, 1/255, 1/255]'),
-    'grey': (lambda: two_pass_step(model_of().train(), X[:, :1], Y), ValueError, 'two_pass_step: the images have 1 channel, '
-             'the CNN takes 3; repeat the grey channel: x.repeat(1, 3, 1, 1)'),
-    'alpha': (lambda: two_pass_step(model_of().train(), torch.rand(4, 4, 32, 32), Y), ValueError, 'two_pass_step: the '
-              'images have 4 channels, the CNN takes 3; drop the alpha channel: x[:, :3]'),
-    'labels': (lambda: two_pass_step(model_of().train(), X, Y + 1), ValueError, 'label: class 3 is not one of the 3 classes '
-               'of the CNN, which have the numbers 0 to 2; give the CNN as many outputs as there are classes'),
+    'quantised convolutions': (
+        lambda: AntehocModel(QuantisedConvolution(), X), TypeError,
+        "cnn: its module 'first' is a quantised Conv2d, whose integer activations cannot be read; give the network as "
+        'it was before (or one with quantised linear layers alone, as quantize_dynamic makes it)'),
+    'inference mode': (
+        in_inference_mode, ValueError, 'two_pass_step: nothing can be trained in inference mode; leave it out, or '
+        'validate in it, after model.eval()'),
+    'pixels to 255': (
+        lambda: two_pass_step(model_of().train(), X * 255, Y), ValueError,
+        f'two_pass_step: these look like pixels from 0 to 255 (the highest is {X.max() * 255:.0f}); divide them by 255 '
+        'and normalise; or, if the CNN is meant to get them so, make the model with mean=[0, 0, 0], '
+        'std=[1/255, 1/255, 1/255]'),
+    'grey': (
+        lambda: two_pass_step(model_of().train(), X[:, :1], Y), ValueError, 'two_pass_step: the images have 1 channel, '
+        'the CNN takes 3; repeat the grey channel: x.repeat(1, 3, 1, 1)'),
+    'alpha': (
+        lambda: two_pass_step(model_of().train(), torch.rand(4, 4, 32, 32), Y), ValueError, 'two_pass_step: the '
+        'images have 4 channels, the CNN takes 3; drop the alpha channel: x[:, :3]'),
+    'labels': (
+        lambda: two_pass_step(model_of().train(), X, Y + 1), ValueError, 'label: class 3 is not one of the 3 classes '
+        'of the CNN, which have the numbers 0 to 2; give the CNN as many outputs as there are classes'),
 }
 
 
