@@ -8,11 +8,8 @@ __all__ = ['MapModule', 'Exported', 'ExportedModel', 'load_exported']
 # %% ../../nbs/core/08_export.ipynb #2513ba00
 import copy
 import json
-import os
 import tempfile
-import threading
 import warnings
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +21,7 @@ from torch import nn
 import antehoc_nb
 from .attention import fit_border, noise_like_photographs
 from .model import ACTIVATIONS, AntehocModel, pixel_batch
-from .utils import import_extra, output_tensors, rgb_images
+from .utils import import_extra, output_tensors, rgb_images, whole_or_not_at_all
 from .weight_net import class_numbers
 
 # %% ../../nbs/core/08_export.ipynb #5bc437a5
@@ -238,17 +235,6 @@ def _read_facts(facts, path):
                          'export the model again, or install that version')
     return facts
 
-
-@contextmanager
-def _whole_or_not_at_all(path):
-    "A name beside `path` to write to, which becomes `path` if all goes well, and is removed if not"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f'.{path.stem}-{os.getpid()}-{threading.get_ident()}{path.suffix}')
-    try:
-        yield unfinished
-        os.replace(unfinished, path)
-    finally: unfinished.unlink(missing_ok=True)
-
 # %% ../../nbs/core/08_export.ipynb #78d9f3de
 class _TensorsOnly(nn.Module):
     "A `MapModule` whose inputs have the names that they have in a file"
@@ -390,7 +376,7 @@ def export(self: AntehocModel,
     module = MapModule(model, size, activation, weights=False, trace=False)
     program = _trace(_TensorsOnly(module), _check_inputs(module, 3), module.run.model.cnn)
     facts = _file_facts(model, module)
-    with _whole_or_not_at_all(path) as unfinished:
+    with whole_or_not_at_all(path) as unfinished:
         if kind == '.pt2': _write_pt2(program, unfinished, facts)
         else:
             found, of_weight_net = _as_onnx(program, *_names(module))

@@ -37,7 +37,7 @@ from .layers import choose_layers
 from .masking import masked
 from antehoc_nb.core.utils import (
     as_inputs, cnn_builders, eval_mode, import_extra, in_channels, map_tensors, noise_images, own_seed, plain_tensor,
-    rgb_images, train_functions, unknown_name, usual_mode
+    rgb_images, train_functions, unknown_name, usual_mode, whole_or_not_at_all,
 )
 from antehoc_nb.core.weight_net import (
     class_numbers, count_classes, gives_logits, in_deviations, interpretation_map, modulate, weight_nets,
@@ -280,7 +280,8 @@ def save(self: Explanation,
     paths = [path] if len(self) == 1 else [path.with_stem(f'{path.stem}-{i}') for i in range(len(self))]
     overlays = self.overlays(alpha)
     path.parent.mkdir(parents=True, exist_ok=True)
-    for file, overlay in zip(paths, overlays): overlay.save(file)
+    for file, overlay in zip(paths, overlays):
+        with whole_or_not_at_all(file) as unfinished: overlay.save(unfinished)
     return paths
 
 
@@ -791,7 +792,7 @@ def find_target(self: AntehocModel,
     if target is None: return out.argmax(1)
     return class_numbers(target, out.shape[0], self.classes, self.meta.get('vocab') or ())
 
-# %% ../../nbs/core/07_model.ipynb #b315cb4e
+# %% ../../nbs/core/07_model.ipynb #d66066fd
 def _as_tensor(values):
     "An array or a tensor as a tensor; None for anything else"
     if isinstance(values, np.ndarray) and values.dtype.kind in 'biuf': return torch.from_numpy(values)
@@ -938,7 +939,7 @@ def _check_shape(self: AntehocModel, x):
 
 
 @patch
-def _check_values(self: AntehocModel, x): # of images to be explained
+def _check_values(self: AntehocModel, x):
     "`ValueError` for NaN, infinities and pixels from 0 to 255; a warning if the normalisation can't be right"
     if torch.compiler.is_compiling() or torch.jit.is_tracing(): return
     x = x.detach()
@@ -1123,10 +1124,11 @@ def save_pretrained(self: AntehocModel,
     "Write `config.json` and `model.safetensors`: no code, safe to share. Warns if loading will take a CNN."
     folder = Path(folder)
     self._name_cnn()
-    folder.mkdir(parents=True, exist_ok=True)
-    save_model(self, str(folder/'model.safetensors'))
-    usual_mode(folder/'model.safetensors')
-    (folder/'config.json').write_text(json.dumps(self.config, indent=1) + '\n')
+    weights, config = whole_or_not_at_all(folder/'model.safetensors'), whole_or_not_at_all(folder/'config.json')
+    with weights as weights_file, config as config_file:  # both are whole before one replaces an earlier one
+        save_model(self, str(weights_file))
+        usual_mode(weights_file)
+        config_file.write_text(json.dumps(self.config, indent=1) + '\n')
     return folder
 
 

@@ -266,10 +266,10 @@ def test_mask_blocks_have_a_map_for_each_class():
 def test_unet_learner(tmp_path):
     from fastai.vision.learner import unet_learner
     from torchvision.models import resnet18
-    learn = mask_learner(16, 64, lambda dls: unet_learner(dls, resnet18, pretrained=False, cbs=TwoPass()))
+    learn = mask_learner(12, 32, lambda dls: unet_learner(dls, resnet18, pretrained=False, cbs=TwoPass(eta=4)))
     with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
     e = learn.explain(target='square', n=2)
-    assert learn.model.task == 'segmentation' and e.map.shape == (2, 1, 64, 64) and e.map.std() > 0
+    assert learn.model.task == 'segmentation' and e.map.shape == (2, 1, 32, 32) and e.map.std() > 0
 
 
 @pytest.mark.slow
@@ -277,12 +277,12 @@ def test_unet_learner(tmp_path):
 def test_segmentation_networks_of_torchvision(name):
     from torchvision.models import segmentation
     cnn = getattr(segmentation, name)(weights=None, weights_backbone=None, num_classes=4)
-    scenes = shape_scenes(4, 64)
-    dls = DataLoaders(*[DataLoader(TensorDataset(scenes.images, scenes.classes), 4)] * 2)
-    learn = antehoc_learner(dls, cnn, loss_func=lambda out, y: F.cross_entropy(out['out'], y))
+    scenes = shape_scenes(2, 48)
+    dls = DataLoaders(*[DataLoader(TensorDataset(scenes.images, scenes.classes), 2)] * 2)
+    learn = antehoc_learner(dls, cnn, eta=4, loss_func=lambda out, y: F.cross_entropy(out['out'], y))
     with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
     assert (learn.model.task, learn.model.classes) == ('segmentation', 4)
-    assert learn.model.explain(scenes.images, target=1).map.shape == (4, 1, 64, 64)
+    assert learn.model.explain(scenes.images, target=1).map.shape == (2, 1, 48, 48)
 
 
 @pytest.mark.slow
@@ -293,6 +293,10 @@ def test_detectors():
     x = torch.rand(2, 3, 320, 320)
     model = AntehocModel(detector.requires_grad_(False), x, eta=4, output=detection_scores(3),
                          meta=dict(task='multi-label'))
+    message = 'TwoPass: the CNN is a detector, which gives no detections in training mode; train it without TwoPass'
+    dls = DataLoaders(*[DataLoader(TensorDataset(x, torch.zeros(2)), 2)] * 2)
+    learn = Learner(dls, detector, loss_func=lambda out, y: 0, cbs=TwoPass(eta=4))
+    with pytest.raises(ValueError, match=message), learn.no_bar(): learn.fit(1)
     message = 'two_pass_step: the CNN is a detector, which gives no detections in training mode'
     with pytest.raises(ValueError, match=message):
         two_pass_step(model.train(), x)

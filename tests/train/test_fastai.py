@@ -13,6 +13,7 @@ from fastai.callback.mixup import CutMix, MixUp
 from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, SaveModelCallback
 from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.data.block import CategoryBlock, DataBlock
+from fastai.data.core import DataLoaders
 from fastai.data.transforms import IndexSplitter
 from fastai.distributed import ParallelTrainer
 from fastai.interpret import ClassificationInterpretation
@@ -24,6 +25,7 @@ from fastai.vision.augment import Resize, aug_transforms
 from fastai.vision.data import ImageBlock
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
+from torch.utils.data import DataLoader, TensorDataset
 
 import antehoc_nb.show.learner  # noqa: F401  gives learners `explain`
 from antehoc_nb.core.model import AntehocModel
@@ -76,15 +78,15 @@ class Averaged(Callback):
     "A moving average of the weights, as PyTorch has it"
     def __init__(self, ema): self.average = get_ema_multi_avg_fn(.9) if ema else None
 
-    def before_fit(self): self.averaged = AveragedModel(self.learn.model, multi_avg_fn=self.average)
+    def before_fit(self): self.average_model = AveragedModel(self.learn.model, multi_avg_fn=self.average)
 
-    def after_step(self): self.averaged.update_parameters(self.learn.model)
+    def after_step(self): self.average_model.update_parameters(self.learn.model)
 
 
 def averaged(learn, ema):
     learn.add_cb(Averaged(ema))
     learn.fit(1, 1e-2)
-    model = learn.averaged.averaged
+    model = learn.averaged.average_model
     update_bn([batch[0] for batch in learn.dls.train], model)
     learn.model = model.module
     return learn.get_preds()[0]
@@ -222,3 +224,39 @@ def test_the_page_has_the_table():
     cells = [''.join(cell['source']) for cell in json.loads(page.read_text(encoding='utf-8'))['cells']]
     table = next(cell for cell in cells if '| what is done' in cell)
     assert re.findall(r'^\| `?([^`|]+?)`? \|', table, flags=re.M)[1:] == [*ROWS]
+
+
+# --- Images that can't be right
+
+def loader(images): return DataLoader(TensorDataset(images, torch.zeros(len(images)).long()), 2)
+
+
+X = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+GREY = ('TwoPass: the DataLoaders give images of 1 channel, the CNN takes 3; read them in colour: '
+        'ImageBlock(PILImage)')
+REFUSED = {
+    'grey': (X[:, :1], X[:, :1], GREY),
+    'alpha': (X[:, [0, 1, 2, 0]], X[:, [0, 1, 2, 0]], 'TwoPass: the DataLoaders give images of 4 channels, the CNN '
+              'takes 3; leave out the alpha channel: x[:, :3]'),
+    'grey in training alone': (X[:, :1], X, GREY),
+    'to 255': (X * 255, X * 255, 'TwoPass: these look like pixels from 0 to 255 (the highest is'),
+    'to 255 in training alone': (X * 255, X, 'TwoPass: these look like pixels from 0 to 255 (the highest is'),
+}
+
+
+@pytest.mark.parametrize('case', REFUSED)
+def test_images_that_cannot_be_right(case):
+    train, valid, message = REFUSED[case]
+    with pytest.raises(ValueError) as caught:
+        dls = DataLoaders(loader(train), loader(valid))
+        learn = Learner(dls, cnn(), loss_func=nn.CrossEntropyLoss(), cbs=TwoPass(eta=2))
+        with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    assert message in str(caught.value)
+
+
+def test_a_cnn_that_takes_pixels_to_255():
+    scale = dict(mean=[0, 0, 0], std=[1/255] * 3)
+    dls = DataLoaders(loader(X * 255), loader(X * 255))
+    learn = Learner(dls, cnn(), loss_func=nn.CrossEntropyLoss(), cbs=TwoPass(eta=2, **scale))
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    torch.testing.assert_close(learn.model.explain(X * 255).pixels, X)
