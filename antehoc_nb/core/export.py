@@ -133,8 +133,8 @@ def _check_task(model):
     "`ValueError` for maps about something that a class number can't say"
     what = {'segmentation': 'the region of a class', 'embedding': 'a reference image'}.get(model.task)
     if what is None or not model.class_specific: return
-    raise ValueError(f'export: the maps of this model (task {model.task}) are about {what}, and the target of a graph is '
-                     'a class number; use model.explain, or train with class_specific=False for one map of the whole '
+    raise ValueError(f'export: the maps of this model (task {model.task}) are about {what}, and the target of a graph '
+                     'is a class number; use model.explain, or train with class_specific=False for one map of the whole '
                      'output, which can be exported')
 
 

@@ -225,7 +225,8 @@ def _draw_regions(y1, label, number, temperature):
     shares = class_shares(classes, y1.shape[1])
     chosen = main_class(shares)
     if number is not None:
-        chosen = torch.where(_first_half(number).to(y1.device), chosen, _draw_classes(shares.log(), number, temperature))
+        drawn = _draw_classes(shares.log(), number, temperature)
+        chosen = torch.where(_first_half(number).to(y1.device), chosen, drawn)
     return torch.where(classes == chosen[:, None, None], classes, -1)
 
 
@@ -469,8 +470,9 @@ def _with_gradients(loss, weights):
     try: gradients = [gradient / scale for gradient in gradients_of(loss * scale, weights)]
     except RuntimeError as e:
         if 'does not require grad' not in str(e) and 'not have been used' not in str(e): raise
-        raise ValueError('two_pass_step: no gradient goes through the CNN to the map, since its output is detached from '
-                         'its input, as that of a quantised network is; train the weight network before that') from e
+        raise ValueError('two_pass_step: no gradient goes through the CNN to the map, since its output is detached '
+                         'from its input, as that of a quantised network is; train the weight network before '
+                         'that') from e
     if scale > 1 and not all(gradient.isfinite().all() for gradient in gradients):
         gradients = [torch.zeros_like(gradient) for gradient in gradients]
     return _GradientsKnown.apply(loss.detach(), gradients, *weights)
@@ -523,18 +525,18 @@ def _step_targets(model, y1, label, numbers, others):
 
 
 def is_detector(cnn) -> bool: # Any network
-    "Whether a network is a detector of torchvision, which gives losses in training mode and detections in evaluation mode."
+    "Whether a network is a detector of torchvision, which gives detections in evaluation mode alone."
     return any(kind.__module__.startswith('torchvision.models.detection') for kind in type(cnn).__mro__)
 
 
 def _check_images(model, x):
     "Errors as of `AntehocModel.check_training_images`, every 2,000 images, from the first on"
     if torch.is_inference_mode_enabled() and model.training:
-        raise ValueError('two_pass_step: nothing can be trained in inference mode; leave it out, or validate in it, after '
-                         'model.eval()')
+        raise ValueError('two_pass_step: nothing can be trained in inference mode; leave it out, or validate in it, '
+                         'after model.eval()')
     if is_detector(model.cnn) and model.cnn.training:
-        raise ValueError('two_pass_step: the CNN is a detector, which gives no detections in training mode; train it first, '
-                         'then the weight network alone: model.train(), model.cnn.eval()')
+        raise ValueError('two_pass_step: the CNN is a detector, which gives no detections in training mode; train it '
+                         'first, then the weight network alone: model.train(), model.cnn.eval()')
     seen = getattr(model, 'images_seen', 0)
     if seen % 2000 < len(x): model.check_training_images(x, 'two_pass_step')
 

@@ -985,8 +985,8 @@ def check_training_images(self: AntehocModel,
     low, high = pixels.min().item(), pixels.max().item()
     if not (low >= -1 and high > 16): return
     scale = ', '.join(['1/255'] * x.shape[1])
-    raise ValueError(f'{where}: these look like pixels from 0 to 255 (the highest is {x.max().item():.0f}); divide them '
-                     'by 255 and normalise; or, if the CNN is meant to get them so, make the model with '
+    raise ValueError(f'{where}: these look like pixels from 0 to 255 (the highest is {x.max().item():.0f}); divide '
+                     'them by 255 and normalise; or, if the CNN is meant to get them so, make the model with '
                      f'mean={[0] * x.shape[1]}, std=[{scale}]')
 
 
@@ -1018,7 +1018,8 @@ def _check_explain(self: AntehocModel, args, threshold, target):
 def _outputs_hint(self: AntehocModel):
     "What to do about a CNN with several outputs, none of which was chosen"
     outputs = getattr(self, '_several_outputs', None)
-    return f', and say which of its outputs, {outputs}, is explained: AntehocModel(cnn, images, output=...)' * bool(outputs)
+    hint = f', and say which of its outputs, {outputs}, is explained: AntehocModel(cnn, images, output=...)'
+    return hint if outputs else ''
 
 
 @patch
@@ -1049,9 +1050,9 @@ def explain(self: AntehocModel,
             *args, # The CNN's arguments. The first is the images: paths, PIL images, arrays, uint8 tensors, or a list
             # (see `image_batch`); or a batch of floats (B,C,H,W), normalised as the CNN expects
             threshold: float = 0.8, # Where `binarised` cuts, in (0,1]
-            target=None, # Of a class-specific map: classes or labels by number or name, or words, for each image or all;
-            # a region of a segmentation, a mask (H,W); a reference of an embedding, an image or (D,). None: what is
-            # predicted
+            target=None, # Of a class-specific map: classes or labels by number or name, or words, for each image or
+            # all; a region of a segmentation, a mask (H,W); a reference of an embedding, an image or (D,). None: what
+            # is predicted
             **kwargs, # The CNN's keyword arguments
            ) -> Explanation:
     """Prediction and map from one forward pass, in evaluation mode and without autograd.

@@ -273,8 +273,8 @@ def _check_task(model, e):
 def _target_number(model, target, size):
     "The number of the target class, or None; errors before any image is read"
     if model.task == 'embedding':
-        raise ValueError("the model gives embeddings, whose map is about the likeness to a reference image: explain it in "
-                         "Python, model.explain(images, target=reference)")
+        raise ValueError('the model gives embeddings, whose map is about the likeness to a reference image: explain it '
+                         'in Python, model.explain(images, target=reference)')
     black = as_cnn_takes(torch.zeros(1, in_channels(model.cnn), *size, device=model.mean.device), model.cnn)[0]
     e = model.explain(black, target=target)
     _check_task(model, e)

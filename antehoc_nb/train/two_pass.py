@@ -323,8 +323,8 @@ class TwoPass(Callback):
                  train_cnn: bool = True, # False: the CNN is trained already; train the weight network alone
                  keep_maps: int = 0, # Keep the maps of so many validation images after every epoch, in `map_history`
                  keep_best: bool = True, # At the end of a fit, keep the best weight network; False: the last one
-                 **model_kwargs, # Of `AntehocModel`: eta, layers, soft_attention, temperature, weight_net, scale, output,
-                 # meta, mean and std (where the DataLoaders do not tell)
+                 **model_kwargs, # Of `AntehocModel`: eta, layers, soft_attention, temperature, weight_net, scale,
+                 # output, meta, mean and std (where the DataLoaders do not tell)
                 ):
         as_mask(mask or 'soft')  # refuses unknown names
         int_losses[loss or 'mse']
@@ -396,7 +396,8 @@ def _class_names(dls):
     vocab = getattr(dls, 'vocab', None)
     if vocab is None:  # `MaskBlock` keeps them elsewhere
         transforms = getattr(getattr(dls, 'after_item', None), 'fs', ())
-        vocab = next((transform.codes for transform in transforms if getattr(transform, 'codes', None) is not None), None)
+        codes = (getattr(transform, 'codes', None) for transform in transforms)
+        vocab = next((names for names in codes if names is not None), None)
     if vocab is None or any(not isinstance(name, str) and hasattr(name, '__iter__') for name in vocab): return None
     return [str(name) for name in vocab]
 
@@ -527,8 +528,8 @@ def _channels_error(got, takes):
     hints = {(1, 3): 'read them in colour: ImageBlock(PILImage)', (3, 1): 'read them in grey: ImageBlock(PILImageBW)',
              (4, 3): 'leave out the alpha channel: x[:, :3]'}
     hint = hints.get((got, takes), f'give the CNN a first convolution of {got} channels')
-    return ValueError(f"TwoPass: the DataLoaders give images of {got} channel{'s' * (got != 1)}, the CNN takes {takes}; "
-                      f'{hint}')
+    channels = f"{got} channel{'s' * (got != 1)}"
+    return ValueError(f'TwoPass: the DataLoaders give images of {channels}, the CNN takes {takes}; {hint}')
 
 # %% ../../nbs/train/11_two_pass.ipynb #f1d55eda
 @patch
@@ -627,8 +628,9 @@ def attach(self: TwoPass):
     """Wrap the learner's model, choose mask and loss, and hand the weight network to the optimiser.
 
     The mask defaults to the one that the weight network names: 'soft+capped+threshold' for `auto`, else 'soft'. The
-    loss defaults to that of the task, such as 'cross_entropy', for a class-specific map, else 'mse'. The map of `auto` is
-    class-specific if the labels are class numbers, of each image or of each pixel, or several labels that are on or off.
+    loss defaults to that of the task, such as 'cross_entropy', for a class-specific map, else 'mse'. The map of `auto`
+    is class-specific if the labels are class numbers, of each image or of each pixel, or several labels that are on
+    or off.
     `ValueError` for arguments of the model if there is one already, for another normalisation, and for a loss that
     does not fit."""
     self._check_alone()
@@ -981,7 +983,7 @@ def _outputs(self: TwoPass, inputs, weight_nets):
 
 @patch
 def _measures_scores(self: TwoPass):
-    """Whether the change of the target's score is measured, and not that of the whole output. Of an embedding, it is the
+    """Whether the change of the target's score is measured, and not that of the whole output. Of an embedding it is the
     distance from the most similar image of the batch: a map that leaves all else out brings it nearer."""
     return self.antehoc.class_specific and self.antehoc.task in ('segmentation', 'embedding')
 
