@@ -134,8 +134,8 @@ def _check_task(model):
     what = {'segmentation': 'the region of a class', 'embedding': 'a reference image'}.get(model.task)
     if what is None or not model.class_specific: return
     raise ValueError(f'export: the maps of this model (task {model.task}) are about {what}, and the target of a graph '
-                     'is a class number; use model.explain, or train with class_specific=False for one map of the whole '
-                     'output, which can be exported')
+                     'is a class number; use model.explain, or train with class_specific=False for one map of the '
+                     'whole output, which can be exported')
 
 
 class MapModule(nn.Module):

@@ -61,7 +61,7 @@ WORKS |= {
 }
 
 
-@pytest.mark.parametrize('inference', [False, True])
+@pytest.mark.parametrize('inference', [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize('case', WORKS)
 def test_it_is_explained(case, inference):
     make, images, tolerance = WORKS[case]

@@ -209,7 +209,12 @@ def trained(row, folder, cbs=()):
     return learn, after, found
 
 
-@pytest.mark.parametrize('row', ROWS)
+FAST = ('fine_tune', 'CutMix', 'weighted_dataloaders', 'progressive resizing', 'DataParallel', 'EMA (AveragedModel)',
+        'export and load_learner')
+MARKED = [row if row in FAST else pytest.param(row, marks=pytest.mark.slow) for row in ROWS]
+
+
+@pytest.mark.parametrize('row', MARKED)
 def test_the_cnn_is_that_of_plain_training(row, tmp_path):
     _, plain, expected = trained(row, tmp_path/'plain')
     learn, ours, found = trained(row, tmp_path/'ours', TwoPass(eta=2))
