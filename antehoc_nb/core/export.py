@@ -8,11 +8,8 @@ __all__ = ['MapModule', 'Exported', 'ExportedModel', 'load_exported']
 # %% ../../nbs/core/08_export.ipynb #2513ba00
 import copy
 import json
-import os
 import tempfile
-import threading
 import warnings
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,8 +20,8 @@ from torch import nn
 
 import antehoc_nb
 from .attention import fit_border, noise_like_photographs
-from .model import AntehocModel, pixel_batch
-from .utils import import_extra, output_tensors, rgb_images
+from .model import ACTIVATIONS, AntehocModel, pixel_batch
+from .utils import import_extra, output_tensors, rgb_images, whole_or_not_at_all
 from .weight_net import class_numbers
 
 # %% ../../nbs/core/08_export.ipynb #5bc437a5
@@ -85,7 +82,7 @@ class _Explain(nn.Module):
     def _of_target(self, out, recorded, size, target):
         "Map and weights for classes; NaN for one that is not there"
         known = (target >= -1) & (target < self.model.classes)
-        chosen = torch.where(known & (target >= 0), target, out.argmax(1))
+        chosen = torch.where(known & (target >= 0), target, self.model.explained(out).argmax(1))
         i_map, weights, _ = self.model.interpret(recorded, size, chosen)
         known = known[:, None, None, None]
         return [torch.where(known, found, torch.nan) for found in (i_map, weights)]
@@ -123,12 +120,22 @@ def _choose_activation(model, name, out):
     if name == 'auto':
         vocab = model.meta.get('vocab') or ()
         name = 'softmax' if is_scores and (model.class_specific or len(vocab) == out.shape[1] > 1) else 'none'
+        if name == 'softmax': name = model.meta.get('activation', ACTIVATIONS.get(model.task, name)) or 'none'
     if name not in _activations:
         raise ValueError(f"export: activation={name!r}: choose 'auto', 'softmax', 'sigmoid' or 'none'")
     if name != 'none' and not is_scores:
         raise ValueError(f"export: activation={name!r} is for scores of classes (B,K), which this network does not "
                          "give; use activation='none'")
     return name
+
+
+def _check_task(model):
+    "`ValueError` for maps about something that a class number can't say"
+    what = {'segmentation': 'the region of a class', 'embedding': 'a reference image'}.get(model.task)
+    if what is None or not model.class_specific: return
+    raise ValueError(f'export: the maps of this model (task {model.task}) are about {what}, and the target of a graph '
+                     'is a class number; use model.explain, or train with class_specific=False for one map of the '
+                     'whole output, which can be exported')
 
 
 class MapModule(nn.Module):
@@ -150,6 +157,7 @@ class MapModule(nn.Module):
         super().__init__()
         if not isinstance(model, AntehocModel):
             raise TypeError(f'model: a {type(model).__name__} has no maps; give an AntehocModel')
+        _check_task(model)
         self.size = _image_size_of(model, size)
         self.channels = model.image_channels
         self.classes = model.classes if model.class_specific else None
@@ -226,17 +234,6 @@ def _read_facts(facts, path):
                          f'version {antehoc_nb.__version__} reads format {_FORMAT_VERSION}: '
                          'export the model again, or install that version')
     return facts
-
-
-@contextmanager
-def _whole_or_not_at_all(path):
-    "A name beside `path` to write to, which becomes `path` if all goes well, and is removed if not"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f'.{path.stem}-{os.getpid()}-{threading.get_ident()}{path.suffix}')
-    try:
-        yield unfinished
-        os.replace(unfinished, path)
-    finally: unfinished.unlink(missing_ok=True)
 
 # %% ../../nbs/core/08_export.ipynb #78d9f3de
 class _TensorsOnly(nn.Module):
@@ -379,7 +376,7 @@ def export(self: AntehocModel,
     module = MapModule(model, size, activation, weights=False, trace=False)
     program = _trace(_TensorsOnly(module), _check_inputs(module, 3), module.run.model.cnn)
     facts = _file_facts(model, module)
-    with _whole_or_not_at_all(path) as unfinished:
+    with whole_or_not_at_all(path) as unfinished:
         if kind == '.pt2': _write_pt2(program, unfinished, facts)
         else:
             found, of_weight_net = _as_onnx(program, *_names(module))

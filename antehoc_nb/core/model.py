@@ -12,7 +12,7 @@ import math
 import operator
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -32,11 +32,12 @@ from antehoc_nb.core.attention import (
     standardise, take_off_border,
 )
 from .geometry import layer_grids, pool_cells, resize_maps
+from .interpretation_loss import class_shares, describe_outputs, explained_output, main_class
 from .layers import choose_layers
 from .masking import masked
 from antehoc_nb.core.utils import (
     as_inputs, cnn_builders, eval_mode, import_extra, in_channels, map_tensors, noise_images, own_seed, plain_tensor,
-    rgb_images, train_functions, unknown_name, usual_mode
+    rgb_images, train_functions, unknown_name, usual_mode, whole_or_not_at_all,
 )
 from antehoc_nb.core.weight_net import (
     class_numbers, count_classes, gives_logits, in_deviations, interpretation_map, modulate, weight_nets,
@@ -64,10 +65,12 @@ class Explanation:
     layers: tuple[str, ...] = () # Name of the layer of each soft attention map
     sizes: tuple[tuple[int, int], ...] = () # Its resolution, (h,w)
     threshold: float = 0.8 # Where the map is binarised, in (0,1]
-    target: torch.Tensor | None = None # Target classes, (B,), or words, (B,Q) with -1 for none; None: class-agnostic
+    target: torch.Tensor | None = None # Target classes, (B,), words, (B,Q) with -1 for none, pixels of a class,
+    # (B,h,w) with -1 elsewhere, or directions of embeddings, (B,D); None: class-agnostic
     photos: list | None = None # The images at their own size, as PIL images, if the explanation was made from such
     vocab: tuple[str, ...] = () # Names of the classes, if the model knows them
     meta: dict | None = None # What the model knows of its output: task, activation, threshold
+    output: Any = None # Which of the CNN's outputs is explained, as of `explained_output`
 
     @property
     def black(self) -> torch.Tensor:
@@ -140,7 +143,13 @@ def cpu(self: Explanation) -> Explanation:
 
 # %% ../../nbs/core/07_model.ipynb #679f30e0
 ACTIVATIONS = {'single-label': 'softmax', 'multi-label': 'sigmoid', 'binary': 'sigmoid'}  # task -> of its scores
-TASKS = *ACTIVATIONS, 'regression', 'captions', 'segmentation'
+TASKS = *ACTIVATIONS, 'regression', 'captions', 'segmentation', 'embedding'
+
+
+@patch(as_prop=True)
+def explained(self: Explanation):
+    "The output that the map is about, a tensor; or all that the CNN returned, if the map is about all of it."
+    return explained_output(self.pred, self.output)
 
 
 @patch(as_prop=True)
@@ -148,7 +157,7 @@ def task(self: Explanation) -> str:
     """What the output means: a name in `TASKS`, as `meta` says; else 'single-label' for logits (B,K), or '' for what is
     not known. `ValueError` for an unknown task."""
     known = (self.meta or {}).get('task')
-    if known is None: return 'single-label' if gives_logits(self.pred) else ''
+    if known is None: return 'single-label' if gives_logits(self.explained) else ''
     if known not in TASKS: raise ValueError(f"meta['task']: {unknown_name('task', str(known), TASKS)}")
     return known
 
@@ -156,7 +165,7 @@ def task(self: Explanation) -> str:
 @patch
 def _scores(self: Explanation):
     "The scores of the classes, (B,K), or of one decision, (B,1). `TypeError` for an output of another kind"
-    pred, task = self.pred, self.task
+    pred, task = self.explained, self.task
     is_float = isinstance(pred, torch.Tensor) and pred.is_floating_point()
     if is_float and task == 'binary' and pred.numel() == len(pred): return pred.float().view(-1, 1)
     if is_float and pred.ndim == 2 and task in ACTIVATIONS and (pred.shape[1] > 1 or task != 'single-label'):
@@ -181,12 +190,12 @@ def probabilities(self: Explanation) -> torch.Tensor:
 
 @patch(as_prop=True)
 def decisions(self: Explanation) -> list[list[tuple[str, float | None]]]:
-    """What is predicted for each image, with its probability: the class, each of the labels that are on, or the numbers
-    of a regression, without probabilities. Classes have names if the model knows them, else numbers. `TypeError` for
-    other tasks."""
-    if self.task == 'regression' and isinstance(self.pred, torch.Tensor):
-        numbers = self.pred.reshape(len(self), -1).tolist()
-        return [[(f'{value:.5g}', None) for value in of_image] for of_image in numbers]
+    """What is predicted for each image, with its probability: the class, or each of the labels that are on. Without a
+    probability: the numbers of a regression; the classes of at least 1 % of the pixels, the largest first; the cosine
+    similarity of an embedding with the target. Classes have names if the model knows them, else numbers. `TypeError`
+    for other tasks."""
+    if isinstance(self.explained, torch.Tensor) and self.task in _WITHOUT_PROBABILITY:
+        return [[(text, None) for text in of_image] for of_image in _WITHOUT_PROBABILITY[self.task](self)]
     probabilities = self.probabilities
     if self.task == 'single-label':
         return [[(self._class_name(number), p)] for p, number in zip(*(o.tolist() for o in probabilities.max(1)))]
@@ -202,6 +211,26 @@ def labels(self: Explanation) -> list[str]:
     """The predicted class of each image: its name, or its number if the model knows no names; of several labels those
     that are on, or 'none'. `TypeError` likewise."""
     return [', '.join(label for label, _ in of_image) or 'none' for of_image in self.decisions]
+
+
+def _numbers_said(e): return [[f'{value:.5g}' for value in row] for row in e.explained.reshape(len(e), -1).tolist()]
+
+
+def _classes_said(e):
+    "The classes of a segmentation, the largest first"
+    shares = class_shares(e.explained.argmax(1), e.explained.shape[1])
+    return [[e._class_name(number) for number in row.argsort(descending=True).tolist() if row[number] >= .01]
+            for row in shares]
+
+
+def _similarity_said(e):
+    "How similar an embedding is to the target"
+    if e.target is None: return [['embedding']] * len(e)
+    similarity = torch.cosine_similarity(e.explained.float(), e.target.to(e.explained.device).float())
+    return [[f'similarity {value:.2f}'] for value in similarity.tolist()]
+
+
+_WITHOUT_PROBABILITY = dict(regression=_numbers_said, segmentation=_classes_said, embedding=_similarity_said)
 
 
 @patch
@@ -251,7 +280,8 @@ def save(self: Explanation,
     paths = [path] if len(self) == 1 else [path.with_stem(f'{path.stem}-{i}') for i in range(len(self))]
     overlays = self.overlays(alpha)
     path.parent.mkdir(parents=True, exist_ok=True)
-    for file, overlay in zip(paths, overlays): overlay.save(file)
+    for file, overlay in zip(paths, overlays):
+        with whole_or_not_at_all(file) as unfinished: overlay.save(unfinished)
     return paths
 
 
@@ -261,6 +291,9 @@ def _titles(self: Explanation):
     def said(of_image): return ', '.join(label if p is None else f'{label} {p:.0%}' for label, p in of_image[:4])
     try: titles = [said(of_image) or 'none' for of_image in self.decisions]
     except TypeError: return [''] * len(self)
+    if self.task in ('multi-label', 'segmentation') and self.target is not None:
+        numbers = self.target.cpu() if self.target.ndim == 1 else self.target.cpu().flatten(1).amax(1)
+        return [f'{title}\ntarget {self._class_name(number)}' for title, number in zip(titles, numbers.tolist())]
     if self.task != 'single-label': return titles
     predicted = self.probabilities.max(1)
     if self.target is None or self.target.shape != predicted.indices.shape: return titles
@@ -319,6 +352,12 @@ def _check_network(cnn):
     if isinstance(cnn, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         raise TypeError(f'cnn: a {type(cnn).__name__} runs copies of a network, in which no layer can be recorded; '
                         'give the network itself, cnn.module')
+    convolutions = ((name, module) for name, module in cnn.named_modules() if 'quantized' in type(module).__module__)
+    quantised = next(((name, module) for name, module in convolutions if 'Conv' in type(module).__name__), None)
+    if quantised:
+        raise TypeError(f'cnn: its module {quantised[0]!r} is a quantised {type(quantised[1]).__name__}, whose integer '
+                        'activations cannot be read; give the network as it was before (or one with quantised linear '
+                        'layers alone, as quantize_dynamic makes it)')
     if isinstance(cnn, torch.jit.ScriptModule):
         raise TypeError(f'cnn: {cnn.original_name} was scripted or traced, and its layers cannot be recorded; give the '
                         'nn.Module that it was made from')
@@ -406,6 +445,8 @@ class AntehocModel(nn.Module):
                  # 'pixels'; None: as the weight network has it
                  border: bool | Sequence | None = None, # Take the border response off the soft attention maps?
                  # None: if the map has cells. The sizes (h,w) of a saved model's: to be loaded
+                 output: str | int | Callable | None = None, # Of a CNN that returns several tensors: which one is
+                 # explained, as for `explained_output`
                 ):
         super().__init__()
         _check_classes(classes)
@@ -425,6 +466,7 @@ class AntehocModel(nn.Module):
         self.temperature = temperature
         self.scale = scale
         self.meta = meta or {}
+        self.output = output
         self.cnn_finds_targets = callable(getattr(cnn, 'find_target', None)) and hasattr(cnn, 'n_words')
         try: self._choose_layers(sample, eta, layers, grids)
         except (RuntimeError, AssertionError) as e:
@@ -482,10 +524,52 @@ def _find_sizes(self: AntehocModel, sample, classes, class_specific):
     def n_channels(activation): return activation.shape[1]
     with torch.no_grad(), eval_mode(self.cnn), torch.random.fork_rng([]):
         out, channels = record_sams(self.cnn, self.layers, as_inputs(sample), attention=n_channels)
-    if self.cnn_finds_targets: out = torch.zeros(1, self.cnn.n_words)
-    if class_specific is False: return channels, None
-    if class_specific is None and classes is None and not gives_logits(out): return channels, None
-    return channels, count_classes(out, classes)
+    if self.cnn_finds_targets: return channels, None if class_specific is False else self.cnn.n_words
+    explained = explained_output(out, self.output)
+    if not isinstance(explained, torch.Tensor): self._several_outputs = describe_outputs(out)
+    self._note_segmentation(out, explained)
+    wanted = class_specific or classes is not None
+    if class_specific is False or not (wanted or self._can_have_targets(explained)): return channels, None
+    if self.task == 'segmentation' and _is_scores(explained, 4): return channels, explained.shape[1]
+    if self.task == 'embedding' and _is_scores(explained, 2): return channels, explained.shape[1]
+    if not isinstance(explained, torch.Tensor) and self._several_outputs.startswith("'"):
+        raise ValueError(f'class_specific=True: the CNN gives several outputs, {self._several_outputs}; say which one '
+                         'is explained, such as output=' + self._several_outputs.split(' ')[0])
+    return channels, count_classes(explained, classes)
+
+
+def _is_scores(out, ndim):
+    "Whether this is a tensor of floats with so many axes, and several scores on the second"
+    return isinstance(out, torch.Tensor) and out.is_floating_point() and out.ndim == ndim and out.shape[1] > 1
+
+
+@patch
+def _note_segmentation(self: AntehocModel, out, explained):
+    "Note that torchvision's segmentation networks are such, which call their output 'out'"
+    is_named = self.output in (None, 'out') and isinstance(out, Mapping) and 'out' in out
+    if is_named and _is_scores(explained, 4): self.meta = dict(task='segmentation') | self.meta
+
+
+@patch
+def _can_have_targets(self: AntehocModel, out):
+    "Whether the output, by what is known of the task, can have a map for each class, label or reference"
+    task = self.meta.get('task')
+    if task == 'segmentation': return _is_scores(out, 4)
+    return task in (None, 'single-label', 'multi-label', 'embedding', 'captions') and gives_logits(out)
+
+
+@patch(as_prop=True)
+def task(self: AntehocModel) -> str:  # noqa: F811
+    "What the output means, a name in `TASKS`, as `meta` says; else 'single-label' for maps of classes, or ''."
+    return self.meta.get('task') or ('single-label' if getattr(self, 'class_specific', False) else '')
+
+
+@patch
+def explained(self: AntehocModel, # noqa: F811
+              out, # What the CNN returned
+             ): # A tensor; or `out`, if the map is about all of it
+    "The output that the map is about, as of `explained_output`."
+    return explained_output(out, self.output)
 
 
 @patch
@@ -644,7 +728,7 @@ def interpret(self: AntehocModel,
     "Align the soft attention maps, weigh them and blend them (Eq. 1); differentiable in the weight network."
     if self.class_specific and target is None:
         raise ValueError('interpret: the map is class-specific, give target, (B,)')
-    if not self.class_specific: target = None
+    target = self._read_target(target) if self.class_specific else None
     dtype = next((parameter.dtype for parameter in self.weight_net.parameters()), torch.float32)
     aligned, read = self._align(recorded, size, target)
     specific = dict(target=target) if self.class_specific else {}
@@ -683,16 +767,90 @@ def _soft_attention_maps(self: AntehocModel, response, change=None):
 
 
 @patch
+def _read_target(self: AntehocModel, target):
+    "What the weight network reads of a target: classes, (B,) or (B,Q); of embeddings directions, (B,D)"
+    if self.task == 'embedding' and target.is_floating_point():
+        return nn.functional.layer_norm(target.float(), target.shape[1:]) / target.shape[1]**.5
+    if self.task != 'segmentation' or target.ndim != 3: return target
+    shares, numbers = class_shares(target, self.classes).topk(min(4, self.classes), 1)
+    return numbers.where(shares > 0, -1)
+
+
+@patch
 def find_target(self: AntehocModel,
                 target, # As for `explain`
                 out, # What the CNN returned
                 *others, # The CNN's other arguments, after the images
                 **kwargs, # The CNN's keyword arguments
-               ) -> torch.Tensor: # Classes (B,), or several of each image, (B,Q) with -1 where there is none
+               ) -> torch.Tensor: # Classes (B,), or several of each image, (B,Q) with -1 where there is none; or as
+    # `draw_targets` gives them
     "Target classes as numbers; for None what is predicted. A CNN with a `find_target` of its own decides."
     if self.cnn_finds_targets: return self.cnn.find_target(target, out, *others, **kwargs)
-    if target is None: return plain_tensor(out).argmax(1)
+    out = plain_tensor(self.explained(out))
+    if self.task == 'segmentation': return self._find_region(target, out)
+    if self.task == 'embedding': return self._find_reference(target, out)
+    if target is None: return out.argmax(1)
     return class_numbers(target, out.shape[0], self.classes, self.meta.get('vocab') or ())
+
+# %% ../../nbs/core/07_model.ipynb #d66066fd
+def _as_tensor(values):
+    "An array or a tensor as a tensor; None for anything else"
+    if isinstance(values, np.ndarray) and values.dtype.kind in 'biuf': return torch.from_numpy(values)
+    return plain_tensor(values.detach()) if isinstance(values, torch.Tensor) else None
+
+
+@patch
+def _find_region(self: AntehocModel, target, out):
+    "Classes at the pixels that a map of a segmentation network is about, (B,h,w), -1 elsewhere"
+    predicted = out.argmax(1)
+    region = _as_tensor(target)
+    if region is not None and region.ndim >= 2: return self._pixels_in(region, predicted)
+    if target is None: numbers = main_class(class_shares(predicted, self.classes))
+    else: numbers = class_numbers(target, len(out), self.classes, self.meta.get('vocab') or ())
+    numbers = numbers.to(out.device)[:, None, None]
+    probability = out.float().softmax(1).gather(1, numbers[:, None].expand(-1, 1, *out.shape[2:]))[:, 0]
+    likely = probability >= .5 * probability.amax((1, 2), keepdim=True)
+    is_there = (predicted == numbers).any((1, 2), keepdim=True)
+    return numbers.where(torch.where(is_there, predicted == numbers, likely), -1)
+
+
+@patch
+def _pixels_in(self: AntehocModel, region, predicted):
+    "The predicted classes inside a region, -1 elsewhere. `ValueError` for a region of another shape, or an empty one"
+    shape = tuple(region.shape)
+    if region.ndim == 4 and shape[1] == 1: region = region[:, 0]
+    if region.ndim == 2: region = region[None]
+    if region.ndim != 3 or len(region) not in (1, len(predicted)):
+        raise ValueError(f'target: a region is a mask (H,W) or (B,H,W) of pixels that are on, got {shape} for '
+                         f'{len(predicted)} images')
+    on = (region != 0).to(predicted.device).float()[:, None]
+    on = nn.functional.interpolate(on, predicted.shape[1:], mode='nearest')[:, 0].expand(len(predicted), -1, -1) > 0
+    empty = (~on.flatten(1).any(1)).nonzero()
+    if len(empty): raise ValueError(f'target: the region of image {int(empty[0])} has no pixel that is on')
+    return predicted.where(on, -1)
+
+
+@patch
+def _find_reference(self: AntehocModel, target, out):
+    "The directions that a map of an embedding is about, (B,D)"
+    found = _as_tensor(target)
+    is_embedding = found is not None and found.is_floating_point() and found.ndim in (1, 2)
+    if target is None: found = out
+    elif not (is_embedding and found.shape[-1] == self.classes): found = self._embedding_of(target)
+    found = found.to(out.device).view(-1, self.classes)
+    if len(found) not in (1, len(out)):
+        raise ValueError(f'target: {len(found)} references for {len(out)} images; give one, or one for each')
+    return nn.functional.normalize(found.float(), dim=1).expand(len(out), -1)
+
+
+@patch
+def _embedding_of(self: AntehocModel, images):
+    "The embeddings of reference images"
+    if isinstance(images, (int, float)):
+        raise TypeError(f'target={images!r}: the target of an embedding is a reference: an image, or an embedding '
+                        f'({self.classes},)')
+    x, _ = self._images_in(images)
+    return plain_tensor(self.explained(self.cnn(x.clone())))
 
 # %% ../../nbs/core/07_model.ipynb #43305d7e
 @patch(as_prop=True)
@@ -815,14 +973,35 @@ def _check_values(self: AntehocModel, x):
 
 
 @patch
-def _wrong_channels(self: AntehocModel, x):
-    "The error for images of another number of channels than the CNN takes"
+def check_training_images(self: AntehocModel,
+                          x: torch.Tensor, # Images, (B,C,H,W), normalised as the CNN expects
+                          where: str, # What the message begins with, such as 'TwoPass'
+                         ) -> None:
+    "`ValueError` for pixels from 0 to 255, of which no map or picture would be right."
+    mean, std = self.mean.float().flatten(), self.std.float().flatten()
+    if has_other_units(mean, std) or len(mean) not in (1, x.shape[1]): return
+    x = plain_tensor(x.detach())
+    pixels = torch.stack([x.amin((0, 2, 3)), x.amax((0, 2, 3))]).float() * std + mean
+    low, high = pixels.min().item(), pixels.max().item()
+    if not (low >= -1 and high > 16): return
+    scale = ', '.join(['1/255'] * x.shape[1])
+    raise ValueError(f'{where}: these look like pixels from 0 to 255 (the highest is {x.max().item():.0f}); divide '
+                     'them by 255 and normalise; or, if the CNN is meant to get them so, make the model with '
+                     f'mean={[0] * x.shape[1]}, std=[{scale}]')
+
+
+@patch
+def wrong_channels(self: AntehocModel,
+                   x: torch.Tensor, # Images, (B,C,H,W)
+                   where: str = 'explain', # What the message begins with
+                  ) -> ValueError:
+    "The error for images of another number of channels than the CNN takes."
     got, takes = x.shape[1], self.image_channels
     hints = {(1, 3): 'repeat the grey channel: x.repeat(1, 3, 1, 1)', (4, 3): 'drop the alpha channel: x[:, :3]',
              (3, 1): 'make them grey: x.mean(1, keepdim=True)'}
     hint = hints.get((got, takes), f'give images (B,{takes},H,W)')
     if x.shape[3] == takes: hint = 'the channels seem to come last: x.permute(0, 3, 1, 2)'
-    return ValueError(f"explain: the images have {got} channel{'s' * (got != 1)}, the CNN takes {takes}; {hint}")
+    return ValueError(f"{where}: the images have {got} channel{'s' * (got != 1)}, the CNN takes {takes}; {hint}")
 
 # %% ../../nbs/core/07_model.ipynb #a2cc77fa
 @patch
@@ -832,7 +1011,15 @@ def _check_explain(self: AntehocModel, args, threshold, target):
     if target is not None and not self.class_specific:
         raise ValueError(f'target={target!r}: this model (weight_net={self.weight_net_name!r}) explains the whole '
                          "output, no single class. Train a classifier with weight_net='auto', the default, for maps of "
-                         'classes')
+                         'classes' + self._outputs_hint())
+
+
+@patch
+def _outputs_hint(self: AntehocModel):
+    "What to do about a CNN with several outputs, none of which was chosen"
+    outputs = getattr(self, '_several_outputs', None)
+    hint = f', and say which of its outputs, {outputs}, is explained: AntehocModel(cnn, images, output=...)'
+    return hint if outputs else ''
 
 
 @patch
@@ -842,7 +1029,7 @@ def _images_in(self: AntehocModel, images):
     x = plain_tensor(images)
     self._check_shape(x)
     self._check_values(x)
-    return x, None
+    return as_cnn_takes(x, self.cnn)[0], None
 
 
 @patch
@@ -851,7 +1038,7 @@ def _run_cnn(self: AntehocModel, x, others, kwargs):
     inputs = x.clone(), *others  # some CNNs write to their input
     try: return self._run_and_record(inputs, kwargs)
     except RuntimeError as e:
-        if x.shape[1] != self.image_channels: raise self._wrong_channels(x) from e
+        if x.shape[1] != self.image_channels: raise self.wrong_channels(x) from e
         weights = next(self.cnn.parameters(), x)
         if x.dtype == weights.dtype or not weights.is_floating_point(): raise
         raise ValueError(f'explain: the images are {x.dtype}, the weights of the CNN {weights.dtype}; '
@@ -863,7 +1050,9 @@ def explain(self: AntehocModel,
             *args, # The CNN's arguments. The first is the images: paths, PIL images, arrays, uint8 tensors, or a list
             # (see `image_batch`); or a batch of floats (B,C,H,W), normalised as the CNN expects
             threshold: float = 0.8, # Where `binarised` cuts, in (0,1]
-            target=None, # Of a class-specific map: classes or words, for each image or all; None: what is predicted
+            target=None, # Of a class-specific map: classes or labels by number or name, or words, for each image or
+            # all; a region of a segmentation, a mask (H,W); a reference of an embedding, an image or (D,). None: what
+            # is predicted
             **kwargs, # The CNN's keyword arguments
            ) -> Explanation:
     """Prediction and map from one forward pass, in evaluation mode and without autograd.
@@ -882,7 +1071,8 @@ def explain(self: AntehocModel,
     layers, sizes = self._map_names(recorded)
     return Explanation(pred=map_tensors(plain_tensor, out), map=i_map, sams=sams, weights=weights, image=x,
                        mean=self.mean, std=self.std, layers=layers, sizes=sizes, threshold=threshold, target=target,
-                       photos=photos, vocab=tuple(map(str, self.meta.get('vocab') or ())), meta=self.meta)
+                       photos=photos, vocab=tuple(map(str, self.meta.get('vocab') or ())), meta=self.meta,
+                       output=self.output)
 
 
 @patch
@@ -922,6 +1112,8 @@ def config(self: AntehocModel) -> dict:
     found['border'] = [list(border.shape[2:]) for border in borders] or False
     found['channels_last'] = any(map(_is_channels_last, self.parameters()))
     built = getattr(self.cnn, 'build', None)  # how `build_cnn` makes the CNN again, if it was built by name
+    if self.output is not None: found['output'] = self.output
+    if callable(self.output): found['output'] = dict(function=getattr(self.output, '__name__', 'a function'))
     found['meta'] = (dict(cnn=built) if isinstance(built, dict) else {}) | self.meta
     return found
 
@@ -933,10 +1125,11 @@ def save_pretrained(self: AntehocModel,
     "Write `config.json` and `model.safetensors`: no code, safe to share. Warns if loading will take a CNN."
     folder = Path(folder)
     self._name_cnn()
-    folder.mkdir(parents=True, exist_ok=True)
-    save_model(self, str(folder/'model.safetensors'))
-    usual_mode(folder/'model.safetensors')
-    (folder/'config.json').write_text(json.dumps(self.config, indent=1) + '\n')
+    weights, config = whole_or_not_at_all(folder/'model.safetensors'), whole_or_not_at_all(folder/'config.json')
+    with weights as weights_file, config as config_file:  # both are whole before one replaces an earlier one
+        save_model(self, str(weights_file))
+        usual_mode(weights_file)
+        config_file.write_text(json.dumps(self.config, indent=1) + '\n')
     return folder
 
 
@@ -1028,6 +1221,8 @@ def from_pretrained(cls: AntehocModel,
                     # a model on the Hugging Face Hub
                     cnn: nn.Module | None = None, # A CNN of the same architecture, if it was not built by name
                     revision: str | None = None, # Branch, tag or commit on the Hub; None: the newest
+                    output: Callable | None = None, # The function that chooses the explained output, if the model was
+                    # made with one; names and positions are saved
                    ) -> AntehocModel: # In evaluation mode
     """Load a model without running any code from its files.
 
@@ -1044,6 +1239,10 @@ def from_pretrained(cls: AntehocModel,
                          f'{config.get("version")}, is not known to version {antehoc_nb.__version__}; '
                          'register it, or train the model again')
     settings = {name: value for name, value in config.items() if name not in ('format', 'version', 'channels_last')}
+    if output is not None: settings['output'] = output
+    if isinstance(settings.get('output'), dict):
+        raise ValueError(f'{folder}: a function, {settings["output"].get("function")}, chose the output that is '
+                         'explained, and functions are not saved; give it: from_pretrained(folder, output=...)')
     try: model = cls(_build_cnn(**build) if cnn is None else cnn, sample=False, **settings)
     except (TypeError, ValueError) as e:
         raise ValueError(f'{folder/"config.json"} does not fit the CNN, or was edited: {e}') from e

@@ -141,9 +141,18 @@ def _is_transparent(image):
     return image.mode in ('RGBA', 'LA', 'PA', 'RGBa', 'La') or 'transparency' in image.info
 
 
+def _load_unmapped(image):
+    "Load a TIFF file into memory; Pillow 11 to 13 map one from disk with rows and columns exchanged, if it is rotated"
+    if image.format != 'TIFF' or not getattr(image, 'tile', None) or not image.filename: return
+    name, image.filename = image.filename, ''  # without a name, it is read
+    try: image.load()
+    finally: image.filename = name
+
+
 def as_rgb(image: Image.Image, # A PIL image of any mode
           ) -> Image.Image: # 8-bit RGB, upright, on white where it is transparent
     "A PIL image as 8-bit RGB. `ValueError` for one of floats outside [0,1]."
+    _load_unmapped(image)
     image = ImageOps.exif_transpose(image)
     if image.mode == 'I' or image.mode.startswith('I;16'):
         image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype('uint8'))
@@ -156,7 +165,7 @@ def as_rgb(image: Image.Image, # A PIL image of any mode
 
 def open_rgb(file, # Path of an image file, or a binary file object
             ) -> Image.Image: # 8-bit RGB, upright as its EXIF orientation says
-    "An image file as 8-bit RGB. `OSError` for a file that cannot be read."
+    "An image file as 8-bit RGB; of several pages or frames, the first. `OSError` for a file that cannot be read."
     with Image.open(file) as opened: return as_rgb(opened)
 
 # %% ../../nbs/core/00_utils.ipynb #080b1203
@@ -359,6 +368,17 @@ def usual_mode(path: Path, # A file, or a folder
         probe.unlink()
     path.chmod(stat.S_IMODE(mode))
     return path
+
+# %% ../../nbs/core/00_utils.ipynb #0a39a562
+@contextmanager
+def whole_or_not_at_all(path: Path): # Of the file to be written; its folder is made if it is not there
+    "A name beside `path` to write to, which becomes `path` if all goes well, and is removed if not."
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f'.{path.stem}-{os.getpid()}-{threading.get_ident()}{path.suffix}')
+    try:
+        yield unfinished
+        os.replace(unfinished, path)
+    finally: unfinished.unlink(missing_ok=True)
 
 # %% ../../nbs/core/00_utils.ipynb #cell0019
 def import_extra(module: str, # What is imported, e.g. 'skimage.metrics'

@@ -84,7 +84,9 @@ class PixelWeights(nn.Module):
 
 # %% ../../nbs/core/04_weight_net.ipynb #cell0011
 def _of_targets(embedding, target, power=1.):
-    "Rows of an embedding for target classes (B,); for n classes an image, (B,Q) with -1 for none, their sum / n**power"
+    """Rows of an embedding for target classes (B,); for n classes an image, (B,Q), -1 for none, their sum / n**power;
+    for a direction (B,K) of floats, its product with the embedding"""
+    if target.is_floating_point(): return target.to(embedding.weight.dtype) @ embedding.weight
     if target.ndim == 1: return embedding(target)
     known = (target >= 0)[..., None].to(embedding.weight.dtype)
     return (embedding(target.clamp_min(0)) * known).sum(1) / known.sum(1).clamp_min(1)**power

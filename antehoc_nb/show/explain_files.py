@@ -26,7 +26,8 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 from ..core.model import AntehocModel, Explanation, as_cnn_takes
-from ..core.utils import check_config, in_channels, weights_digest
+from ..core.utils import check_config, in_channels, weights_digest, whole_or_not_at_all
+from ..core.weight_net import class_numbers
 from ..data.images import open_rgb
 from .plots import MAP_COLOURS, concept_regions
 
@@ -89,19 +90,13 @@ COLUMNS = ['image', 'overlay', 'prediction', 'probability', 'concept', 'x0', 'y0
            'energy_share', 'checksum']
 
 
-def _own_folder(path):
-    "`path`, in a folder that exists"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path
-
-
 def _write_pictures(map, rgb, out, stem):
     "Map and overlay at the size of the image"
     grey = Image.fromarray((map * 255).round().astype('uint8')).resize(rgb.size, Image.Resampling.BILINEAR)
     colours = (colormaps[MAP_COLOURS](np.arange(256))[:, :3] * 255).astype('uint8')
     overlay = Image.blend(rgb, Image.fromarray(colours[np.asarray(grey)]), .5)
-    grey.save(_own_folder(out/f'maps/{stem}.png'))
-    overlay.save(_own_folder(out/_overlay_name(stem)))
+    for picture, path in ((grey, out/f'maps/{stem}.png'), (overlay, out/_overlay_name(stem))):
+        with whole_or_not_at_all(path) as unfinished: picture.save(unfinished)
 
 
 def _half(maps): return maps[0].cpu().numpy().astype('float16')
@@ -110,9 +105,9 @@ def _half(maps): return maps[0].cpu().numpy().astype('float16')
 def _write_arrays(e: Explanation, path):
     "Everything in the explanation of one image"
     arrays = dict(map=e.map[0, 0].cpu().numpy(), sams=_half(e.sams), weights=_half(e.weights))
-    arrays |= dict(pred=e.pred[0].float().cpu().numpy(), layers=np.array(e.layers))
+    arrays |= dict(pred=e.explained[0].float().cpu().numpy(), layers=np.array(e.layers))
     if e.target is not None: arrays['target'] = e.target[0].cpu().numpy()
-    np.savez_compressed(_own_folder(path), **arrays)
+    with whole_or_not_at_all(path) as unfinished: np.savez_compressed(unfinished, **arrays)
 
 
 def _region_rows(e: Explanation, rgb, threshold):
@@ -256,7 +251,7 @@ def _write_contact_sheet(out, rows, files, about):
         corner = 16 + i % columns*width, 36 + i//columns*height
         with Image.open(out/row['overlay']) as overlay:
             _draw_pair(sheet, corner, open_rgb(files[row['image']]), overlay, row)
-    sheet.save(out/'contact_sheet.png')
+    with whole_or_not_at_all(out/'contact_sheet.png') as unfinished: sheet.save(unfinished)
 
 # %% ../../nbs/show/33_explain_files.ipynb #546ffb73
 def _not_a_classifier(model):
@@ -291,10 +286,14 @@ def target_number(
 
     `ValueError` for a model whose output has no words for a table, or a target class that it does not have."""
     _check_channels(model)
+    if model.task == 'embedding':
+        raise ValueError('the model gives embeddings, whose map is about the likeness to a reference image: explain it '
+                         'in Python, model.explain(images, target=reference)')
     black = as_cnn_takes(torch.zeros(1, in_channels(model.cnn), *size, device=model.mean.device), model.cnn)[0]
     e = model.explain(black, target=target)
     _check_task(model, e)
     if target is None: return None
+    if model.task == 'segmentation': return int(class_numbers(target, 1, model.classes, model.meta.get('vocab') or ()))
     if e.target.shape != (1,): raise _not_a_classifier(model)
     return int(e.target)
 

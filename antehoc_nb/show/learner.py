@@ -93,6 +93,7 @@ def _target_numbers(learn, target, n):
     "Target classes by name or number as numbers, (n,), for a class-specific weight network"
     model = antehoc_of(learn)
     if target is None or not model.class_specific or model.cnn_finds_targets: return target
+    if model.task in ('segmentation', 'embedding'): return target  # a region or a reference
     names = getattr(learn.dls, 'vocab', None) or model.meta.get('vocab') or ()
     return class_numbers(target, n, model.classes, list(map(str, names)))
 
@@ -103,7 +104,8 @@ def explain(self: Learner,
     # as `AntehocModel.explain` takes them: paths, PIL images, arrays, a list of those, a batch
     n: int = 9, # how many, if `items` is None or a `DataLoader`
     threshold: float = .8, # of the binarised map, in (0,1]
-    target=None, # target classes, by name or number, or a captioner's words, as `AntehocModel.explain` takes them
+    target=None, # target classes, by name or number, a captioner's words, a region or a reference image, as
+    # `AntehocModel.explain` takes them
 ) -> Explanation: # a batch, in the order of `items`
     """Predictions and maps, one forward pass.
 
@@ -158,12 +160,13 @@ def show_maps(self: Learner, # noqa: F811
 ): # array of `Axes`
     """Maps of validation images or items, titled with prediction and, if wrong, truth, and with the target class.
 
-    There are no titles if the output is not one score per class."""
+    There are no titles if the output is neither one score per class nor a segmentation nor an embedding."""
     antehoc_of(self)
     e, y = _explain(self, items, n, target)
     titles, colors = _titles(self, e.pred, y)
     if target is not None and titles:
         titles = [f'{title}\ntarget {self.dls.vocab[int(c)]}' for title, c in zip(titles, e.target)]
+    if titles is None and e.task in ('segmentation', 'embedding'): titles, colors = e.labels, ['black'] * len(e)
     return show_maps(e, titles=titles, colors=colors, **kwargs)
 
 # %% ../../nbs/show/31_learner.ipynb #cell0015

@@ -24,8 +24,8 @@ from fastcore.meta import delegates
 from torch import nn
 
 from ..core.masking import Mask
-from ..core.model import AntehocModel
-from ..core.utils import own_seed
+from ..core.model import TASKS, AntehocModel
+from ..core.utils import own_seed, unknown_name
 from .archs import HEAD_ARGUMENTS, build_cnn, find_arch, find_weights, own_cnns, weights_stats
 from .two_pass import TwoPass, normalisation
 
@@ -164,6 +164,12 @@ def _without_defaults(arguments):
     return {name: value for name, value in arguments.items() if value != parameters[name].default}
 
 
+def _known_task(task):
+    "`ValueError` for a task that there is not"
+    if task in TASKS: return task
+    raise ValueError(unknown_name('task', str(task), TASKS))
+
+
 @delegates(vision_learner)
 def antehoc_learner(dls, # fastai DataLoaders with images (B,C,H,W) as first input
                     arch, # "resnet18", "timm/convnext_atto", "small_cnn", a torchvision function, or a CNN (nn.Module)
@@ -182,12 +188,16 @@ def antehoc_learner(dls, # fastai DataLoaders with images (B,C,H,W) as first inp
                     train_cnn: bool = True, # False: `arch` is trained already; train the weight network alone
                     keep_maps: int = 0, # Keep the maps of so many validation images after every epoch
                     keep_best: bool = True, # At the end of a fit, keep the best weight network; False: the last one
+                    output=None, # Of a CNN that returns several tensors: which one is explained, by name, position or a
+                    # function, as for `AntehocModel`
+                    task: str | None = None, # What the output means, a name in `TASKS`; None: as labels and loss say
                     cbs=None, # More callbacks
                     **kwargs, # As for `vision_learner`; for a CNN of your own as for `Learner`
                    ) -> Learner: # `learn.model` is an `AntehocModel`
     "A fastai learner whose CNN explains itself: `plain_learner` with `TwoPass`. Errors as of both."
     method = dict(eta=eta, layers=layers, soft_attention=soft_attention, temperature=temperature,
-                  weight_net=weight_net, class_specific=class_specific, cells=cells, scale=scale)
+                  weight_net=weight_net, class_specific=class_specific, cells=cells, scale=scale, output=output)
+    if task is not None: method['meta'] = dict(task=_known_task(task))
     if isinstance(arch, AntehocModel): method = _without_defaults(method)  # it has its own; `TwoPass` refuses others
     two_pass = TwoPass(mask, fill, int_loss, train_cnn, keep_maps, keep_best, **method)
     return plain_learner(dls, arch, cbs=[*L(cbs), two_pass], **kwargs)

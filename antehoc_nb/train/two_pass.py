@@ -34,11 +34,13 @@ from torch.utils.data import IterableDataset, Subset
 from antehoc_nb.core.interpretation_loss import (
     default_loss, default_mask, draw_targets, gradients_of, int_losses, interpretation_loss,
 )
-from ..core.interpretation_loss import output_at_area, output_change
+from antehoc_nb.core.interpretation_loss import (
+    is_detector, nearest_references, output_at_area, output_change, target_scores,
+)
 from ..core.attention import soft_attentions
 from ..core.masking import Mask, as_mask, check_fill
 from ..core.model import ACTIVATIONS, AntehocModel
-from ..core.utils import frozen, output_tensors, plain_tensor, train_functions, unknown_name
+from ..core.utils import frozen, in_channels, output_tensors, plain_tensor, train_functions, unknown_name
 from ..core.weight_net import weight_nets
 import antehoc_nb.core.export  # noqa: F401  gives AntehocModel export and push_to_hub
 import antehoc_nb.train.archs  # noqa: F401  knows the names of CNNs, for saving and loading
@@ -321,8 +323,8 @@ class TwoPass(Callback):
                  train_cnn: bool = True, # False: the CNN is trained already; train the weight network alone
                  keep_maps: int = 0, # Keep the maps of so many validation images after every epoch, in `map_history`
                  keep_best: bool = True, # At the end of a fit, keep the best weight network; False: the last one
-                 **model_kwargs, # Of `AntehocModel`: eta, layers, soft_attention, temperature, weight_net, scale, mean
-                 # and std (where the DataLoaders do not tell)
+                 **model_kwargs, # Of `AntehocModel`: eta, layers, soft_attention, temperature, weight_net, scale,
+                 # output, meta, mean and std (where the DataLoaders do not tell)
                 ):
         as_mask(mask or 'soft')  # refuses unknown names
         int_losses[loss or 'mse']
@@ -392,6 +394,10 @@ def map_drop(self: TwoPass,
 def _class_names(dls):
     "The names of the classes; numbers and truth values as text. None if there are none, or several lists of them"
     vocab = getattr(dls, 'vocab', None)
+    if vocab is None:  # `MaskBlock` keeps them elsewhere
+        transforms = getattr(getattr(dls, 'after_item', None), 'fs', ())
+        codes = (getattr(transform, 'codes', None) for transform in transforms)
+        vocab = next((names for names in codes if names is not None), None)
     if vocab is None or any(not isinstance(name, str) and hasattr(name, '__iter__') for name in vocab): return None
     return [str(name) for name in vocab]
 
@@ -409,6 +415,7 @@ def _task_of_labels(labels, loss_name, names):
     if not labels.is_floating_point():
         if labels.ndim == 1: return 'binary' if is_binary else 'single-label'
         if labels.ndim == 3: return 'segmentation'
+    if is_binary and labels.ndim > 2 and labels[0].numel() > 1: return None  # of pixels
     if is_binary: return 'binary' if labels.numel() == len(labels) else 'multi-label'
     if labels.ndim == 2 and names is not None and labels.shape[1] == len(names) and 'entropy' not in loss_name:
         if ((labels == 0) | (labels == 1)).all(): return 'multi-label'
@@ -479,6 +486,7 @@ def read_learner(learn) -> dict: # cnn, sample, mean, std, meta, class_specific
     except ValueError:  # a learner that was exported and loaded
         has_classes = 'vocab' in facts and facts.get('task', 'single-label') == 'single-label'
     if facts.get('task') == 'binary': has_classes = False  # one score is no score for each class
+    if facts.get('task') in ('multi-label', 'segmentation'): has_classes = True
     return dict(cnn=learn.model, sample=sample, mean=mean, std=std, meta=facts,
                 class_specific=None if has_classes else False)
 
@@ -497,8 +505,31 @@ def _wrap_model(self: TwoPass):
                          'cbs=TwoPass()')
     given = {name: value for name, value in self.model_kwargs.items() if (name, value) != ('class_specific', None)}
     facts = read_learner(learn)
-    if 'meta' in given: given['meta'] = facts['meta'] | (given['meta'] or {})
-    learn.model = AntehocModel(**facts | given)
+    if 'meta' in given:
+        if 'task' in (given['meta'] or {}): facts['class_specific'] = None
+        given['meta'] = _with_given_facts(facts['meta'], given['meta'] or {})
+    images = facts['sample'][0]
+    try: learn.model = AntehocModel(**facts | given)
+    except RuntimeError as e:
+        takes = in_channels(learn.model)
+        if images.shape[1] == takes: raise
+        raise _channels_error(images.shape[1], takes) from e
+
+
+def _with_given_facts(facts, given):
+    "What the learner says of its output, but for what was given; where that is the task, not the activation either"
+    stale = ('activation', 'threshold') if 'task' in given else ()
+    implied = dict(activation=ACTIVATIONS.get(given['task'])) if 'task' in given else {}
+    return {name: fact for name, fact in facts.items() if name not in stale} | implied | given
+
+
+def _channels_error(got, takes):
+    "The error for images of another number of channels than the CNN takes"
+    hints = {(1, 3): 'read them in colour: ImageBlock(PILImage)', (3, 1): 'read them in grey: ImageBlock(PILImageBW)',
+             (4, 3): 'leave out the alpha channel: x[:, :3]'}
+    hint = hints.get((got, takes), f'give the CNN a first convolution of {got} channels')
+    channels = f"{got} channel{'s' * (got != 1)}"
+    return ValueError(f'TwoPass: the DataLoaders give images of {channels}, the CNN takes {takes}; {hint}')
 
 # %% ../../nbs/train/11_two_pass.ipynb #f1d55eda
 @patch
@@ -585,17 +616,26 @@ def _check_alone(self: TwoPass):
 
 
 @patch
+def _is_copy(self: TwoPass):
+    "Whether the learner's model is like the one before, as an average of its weights (EMA, SWA) is"
+    if self._attached_model is None: return False
+    settings = [model.config | dict(meta=None) for model in (self._attached_model, self.learn.model)]
+    return settings[0] == settings[1]
+
+
+@patch
 def attach(self: TwoPass):
     """Wrap the learner's model, choose mask and loss, and hand the weight network to the optimiser.
 
     The mask defaults to the one that the weight network names: 'soft+capped+threshold' for `auto`, else 'soft'. The
-    loss defaults to 'cross_entropy' for a class-specific map, else 'mse'. The map of `auto` is class-specific if the
-    labels are class numbers, one for each image.
+    loss defaults to that of the task, such as 'cross_entropy', for a class-specific map, else 'mse'. The map of `auto`
+    is class-specific if the labels are class numbers, of each image or of each pixel, or several labels that are on
+    or off.
     `ValueError` for arguments of the model if there is one already, for another normalisation, and for a loss that
     does not fit."""
     self._check_alone()
     if not isinstance(self.learn.model, AntehocModel): self._wrap_model()
-    elif not self.model_kwargs: self._adopt_model()
+    elif not self.model_kwargs or self._is_copy(): self._adopt_model()
     else:
         names = ', '.join(self.model_kwargs)
         raise ValueError(f'{names}: the learner already has an AntehocModel; set these there')
@@ -619,6 +659,9 @@ def before_fit(self: TwoPass):
     "Attach to a model that is new."
     self._check_alone()
     if self._attached_model is not self.antehoc: self.attach()
+    if self.train_cnn and is_detector(self.antehoc.cnn):
+        raise ValueError('TwoPass: the CNN is a detector, which gives no detections in training mode; train it without '
+                         'TwoPass, then the weight network alone, with two_pass_step')
     self._fit_begun = False
 
 # %% ../../nbs/train/11_two_pass.ipynb #63fc65c7
@@ -649,9 +692,9 @@ def _renew_facts(self: TwoPass):
     dls, model = self.learn.dls, self.antehoc
     inputs, labels = sample_batch(dls)
     facts = _learner_facts(self.learn, inputs, labels)
-    given = self.model_kwargs.get('meta') or {}
-    model.meta = model.meta | {name: fact for name, fact in facts.items() if name not in given}
+    model.meta = model.meta | _with_given_facts(facts, self.model_kwargs.get('meta') or {})
     self._border_sample = inputs
+    model.check_training_images(inputs[0].to(model.mean.device), 'TwoPass')
     mean, std = normalisation(dls)
     if mean is None or 'mean' in self.model_kwargs or self._normalisation == (mean, std): return
     if self._normalisation is not None: model.mean, model.std = torch.zeros_like(model.mean), torch.ones_like(model.std)
@@ -704,6 +747,9 @@ def before_batch(self: TwoPass):
     if self.training and not len(self.yb):
         raise ValueError('the training batches have no labels, and without labels fastai does not train: '
                          'a batch must be (images, labels)')
+    if self._border_sample is not None and self.x.shape[1] != self._border_sample[0].shape[1]:
+        raise _channels_error(self.x.shape[1], self._border_sample[0].shape[1])
+    if self.training and not self.iter: self.antehoc.check_training_images(self.x, 'TwoPass')
     self.antehoc.recording = self.training or not hasattr(self.learn, 'gather_preds')
     self.antehoc.cnn_learns = self.train_cnn
 
@@ -733,8 +779,9 @@ def _targets(self: TwoPass, y1, others, numbers):
     if not model.class_specific: return None
     label = None
     if model.cnn_finds_targets: label = model.find_target(None, y1, *others)
-    elif len(self.yb): label = plain_tensor(self.yb[0])
-    return draw_targets(plain_tensor(output_tensors(y1)[0]), label, numbers if self.training else None)
+    elif len(self.yb) == 1 and model.output is None: label = plain_tensor(self.yb[0])
+    y1 = plain_tensor(output_tensors(model.explained(y1))[0])
+    return draw_targets(y1, label, numbers if self.training else None, task=model.task)
 
 # %% ../../nbs/train/11_two_pass.ipynb #5980c059
 @patch
@@ -923,11 +970,22 @@ def _outputs(self: TwoPass, inputs, weight_nets):
     y1 = model(x.clone(), *others)  # some CNNs write to their input
     sams = model.take_recorded()
     target = model.find_target(None, y1, *others).to(x.device) if model.class_specific else None
+    if model.class_specific and model.task == 'embedding': target = nearest_references(model.explained(y1))
     outputs = [y1]
     for weight_net in weight_nets:
         with _other_weight_net(model, weight_net): maps, *_ = model.interpret(sams, x.shape[2:], target)
         outputs.append(output_at_area(model, x, maps, fill=self.fill, others=others))
+    outputs = [model.explained(output) for output in outputs]
+    if self._measures_scores(): outputs = [target_scores(output, target, model.task)[:, None] for output in outputs]
+    if model.class_specific and model.task == 'embedding': outputs[0] = torch.ones_like(outputs[0])
     return [[tensor.cpu() for tensor in output_tensors(output)] for output in outputs]
+
+
+@patch
+def _measures_scores(self: TwoPass):
+    """Whether the change of the target's score is measured, and not that of the whole output. Of an embedding it is the
+    distance from the most similar image of the batch: a map that leaves all else out brings it nearer."""
+    return self.antehoc.class_specific and self.antehoc.task in ('segmentation', 'embedding')
 
 
 @patch
@@ -940,6 +998,7 @@ def _measure(self: TwoPass, *weight_nets):
     y1, *others = zip(*outputs)
     labels = [batch[size] for batch, size in zip(self._batches, sizes) if len(batch) > size]
     self._activation = _activation_of(y1[0], labels[0] if labels else None, self.learn.loss_func)
+    if self._measures_scores(): self._activation = 'score'
     self._predicts_only = _only_class(y1, labels) if self._activation == 'softmax' else None
     changes = torch.stack([_changes(y1, y2, self._activation) for y2 in others])
     if process_count() == 1: return changes
@@ -1006,6 +1065,7 @@ def _choose_weight_net(self: TwoPass):
     drop, kept = list(zip(drops, weight_nets))[-1 if earlier else 0]
     images = sum(len(batch[0]) for batch in self._batches)
     measure = 'average drop' if self._activation else 'average change of the output'
+    if self._measures_scores() and self.antehoc.task == 'embedding': measure = 'average distance from a similar image'
     best = KeptWeights(kept, drop, untrained_drop, images, measure)
     if self.keep_best and not best.helped: best = replace(best, kept='untrained')
     weight_nets['untrained'] = self._untrained

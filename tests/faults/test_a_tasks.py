@@ -97,7 +97,7 @@ def test_exported_learners_keep_the_task(cnn, tmp_path, kind):
     found = read_learner(learn)
     assert {k: found['meta'].get(k) for k in ('task', 'activation', 'vocab')} == {
         k: expected.get(k) for k in ('task', 'activation', 'vocab')}
-    assert (found['class_specific'] is None) == (CASES[kind][4] == 'single-label')
+    assert (found['class_specific'] is None) == (CASES[kind][4] in ('single-label', 'multi-label'))
 
 
 def test_labels_that_are_numbers(cnn):
