@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .layers import parse_layer, watch_calls
+from .layers import layer_layout, parse_layer, watch_calls
 from .utils import as_inputs
 
 # %% ../../nbs/core/02_geometry.ipynb #cell0005
@@ -71,10 +71,15 @@ def layer_grids(cnn: nn.Module, # Any CNN
     image_size = tuple(as_inputs(sample)[0].shape[2:])
     calls = watch_calls(cnn, sample)
     grids = {image_size: ((0., 1.), (0., 1.))}
-    for (before, after), local in _changes_of_resolution(calls).items():
+    of_images = [call for call in calls if call.is_image]
+    for (before, after), local in _changes_of_resolution(of_images).items():
         if before in grids and after not in grids and max(after) > 1: grids[after] = _chain(grids[before], local)
-    sizes = {(call.name, call.index): call.size for call in calls}
-    return [grids.get(sizes.get(parse_layer(spec)[:2])) for spec in layers]
+    outputs = {(call.name, call.index): call.output for call in calls}
+    found = []
+    for spec in layers:
+        output, layout = outputs.get(parse_layer(spec)[:2]), layer_layout(spec)
+        found.append(None if output is None else grids.get(tuple(layout.view(output, image_size).shape[2:])))
+    return found
 
 # %% ../../nbs/core/02_geometry.ipynb #cell0009
 @lru_cache(maxsize=256)
