@@ -1,4 +1,4 @@
-"""Which networks of torchvision, timm and Hugging Face can be explained: one small member of every family, tried from end to end.
+"""Which networks of torchvision, timm and Hugging Face can be explained: a small member of every family.
 
 Each is built with random weights, wrapped, explained, trained for one step beside a plain copy, saved and loaded. A
 process of its own does that, with a limit of time and memory. Results are kept as they come, so that a run that was
@@ -91,7 +91,8 @@ def build(network):
         return timm.create_model(name, num_classes=CLASSES)
     import torchvision
     kwargs = dict(init_weights=False) if name in ('googlenet', 'inception_v3') else {}
-    if name in torchvision.models.list_models(module=torchvision.models.segmentation): kwargs = dict(weights_backbone=None)
+    segmentation = torchvision.models.list_models(module=torchvision.models.segmentation)
+    if name in segmentation: kwargs = dict(weights_backbone=None)
     return torchvision.models.get_model(name, weights=None, num_classes=CLASSES, **kwargs)
 
 

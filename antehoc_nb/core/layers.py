@@ -112,7 +112,7 @@ def _work(module, args, output, images):
     else: return 0
     return places * weights.numel() if places > images else 0
 
-# %% ../../nbs/core/01_layers.ipynb #f82d7a13
+# %% ../../nbs/core/01_layers.ipynb #1301d759
 class _CallLog:
     "The module calls of one thread, as forward hooks note them"
     def __init__(self, images):
@@ -197,7 +197,7 @@ def parse_layer(spec: str, # A layer's name with its suffixes
     name, index, _, suffix = _split(spec)
     return name, int(index or 0), bool(suffix)
 
-# %% ../../nbs/core/01_layers.ipynb #91ba39cb
+# %% ../../nbs/core/01_layers.ipynb #45172e4e
 def token_grid(n: int, # How many tokens
                size: tuple[int, int], # (H,W) of the image
               ) -> tuple[int, int]: # Rows and columns
@@ -350,7 +350,7 @@ def _fault(output):
     return None
 
 
-# %% ../../nbs/core/01_layers.ipynb #4f4178e4
+# %% ../../nbs/core/01_layers.ipynb #d60a4034
 _MOST_LEFT_OUT = 16  # tokens before the first place: class, distillation, registers
 
 
@@ -364,22 +364,34 @@ def _possible_layouts(output, size, sizes):
     if output.ndim == 4:
         of_last = _aspect_error(output.shape[1:3], size) < _aspect_error(output.shape[2:], size)
         return [Layout('@last'), Layout()] if of_last else [Layout(), Layout('@last')]
-    costs = {}
-    for left_out in range(min(_MOST_LEFT_OUT, output.shape[1] - 2) + 1):
-        grid = token_grid(output.shape[1] - left_out, size)
-        error = _aspect_error(grid, size)
-        if error < .4: costs[left_out] = error + .01 * left_out - (tuple(grid) in sizes)
-    return [Layout(f'@tokens-{left_out}' if left_out else '@tokens')
-            for left_out in sorted(costs, key=costs.get)[:3]]
+    left_out = range(min(_MOST_LEFT_OUT, output.shape[1] - 2) + 1)
+    grids = {n: token_grid(output.shape[1] - n, size) for n in left_out}
+    likely = [n for n in left_out if grids[n] in sizes]
+    if not likely:
+        costs = {n: _aspect_error(grid, size) + .01 * n for n, grid in grids.items()}
+        likely = [n for n in sorted(costs, key=costs.get)[:3] if _aspect_error(grids[n], size) < .4]
+    return [Layout(f'@tokens-{n}' if n else '@tokens') for n in likely]
 
 
-def _find_layout(output, size, sizes):
+def _is_scattered(view):
+    "Whether most of what changes in the output (3,C,h,w) for `_probes` lies outside the corners that were changed"
+    changes = (view[1:] - view[:1]).detach().float().square().mean(1)
+    rows, columns = (round(cells / 3) for cells in view.shape[2:])
+    total = changes.sum((1, 2))
+    if min(view.shape[2:]) < 8 or not total.isfinite().all() or not total.all(): return False  # this says nothing
+    inside = torch.stack([changes[0, :rows, -columns:].sum(), changes[1, -rows:, :columns].sum()])
+    return bool((inside < .4 * total).any())
+
+
+def _find_layout(output, size, sizes, strict=True):
     "The layout in which the output for `_probes` holds the images' rows and columns, and None; or None, and why not"
     if len(output) != 3: return None, f'its first axis has {len(output)} entries for 3 images'
     fault = 'the number of its tokens fits no grid of rows and columns'
     for layout in _possible_layouts(output, size, sizes):
         view = layout.view(output, size)
         fault = _fault(view)
+        if not fault and strict and '@tokens' in layout.suffix and _is_scattered(view):
+            fault = 'a change of the image does not show in the same place'
         if not fault and view.shape[2] * view.shape[3] > 1: return layout, None
     return None, fault
 
@@ -391,14 +403,14 @@ def _is_block(call, images, size):
     shape = call.output.shape
     return _aspect_error(shape[1:3], size) < _aspect_error(shape[2:], size)
 
-# %% ../../nbs/core/01_layers.ipynb #f0a911f0
+# %% ../../nbs/core/01_layers.ipynb #7cde5e03
 def _by_memory(calls):
     groups = {}
     for call in calls: groups.setdefault(_memory(call.output), []).append(call)
     return list(groups.values())
 
 
-_BRANCH = re.compile('attention|attn|mlp|feedforward|ffn', re.IGNORECASE)  # in the names of classes of parts of blocks
+_BRANCH = re.compile('attention|attn|mlp|feedforward|ffn|embed', re.IGNORECASE)  # in the names of classes of parts of blocks
 
 
 def _sums(blocks):
@@ -411,15 +423,16 @@ def _sums(blocks):
 
 def _with_layouts(groups, outputs, sizes, size):
     "(call, layout) of the groups that hold rows and columns, and name -> fault of the others"
-    found, faults = [], {}
+    found, faults, shown = [], {}, set()
     for group in groups:
         shapes = {call.output.shape: call for call in reversed([_first_once(group), *group])}  # the same, in other axes
         for call in reversed(shapes.values()):
             output = outputs.get((call.name, call.index))
             if output is None: continue
-            layout, fault = _find_layout(output, size, sizes)
+            layout, fault = _find_layout(output, size, sizes, strict=output.shape[1] not in shown)
             if not fault:
                 found.append((call, layout))
+                if output.ndim == 3: shown.add(output.shape[1])  # later blocks look further, in the same order
                 break
             faults[call.name] = fault
     return found, faults
@@ -442,7 +455,7 @@ def _late_layers(calls, outputs, images, size, last):
               and len(call.output) == images]
     return _with_layouts(_by_memory(blocks), outputs, _conv_sizes(calls), size)[0]
 
-# %% ../../nbs/core/01_layers.ipynb #9f4e1d41
+# %% ../../nbs/core/01_layers.ipynb #c37f7cc1
 def _judge_layers(cnn, sample):
     "All that could be recorded, why some of it can't be (name -> reason), and why blocks of a transformer can't be"
     image = as_inputs(sample)[0]
@@ -461,7 +474,7 @@ def _judge_layers(cnn, sample):
                if _memory(call.output) not in known}
     return _with_stages([layers[id(call)] for call in calls if id(call) in layers]), faults, block_faults
 
-# %% ../../nbs/core/01_layers.ipynb #87d2592d
+# %% ../../nbs/core/01_layers.ipynb #3443a865
 def candidate_layers(cnn: nn.Module, # Any network
                      sample, # Input like the ones to come, (B,C,H,W); a tuple if the CNN takes several
                     ) -> list[Layer]: # In order of computation

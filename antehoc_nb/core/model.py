@@ -373,7 +373,7 @@ def _size_error(cnn, sample, error):
     "The error for a sample that the CNN refuses by an assertion, as networks of one size do"
     height, width = sample[0].shape[2:]
     sizes = [f'{h} x {w}' for h, w in own_sizes(cnn) if (h, w) != (height, width)][:1]
-    made = f', which was made for {sizes[0]}' if sizes else ''
+    made = f', which was made for {sizes[0]},' if sizes else ''
     return ValueError(f'sample: the CNN{made} does not take images of {height} x {width} ({_cause(error)}); '
                       'give images of another size, or build the CNN for this one (timm: create_model(name, img_size='
                       f'{height}))')
@@ -601,8 +601,8 @@ def measure_border(self: AntehocModel,
         for nth in range(4 if cells else 1):  # other cells of each block, so that more of the noise counts
             found.append(strength(pool_cells(scaled, None, cells, nth)[0] if cells else scaled).mean(0, keepdim=True))
         return torch.stack(found).mean(0) * scale
-    with torch.no_grad(), frozen(self.cnn):
-        found = [record_sams(self.cnn, self.layers, (images, *others), attention=mean_strength)[1]
+    with trial_copy(self.cnn) as cnn, torch.no_grad(), frozen(cnn):
+        found = [record_sams(cnn, self.layers, (images, *others), attention=mean_strength)[1]
                  for images in noise.split(len(x))]
     for i, (name, of_batches) in enumerate(zip(self._border_names, zip(*found))):
         response = torch.stack(of_batches).mean(0)

@@ -331,14 +331,14 @@ def eval_mode(module: nn.Module): # Any module
     modules = every_module(module)
     with _switched_by_train(modules), _training.off(modules): yield module
 
-# %% ../../nbs/core/00_utils.ipynb #1a9148e4
+# %% ../../nbs/core/00_utils.ipynb #cad99396
 _OF_LISTS = {'append', 'appendleft', 'extend', 'put'}  # methods that return nothing, and that no tensor has
 
 
 def _code_of(hook):
     "The code of a function, a method, a partial function or an object that can be called; None if there is none"
     while isinstance(hook, partial): hook = hook.func
-    if not hasattr(hook, '__code__') and not hasattr(hook, '__func__'): hook = getattr(type(hook), '__call__', hook)
+    if not hasattr(hook, '__code__') and not hasattr(hook, '__func__'): hook = type(hook).__call__
     return getattr(getattr(hook, '__func__', hook), '__code__', None)
 
 
@@ -426,7 +426,7 @@ def frozen(cnn: nn.Module): # The network that pass 2 must not change
     hooks_off = _hooks.off(every_module(cnn))
     with _requires_grad.off(learning), eval_mode(cnn), torch.random.fork_rng(devices), hooks_off: yield
 
-# %% ../../nbs/core/00_utils.ipynb #3464079e
+# %% ../../nbs/core/00_utils.ipynb #e85f1fa3
 @contextmanager
 def trial_copy(network: nn.Module): # Any network
     """A copy to try things out on, without hooks that only watch. If it can't be copied, the network itself, whose weights
