@@ -185,7 +185,7 @@ def try_one(network, seconds, gigabytes):
     start = time.time()
     process.start()
     there.close()
-    found = dict(network=network, ok=False, reason=f'more than {seconds:.0f} s')
+    found = dict(network=network, ok=False, reason=f'more than {seconds:g} s')
     try:
         if here.poll(seconds): found = here.recv()
     except EOFError: found['reason'] = f'the process ended, probably for more than {gigabytes:.0f} GB'

@@ -1,5 +1,6 @@
 """Transformers and hybrids: tokens with a grid are layers like any other."""
 import warnings
+from collections import namedtuple
 
 import pytest
 import torch
@@ -12,12 +13,15 @@ from antehoc_nb.core.layers import (
     ActivationRecorder,
     candidate_layers,
     choose_layers,
+    first_tensor,
     layer_layout,
     layer_table,
     unseen_share,
+    with_first_tensor,
 )
 from antehoc_nb.core.model import AntehocModel
 from antehoc_nb.core.utils import weights_digest
+from antehoc_nb.evaluate.explainers import grad_cam
 
 pytestmark = [pytest.mark.usefixtures('one_thread'), pytest.mark.filterwarnings('ignore:explain')]
 
@@ -102,6 +106,16 @@ def test_tokens_in_another_order_are_refused(order):
     with pytest.raises(ValueError, match="no block of it holds the images' rows and columns: of 'blocks.0', a change "
                                          'of the image does not show in the same place'):
         AntehocModel(Transformer(order=order).eval(), images(64, 64))
+
+
+def test_the_first_of_several_tensors():
+    Pair = namedtuple('Pair', 'tokens weights')
+    a, b = torch.zeros(1), torch.ones(1)
+    for output in (a, (a, 5), [a, 5], dict(tokens=a, other=5), Pair(a, 5)):
+        assert first_tensor(output) is a
+        changed = with_first_tensor(output, b)
+        assert type(changed) is type(output) and first_tensor(changed) is b
+    assert first_tensor(5) is first_tensor(()) is first_tensor({}) is first_tensor((5, a)) is None
 
 
 def test_names_of_layers():
@@ -222,3 +236,16 @@ def test_transformers_of_hugging_face(name):
     assert model.unseen < .2 and torch.equal(explanation.pred.logits, cnn(x).logits)
     suffixes = dict(ViT='@tokens-1', Swin='@tokens', ConvNext='')
     assert {layer_layout(layer).suffix for layer in model.layers} == {suffixes[name]}
+
+
+@pytest.mark.parametrize('extra', [0, 1, 3])
+def test_grad_cam_of_tokens_is_that_of_pytorch_grad_cam(extra):
+    pytest.importorskip('torchcam')
+    cam = pytest.importorskip('pytorch_grad_cam')
+    from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+    cnn, x = Transformer(extra).eval(), images(64, 64)
+    def as_image(tokens): return tokens[:, extra:].mT.unflatten(2, (8, 8))
+    with cam.GradCAM(cnn, [cnn.blocks[1]], as_image) as other:
+        expected = torch.as_tensor(other(x, [ClassifierOutputTarget(k) for k in (0, 2)]))[:, None]
+    found = grad_cam(cnn, x, [0, 2], layer='blocks.1', aligned=False)
+    assert (found - expected).abs().max() < .02 and found.std() > .1
