@@ -14,10 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .layers import parse_layer, watch_calls
+from .layers import layer_layout, parse_layer, watch_calls
 from .utils import as_inputs
 
 # %% ../../nbs/core/02_geometry.ipynb #cell0005
+_PADDINGS = nn.ZeroPad2d, nn.ConstantPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d
+
+
 def _pair(value): return (value, value) if isinstance(value, int) else tuple(value)
 
 
@@ -28,14 +31,24 @@ def _paddings(module, stride, spans, size_in, size_out):
         return [max(end - pixels, 0) // 2 for end, pixels in zip(reached, size_in)]
     if module.padding == 'same': return [span // 2 for span in spans]
     if module.padding == 'valid': return [0, 0]
-    return _pair(module.padding)
+    padding = _pair(module.padding)
+    return [padding[2], padding[0]] if len(padding) == 4 else padding  # left, right, top, bottom
+
+
+def _kernel(module):
+    "The kernel of a convolution, a pooling or timm's `BlurPool2d`; of a padding 1; else None"
+    if isinstance(module, _PADDINGS): return 1
+    return getattr(module, 'kernel_size', getattr(module, 'filt_size', None))
 
 
 def _local_grid(module, size_in, size_out):
-    "First centre and step of the cells of a convolution or pooling in its input's pixels, per axis; else None"
-    if not all(hasattr(module, name) for name in ('kernel_size', 'stride', 'padding')): return None
+    "First centre and step of the cells of a convolution, pooling or padding in its input's pixels, per axis; else None"
+    if isinstance(module, _PADDINGS):
+        left, _, top, _ = module.padding
+        return [(-top, 1), (-left, 1)]
+    if _kernel(module) is None or not all(hasattr(module, name) for name in ('stride', 'padding')): return None
     if 'Unpool' in type(module).__name__: return None
-    kernel, stride = _pair(module.kernel_size), _pair(module.stride)
+    kernel, stride = _pair(_kernel(module)), _pair(module.stride)
     if len(kernel) != 2: return None
     spans = [dilation * (width - 1) for width, dilation in zip(kernel, _pair(getattr(module, 'dilation', 1)))]
     paddings = _paddings(module, stride, spans, size_in, size_out)
@@ -45,16 +58,26 @@ def _local_grid(module, size_in, size_out):
 
 # %% ../../nbs/core/02_geometry.ipynb #fde1bf60
 def _changes_of_resolution(calls):
-    "(size before, size after) -> the local grid of the module between them, in order of computation"
+    "(size before, size after) -> kernel and local grid of the module between them, in order of computation"
     changes = {}
     for call in calls:
         if not (call.is_leaf or call.is_convolution) or not call.input_size or call.input_size == call.size: continue
         local = _local_grid(call.module, call.input_size, call.size)
         if not local: continue
-        width = max(_pair(call.module.kernel_size))
+        width = max(_pair(_kernel(call.module)))
         known_width, _ = changes.get((call.input_size, call.size), (0, None))
         if width > known_width: changes[call.input_size, call.size] = width, local
-    return {sizes: local for sizes, (_, local) in changes.items()}
+    return changes
+
+
+def _padded_grid(grids, size, width):
+    "The grid of `size`, which is known, or was padded by a function for a kernel: by as much on both sides, or one more"
+    if size in grids: return grids[size]
+    for known, grid in reversed(grids.items()):
+        added = [pixels - cells for pixels, cells in zip(size, known)]
+        if grid and all(0 <= more < width for more in added):
+            return tuple((start - step * (more // 2), step) for (start, step), more in zip(grid, added))
+    return None
 
 
 def _chain(grid, local):
@@ -71,10 +94,16 @@ def layer_grids(cnn: nn.Module, # Any CNN
     image_size = tuple(as_inputs(sample)[0].shape[2:])
     calls = watch_calls(cnn, sample)
     grids = {image_size: ((0., 1.), (0., 1.))}
-    for (before, after), local in _changes_of_resolution(calls).items():
-        if before in grids and after not in grids and max(after) > 1: grids[after] = _chain(grids[before], local)
-    sizes = {(call.name, call.index): call.size for call in calls}
-    return [grids.get(sizes.get(parse_layer(spec)[:2])) for spec in layers]
+    of_images = [call for call in calls if call.is_image]
+    for (before, after), (width, local) in _changes_of_resolution(of_images).items():
+        grid = _padded_grid(grids, before, width)
+        if grid and after not in grids and max(after) > 1: grids[after] = _chain(grid, local)
+    outputs = {(call.name, call.index): call.output for call in calls}
+    found = []
+    for spec in layers:
+        output, layout = outputs.get(parse_layer(spec)[:2]), layer_layout(spec)
+        found.append(None if output is None else grids.get(tuple(layout.view(output, image_size).shape[2:])))
+    return found
 
 # %% ../../nbs/core/02_geometry.ipynb #cell0009
 @lru_cache(maxsize=256)

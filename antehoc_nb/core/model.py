@@ -13,6 +13,7 @@ import operator
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -33,11 +34,11 @@ from antehoc_nb.core.attention import (
 )
 from .geometry import layer_grids, pool_cells, resize_maps
 from .interpretation_loss import class_shares, describe_outputs, explained_output, main_class
-from .layers import choose_layers
+from .layers import choose_layers, unseen_share
 from .masking import masked
 from antehoc_nb.core.utils import (
-    as_inputs, cnn_builders, eval_mode, import_extra, in_channels, map_tensors, noise_images, own_seed, plain_tensor,
-    rgb_images, train_functions, unknown_name, usual_mode, whole_or_not_at_all,
+    as_inputs, cnn_builders, eval_mode, frozen, import_extra, in_channels, map_tensors, noise_images, own_seed,
+    own_sizes, plain_tensor, rgb_images, train_functions, trial_copy, unknown_name, usual_mode, whole_or_not_at_all,
 )
 from antehoc_nb.core.weight_net import (
     class_numbers, count_classes, gives_logits, in_deviations, interpretation_map, modulate, weight_nets,
@@ -390,11 +391,31 @@ def _check_settings(temperature, mean, std, soft_attention):
     soft_attentions[soft_attention]  # raises the error for an unknown name
 
 
-def _noise_message(error):
-    "What to do if the CNN can't take the noise that the layers are chosen with"
-    cause = (str(error).splitlines() or [type(error).__name__])[0]
-    return (f'sample: the CNN does not take 128 x 128 noise ({cause}); '
-            'give images like the ones to come, AntehocModel(cnn, images), or repair the CNN')
+def _cause(error): return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _noise_for(cnn):
+    "Noise of a size that the CNN says it was made for, else of 128 or 224 pixels. `ValueError` if it can't take that"
+    first = None
+    for size in [*own_sizes(cnn), (128, 128), (224, 224)]:
+        sample = as_cnn_takes(noise_images(cnn, size), cnn)
+        try:
+            with torch.no_grad(), frozen(cnn): cnn(*sample)
+            return sample
+        except Exception as e: first = first or (size, e)
+    (height, width), error = first
+    raise ValueError(f'sample: the CNN does not take {height} x {width} noise ({_cause(error)}); '
+                     'give images like the ones to come, AntehocModel(cnn, images), or repair the CNN') from error
+
+
+def _size_error(cnn, sample, error):
+    "The error for a sample that the CNN refuses by an assertion, as networks of one size do"
+    height, width = sample[0].shape[2:]
+    sizes = [f'{h} x {w}' for h, w in own_sizes(cnn) if (h, w) != (height, width)][:1]
+    made = f', which was made for {sizes[0]},' if sizes else ''
+    return ValueError(f'sample: the CNN{made} does not take images of {height} x {width} ({_cause(error)}); '
+                      'give images of another size, or build the CNN for this one (timm: create_model(name, img_size='
+                      f'{height}))')
 
 
 def as_cnn_takes(sample, cnn):
@@ -425,7 +446,8 @@ class AntehocModel(nn.Module):
                  cnn: nn.Module, # Any CNN; its first argument is the image batch (B,C,H,W). Or a fastai learner; or
                  # the name of an architecture, which is then built with random weights for `classes` (or 1000) classes
                  sample=None, # Input like the ones to come, to choose layers with; a tuple if the CNN takes several.
-                 # None: 128 x 128 noise. False: don't run the CNN, only see whether it has the `layers`
+                 # None: noise of the size that the CNN says it was made for, or of 128 x 128.
+                 # False: don't run the CNN, only see whether it has the `layers`
                  eta: int | None = None, # How many layers, if `layers` is not given; None: 8, or all if there are fewer
                  layers: Sequence[str] | None = None, # Layers by name (see `layer_table`)
                  soft_attention: str = 'softmax_l2', # A name in `soft_attentions`
@@ -457,10 +479,6 @@ class AntehocModel(nn.Module):
             meta = facts['meta'] | (meta or {})
             class_specific = facts['class_specific'] if class_specific is None else class_specific
         _check_settings(temperature, mean, std, soft_attention)
-        own_noise = sample is None
-        if own_noise: sample = noise_images(cnn)
-        if sample is not False: sample = as_cnn_takes(sample, cnn)
-        device = next(cnn.parameters(), torch.empty(0)).device
         self.cnn = cnn
         self.soft_attention = soft_attention
         self.temperature = temperature
@@ -468,34 +486,62 @@ class AntehocModel(nn.Module):
         self.meta = meta or {}
         self.output = output
         self.cnn_finds_targets = callable(getattr(cnn, 'find_target', None)) and hasattr(cnn, 'n_words')
-        try: self._choose_layers(sample, eta, layers, grids)
-        except (RuntimeError, AssertionError) as e:
-            if own_noise: raise ValueError(_noise_message(e)) from e
-            raise
-        self._choose_weight_net(weight_net, sample, channels, classes, class_specific)
-        self._choose_cells(cells)
-        self.weight_net = self._build_weight_net().to(device)
+        self._warned = set()  # what this model has warned about
+        device = next(cnn.parameters(), torch.empty(0)).device
         self.register_buffer('mean', _per_channel(mean, 0., device), persistent=False)
         self.register_buffer('std', _per_channel(std, 1., device), persistent=False)
+        with self._trial(sample) as sample:
+            self._choose_layers(sample, eta, layers, grids)
+            self._choose_weight_net(weight_net, sample, channels, classes, class_specific)
+            self._choose_cells(cells)
+            self.weight_net = self._build_weight_net().to(device)
+            self._border_names = tuple(f'border_{i}' for i in range(self.eta))
+            self._prepare_border(border, sample)
         self.recording = False  # whether the next `forward` records
         self.cnn_learns = True  # whether a `forward` that records keeps a graph
         self._last_recorded = None
-        self._border_names = tuple(f'border_{i}' for i in range(self.eta))
-        self._prepare_border(border, sample)
-        self._warned = set()  # what this model has warned about
         # The weight network takes no part in `forward`, so data-parallel training must not wait for its gradients.
         names = [f'weight_net.{name}' for name, _ in self.weight_net.named_parameters()]
         self._ddp_params_and_buffers_to_ignore = [*names, *self._border_names, 'units']
 
 # %% ../../nbs/core/07_model.ipynb #01eafa28
 @patch
+@contextmanager
+def _trial(self: AntehocModel, sample):
+    "Inside the block, a copy of the CNN stands in for it, so that nothing that is tried out changes it; yields the sample"
+    if sample is False:
+        yield sample
+        return
+    cnn = self.cnn
+    with trial_copy(cnn) as self.cnn:
+        try:
+            if sample is None: sample = _noise_for(self.cnn)
+            else: sample = as_cnn_takes(sample, cnn)
+            yield sample
+        except AssertionError as e: raise _size_error(cnn, sample, e) from e
+        finally: self.cnn = cnn
+
+
+@patch
 def _choose_layers(self: AntehocModel, sample, eta, layers, grids):
     "The layers, and where in the image their cells lie"
     self.layers = choose_layers(self.cnn, sample, eta, layers)
     self.eta = len(self.layers)
+    self.unseen = None  # share of the multiply-adds that come after the last layer, if the CNN was run
+    if sample is not False: self._check_unseen(unseen_share(self.cnn, sample, self.layers))
     if grids is None: grids = [None] * self.eta if sample is False else layer_grids(self.cnn, sample, self.layers)
     if len(grids or self.layers) != self.eta: raise ValueError(f'grids: {len(grids)} given for {self.eta} layers')
     self.grids = [grid and tuple(map(tuple, grid)) for grid in grids or [None] * self.eta]
+
+
+@patch
+def _check_unseen(self: AntehocModel, share):
+    "Note the share of the computation that comes after the last layer, and warn if it is most of it"
+    self.unseen = share
+    if share <= .5: return
+    self._warn_once('unseen', f'AntehocModel: {share:.0%} of the multiply-adds of {type(self.cnn).__name__} come after the '
+                    f'last layer that is recorded, {self.layers[-1]!r}, so the map does not show what they look at; name '
+                    'later layers with layers=[...] (layer_table(cnn, images) lists them)', level=6)
 
 
 @patch
@@ -522,7 +568,7 @@ def _find_sizes(self: AntehocModel, sample, classes, class_specific):
 
     `ValueError` if there are not as many classes as given, or none although a class-specific map is wanted."""
     def n_channels(activation): return activation.shape[1]
-    with torch.no_grad(), eval_mode(self.cnn), torch.random.fork_rng([]):
+    with torch.no_grad(), frozen(self.cnn):
         out, channels = record_sams(self.cnn, self.layers, as_inputs(sample), attention=n_channels)
     if self.cnn_finds_targets: return channels, None if class_specific is False else self.cnn.n_words
     explained = explained_output(out, self.output)
@@ -639,8 +685,8 @@ def measure_border(self: AntehocModel,
         for nth in range(4 if cells else 1):  # other cells of each block, so that more of the noise counts
             found.append(strength(pool_cells(scaled, None, cells, nth)[0] if cells else scaled).mean(0, keepdim=True))
         return torch.stack(found).mean(0) * scale
-    with torch.no_grad(), eval_mode(self.cnn), torch.random.fork_rng([]):
-        found = [record_sams(self.cnn, self.layers, (images, *others), attention=mean_strength)[1]
+    with trial_copy(self.cnn) as cnn, torch.no_grad(), frozen(cnn):
+        found = [record_sams(cnn, self.layers, (images, *others), attention=mean_strength)[1]
                  for images in noise.split(len(x))]
     for i, (name, of_batches) in enumerate(zip(self._border_names, zip(*found))):
         response = torch.stack(of_batches).mean(0)

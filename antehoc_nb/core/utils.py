@@ -8,8 +8,10 @@ __all__ = ['unknown_name', 'Registry', 'map_tensors', 'output_tensors', 'as_rgb'
 
 # %% ../../nbs/core/00_utils.ipynb #cell0003
 import difflib
+import dis
 import hashlib
 import importlib
+import inspect
 import io
 import json
 import os
@@ -17,8 +19,9 @@ import stat
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import fields, is_dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -119,9 +122,32 @@ def in_channels(cnn: nn.Module) -> int: # 3 for RGB; also 3 for a network withou
     return 3
 
 
-def noise_images(cnn: nn.Module) -> torch.Tensor: # (2,C,128,128), the same each time, on the CNN's device
+def _as_size(value):
+    "(H,W) of a number, or of two, or of (C,H,W); None for anything else"
+    if isinstance(value, int) and value > 0: return value, value
+    if isinstance(value, (tuple, list)) and len(value) in (2, 3) and all(isinstance(n, int) for n in value):
+        return tuple(value[-2:])
+    return None
+
+
+def own_sizes(cnn: nn.Module, # Any network
+             ) -> list[tuple[int, int]]: # (H,W), the likeliest first; empty if it says none
+    """The sizes of images that a network says it was made for: by an attribute of a module, such as timm's `img_size` and
+    torchvision's `image_size`, by the `config` of Hugging Face or by timm's `pretrained_cfg`."""
+    modules, found = list(cnn.modules()), []
+    for name in ('img_size', 'image_size'): found += [getattr(module, name, None) for module in modules]
+    found += [getattr(getattr(module, 'config', None), 'image_size', None) for module in modules]
+    for name in ('pretrained_cfg', 'default_cfg'):
+        for config in (getattr(module, name, None) for module in modules):
+            found.append(config.get('input_size') if isinstance(config, Mapping) else getattr(config, 'input_size', None))
+    return list(dict.fromkeys(filter(None, map(_as_size, found))))
+
+
+def noise_images(cnn: nn.Module, # Any network
+                 size: tuple[int, int] = (128, 128), # (H,W)
+                ) -> torch.Tensor: # (2,C,*size), the same each time, on the CNN's device
     "Two images of noise that a CNN can take, to find out which activations its layers give."
-    x = torch.randn(2, in_channels(cnn), 128, 128, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(2, in_channels(cnn), *size, generator=torch.Generator().manual_seed(0))
     return x.to(next(cnn.parameters(), x).device)
 
 # %% ../../nbs/core/00_utils.ipynb #432da0ec
@@ -292,23 +318,140 @@ _requires_grad = _SharedSwitch('requires_grad')
 
 
 @contextmanager
+def _switched_by_train(modules):
+    "Modules whose `train` does more than set the mode, such as emptying a cache, are switched by it"
+    changed = [module for module in modules if type(module).train is not nn.Module.train and module.training]
+    modes = {module: module.training for module in modules} if changed else {}
+    for module in changed: module.train(False)
+    for module, mode in modes.items(): module.training = mode  # `train` also switches what is inside
+    try: yield
+    finally:
+        modes = {module: module.training for module in modules} if changed else {}
+        for module in changed: module.train(True)
+        for module, mode in modes.items(): module.training = mode
+
+
+@contextmanager
 def eval_mode(module: nn.Module): # Any module
     """Evaluation mode inside the block. After it, each submodule is in its own mode again, also after an error.
 
-    Where blocks of several threads overlap, the modes return with the last block."""
-    with _training.off(every_module(module)): yield module
+    Where blocks of several threads overlap, the modes return with the last block. A submodule with a `train` method of
+    its own is switched by that method."""
+    modules = every_module(module)
+    with _switched_by_train(modules), _training.off(modules): yield module
+
+# %% ../../nbs/core/00_utils.ipynb #cad99396
+_OF_LISTS = {'append', 'appendleft', 'extend', 'put'}  # methods that return nothing, and that no tensor has
+
+
+def _code_of(hook):
+    "The code of a function, a method, a partial function or an object that can be called; None if there is none"
+    while isinstance(hook, partial): hook = hook.func
+    if not hasattr(hook, '__code__') and not hasattr(hook, '__func__'): hook = type(hook).__call__
+    return getattr(getattr(hook, '__func__', hook), '__code__', None)
+
+
+def _defined_in(hook):
+    while isinstance(hook, partial): hook = hook.func
+    return (getattr(hook, '__module__', None) or type(hook).__module__ or '').partition('.')[0]
+
+
+@lru_cache(maxsize=1024)
+def _returns_nothing(code):
+    "Whether a function returns None at every end, and writes to no tensor in place"
+    if any(name.endswith('_') and not name.endswith('__') for name in code.co_names): return False
+    if code.co_name == '<lambda>': return bool(_OF_LISTS & {*code.co_names})
+    instructions = list(dis.get_instructions(code))
+    for before, instruction in zip([None, *instructions], instructions):
+        if instruction.opname == 'RETURN_CONST' and instruction.argval is not None: return False
+        if instruction.opname != 'RETURN_VALUE': continue
+        if instruction.is_jump_target or before.opname != 'LOAD_CONST' or before.argval is not None: return False
+    return not code.co_flags & (inspect.CO_GENERATOR | inspect.CO_COROUTINE)
+
+
+def always_called(hook: Callable) -> Callable: # A forward hook of this library, which is returned
+    "Mark a forward hook as one that `frozen` does not pass over."
+    hook.always_called = True
+    return hook
+
+
+def only_watches(hook: Callable) -> bool: # A forward hook
+    "Whether a forward hook can't change what a network computes. Those of torch and of this library are left alone."
+    code = _code_of(hook)
+    if code is None or hasattr(hook, 'always_called') or _defined_in(hook) in ('torch', 'antehoc_nb'): return False
+    return _returns_nothing(code)
+
+
+class _SilentHooks:
+    "Forward hooks that only watch are taken off as long as any thread has an open block that needs it."
+    def __init__(self):
+        self.lock = threading.Lock()
+        self.open_blocks = {}  # module -> [number of open blocks, its hooks in order, the ones that were taken off]
+
+    def _take_off(self, module):
+        hooks = module._forward_hooks
+        watching = {key: hook for key, hook in hooks.items() if only_watches(hook)}
+        if not watching and module not in self.open_blocks: return False
+        entry = self.open_blocks.setdefault(module, [0, list(hooks), {}])
+        entry[0] += 1
+        entry[2].update(watching)
+        for key in watching: del hooks[key]
+        return True
+
+    def _put_back(self, module):
+        entry = self.open_blocks[module]
+        entry[0] -= 1
+        if entry[0]: return
+        del self.open_blocks[module]
+        hooks = module._forward_hooks
+        hooks.update(entry[2])
+        newer = [key for key in hooks if key not in entry[1]]
+        for key in [*entry[1], *newer]:
+            if key in hooks: hooks.move_to_end(key)
+
+    @contextmanager
+    def off(self, modules):
+        with self.lock: mine = [module for module in modules
+                                if (module._forward_hooks or module in self.open_blocks) and self._take_off(module)]
+        try: yield
+        finally:
+            with self.lock:
+                for module in mine: self._put_back(module)
+
+
+_hooks = _SilentHooks()
 
 # %% ../../nbs/core/00_utils.ipynb #cell0014
 @contextmanager
 def frozen(cnn: nn.Module): # The network that pass 2 must not change
-    """Evaluation mode inside the block, no gradients for the weights, and no move of torch's random streams.
+    """Evaluation mode inside the block, no gradients for the weights, no move of torch's random streams, and no call of
+    forward hooks that only watch.
 
     The CNN's input still gets its gradient. All is as before after the block, also after an error.
     Threads may freeze one network at the same time. Torch's random streams belong to the process, though:
     what another thread draws meanwhile is drawn again after the block."""
     devices = {parameter.device for parameter in cnn.parameters() if parameter.is_cuda}
     learning = [parameter for parameter in cnn.parameters() if not parameter.is_inference()]
-    with _requires_grad.off(learning), eval_mode(cnn), torch.random.fork_rng(devices): yield
+    hooks_off = _hooks.off(every_module(cnn))
+    with _requires_grad.off(learning), eval_mode(cnn), torch.random.fork_rng(devices), hooks_off: yield
+
+# %% ../../nbs/core/00_utils.ipynb #e85f1fa3
+@contextmanager
+def trial_copy(network: nn.Module): # Any network
+    """A copy to try things out on, without hooks that only watch. If it can't be copied, the network itself, whose weights
+    and buffers are as before after the block."""
+    with _hooks.off(every_module(network)):
+        try: copied = deepcopy(network)
+        except Exception: copied = None
+    if copied is not None: yield copied
+    else:
+        tensors = [*network.parameters(), *network.buffers()]
+        before = [tensor.detach().clone() for tensor in tensors]
+        try:
+            with _hooks.off(every_module(network)): yield network
+        finally:
+            with torch.no_grad():
+                for tensor, value in zip(tensors, before): tensor.copy_(value)
 
 # %% ../../nbs/core/00_utils.ipynb #cell0012
 def own_seed(build: Callable, # A function without arguments that draws random numbers on the CPU

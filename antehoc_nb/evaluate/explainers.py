@@ -23,7 +23,9 @@ from torch import nn
 
 from ..core.attention import minmax
 from ..core.geometry import layer_grids, resize
-from ..core.layers import candidate_layers, choose_layers, parse_layer
+from antehoc_nb.core.layers import (
+    candidate_layers, choose_layers, first_tensor, layer_layout, parse_layer, with_first_tensor
+)
 from ..core.model import AntehocModel
 from ..core.utils import Registry, eval_mode, import_extra, plain_tensor
 from ..core.weight_net import class_numbers
@@ -83,13 +85,17 @@ class TappedCNN(nn.Module):
         super().__init__()
         self.cnn, self.tap = cnn, nn.Identity()
         self.name, self.call, _ = parse_layer(layer)
+        self.layout = layer_layout(layer)
 
     def forward(self, x):
         calls, owner = count(), threading.get_ident()
 
         def hook(module, args, out):
             if threading.get_ident() != owner or next(calls) != self.call: return None
-            return self.tap(out.detach().requires_grad_()).clone()
+            tensor = first_tensor(out) if self.layout.suffix else out
+            view = self.layout.view(tensor.detach(), tuple(x.shape[2:]))
+            tapped = self.layout.restore(self.tap(view.requires_grad_()).clone(), tensor.detach())
+            return tapped if tensor is out else with_first_tensor(out, tapped)
         handle = self.cnn.get_submodule(self.name).register_forward_hook(hook)
         try: return self.cnn(x)
         finally: handle.remove()
@@ -155,8 +161,10 @@ def _cam(name, model, x, target, layer, aligned, **kwargs):
 def _cam_layer(model, x, layer):
     "The full name of `layer`; None: the last tapped layer of an `AntehocModel`, else the deepest candidate"
     if layer is not None: return choose_layers(_cnn(model), x[:1], layers=[layer])[0]
-    if isinstance(model, AntehocModel): return model.layers[-1]
-    return candidate_layers(model, x[:1])[-1].name
+    if isinstance(model, AntehocModel): names = model.layers
+    else: names = [found.name for found in candidate_layers(model, x[:1])]
+    has_class_token = layer_layout(names[-1]).left_out > 0  # the output may rest on it alone, after the last block
+    return names[-2] if has_class_token and len(names) > 1 else names[-1]
 
 
 def _layer_grid(model, x, layer):

@@ -80,6 +80,9 @@ def test_a_foreign_layer_is_left_out_and_said(kind):
     assert reason in table.chosen[name] and (table.chosen[list(usual)] == '✓').all()
     model = AntehocModel(cnn, X)
     assert model.layers == usual and model.explain(X).map.shape == (2, 1, 64, 64)
+    if kind == 'channels_last':  # by its name, it is read as what it is
+        assert choose_layers(cnn, X, layers=['0.2', name]) == ('0.2', f'{name}@last')
+        return
     with pytest.raises(ValueError, match=f"layer {name!r} does not hold the images' rows and columns: .*{reason}"):
         choose_layers(cnn, X, layers=['0.2', name])
 

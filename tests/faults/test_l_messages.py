@@ -52,16 +52,23 @@ def test_few_layers_without_eta(cnn):
     with pytest.raises(ValueError, match='eta=9 is larger than the 3 layers found'): layer_table(cnn(), X, eta=9)
 
 
-def test_a_transformer():
-    class Patches(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.embed, self.block = nn.Conv2d(3, 8, 8, 8), nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
-            self.head = nn.Linear(8, 3)
+class Patches(nn.Module):
+    "A transformer whose tokens come in an order of its own, unless that is the rows and columns of the image."
+    def __init__(self, order=None):
+        super().__init__()
+        self.embed, self.block = nn.Conv2d(3, 8, 8, 8), nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.head, self.order = nn.Linear(8, 3), slice(None) if order is None else order
 
-        def forward(self, x): return self.head(self.block(self.embed(x).flatten(2).mT).mean(1))
-    with pytest.raises(ValueError) as error: AntehocModel(Patches().eval(), X)
-    assert 'eta' not in str(error.value)
+    def forward(self, x): return self.head(self.block(self.embed(x).flatten(2).mT[:, self.order]).mean(1))
+
+
+def test_a_transformer():
+    assert AntehocModel(Patches().eval(), X).layers == ('block@tokens',)
+    order = torch.arange(16).flip(0)  # from the lower right corner backwards
+    with pytest.raises(ValueError) as error: AntehocModel(Patches(order).eval(), X)
+    assert str(error.value) == ('cnn: Patches is a transformer, with no more than one convolution, and no block of it '
+                                "holds the images' rows and columns: of 'block', a change of the image does not show "
+                                'in the same place')
 
 
 def test_a_network_of_one_size():

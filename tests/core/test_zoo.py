@@ -1,0 +1,49 @@
+"""A subset of what `benchmarks/zoo.py` tries, and its record."""
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = [pytest.mark.usefixtures('one_thread'), pytest.mark.filterwarnings('ignore')]
+QUICK = 'timm/test_vit', 'timm/test_resnet', 'torchvision/squeezenet1_1'
+MORE = 'timm/test_convnext', 'timm/test_mambaout', 'timm/test_byobnet', 'timm/levit_128s', 'transformers/Swin'
+
+
+@pytest.fixture(scope='module')
+def zoo():
+    spec = importlib.util.spec_from_file_location('zoo', ROOT/'benchmarks'/'zoo.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize('network', [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE)])
+def test_from_end_to_end(zoo, network):
+    pytest.importorskip(network.partition('/')[0])
+    if network.startswith('timm/') and not __import__('timm').is_model(network.removeprefix('timm/')):
+        pytest.skip('not in this version of timm')
+    found = zoo.check(network)
+    assert found['ok'] and found['unseen'] < .5 and not found['warnings'] and len(found['layers']) > 1
+
+
+@pytest.mark.parametrize('reason', ['the map is the same everywhere', 'no map'])
+def test_what_fails_is_said(zoo, monkeypatch, reason):
+    def check(network): raise AssertionError(reason)
+    monkeypatch.setattr(zoo, 'check', check)
+    found = zoo.try_one('timm/test_vit', seconds=60, gigabytes=64)
+    assert not found['ok'] and found['reason'] == f'AssertionError: {reason}'
+
+
+def test_a_process_that_takes_too_long_is_ended(zoo, monkeypatch):
+    monkeypatch.setattr(zoo, 'check', lambda network: __import__('time').sleep(60))
+    assert zoo.try_one('timm/test_vit', seconds=.5, gigabytes=64)['reason'] == 'more than 0.5 s'
+
+
+def test_the_record(zoo):
+    record = json.loads(zoo.RECORD.read_text())
+    tried = record['networks']
+    assert len({entry['network'] for entry in tried}) == len(tried) > 50
+    assert all(entry['ok'] or entry['reason'] for entry in tried)
+    assert sum(entry['ok'] for entry in tried) > .9 * len(tried)

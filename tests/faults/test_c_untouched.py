@@ -1,0 +1,166 @@
+"""A network that writes when it runs, or is watched, is as in plain training, to the bit."""
+from copy import deepcopy
+
+import pytest
+import torch
+from fastai.callback.hook import ActivationStats
+from fastai.data.core import DataLoaders
+from fastai.learner import Learner
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from antehoc_nb.core.interpretation_loss import two_pass_step
+from antehoc_nb.core.model import AntehocModel
+from antehoc_nb.core.utils import eval_mode, frozen, own_sizes, trial_copy, weights_digest
+from antehoc_nb.train.two_pass import TwoPass
+
+pytestmark = pytest.mark.usefixtures('one_thread')
+X, Y = torch.rand(8, 3, 32, 32, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 3
+
+
+class ScaledAtFirst(nn.Module):
+    "Sets its scale from the first images it gets."
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.zeros(1))
+        self.register_buffer('initialised', torch.tensor(False))
+
+    def forward(self, x):
+        if not self.initialised:
+            self.scale.data.copy_(1 / x.std())
+            self.initialised.fill_(True)
+        return x * self.scale
+
+
+class Counting(nn.Module):
+    "Counts its training batches in an attribute that is no buffer."
+    n = 0
+
+    def forward(self, x):
+        self.n += self.training
+        return x
+
+
+class NoCopy(ScaledAtFirst):
+    def __deepcopy__(self, memo): raise TypeError('this module holds what cannot be copied')
+
+
+def trained(network, cbs, epochs=2):
+    dls = DataLoaders(DataLoader(TensorDataset(X, Y), 4), DataLoader(TensorDataset(X, Y), 4))
+    learn = Learner(dls, network, loss_func=nn.CrossEntropyLoss(), cbs=cbs)
+    with learn.no_bar(), learn.no_logging(): learn.fit(epochs, 1e-2)
+    return learn
+
+
+@pytest.mark.parametrize('kind', [ScaledAtFirst, Counting, nn.Identity])
+def test_training_of_modules_that_write(cnn, kind):
+    start = nn.Sequential(kind(), *cnn())
+    plain, explained = deepcopy(start), deepcopy(start)
+    trained(plain, [])
+    trained(explained, [TwoPass(eta=2)])
+    assert weights_digest(plain) == weights_digest(explained)
+    if kind is Counting: assert plain[0].n == explained[0].n == 4
+
+
+@pytest.mark.parametrize('kind', [ScaledAtFirst, NoCopy])
+@pytest.mark.parametrize('sample', [None, X[:2]])
+def test_making_a_model_changes_nothing(cnn, kind, sample):
+    network = nn.Sequential(kind(), *cnn())
+    before = weights_digest(network)
+    AntehocModel(network, sample)
+    assert weights_digest(network) == before and not network[0].initialised
+    assert not any(module._forward_hooks for module in network.modules())
+
+
+@pytest.mark.parametrize('modules', [None, 'all'])
+def test_activation_stats_of_fastai(cnn, modules):
+    def stats(cbs):
+        network = cnn()
+        watched = [network[1][2], network[2][2]] if modules is None else list(network.modules())[1:]
+        callback = ActivationStats(modules=watched, with_hist=True)
+        trained(network, [callback, *cbs])
+        return callback.stats
+    plain, explained = stats([]), stats([TwoPass(eta=2)])
+    assert len(plain) == len(explained) == 4
+    for of_plain, of_explained in zip(plain, explained):
+        for a, b in zip(of_plain, of_explained):
+            assert (a is None) == (b is None)
+            if a is None: continue
+            assert a['mean'] == b['mean'] and a['std'] == b['std'] and torch.equal(a['hist'], b['hist'])
+
+
+def test_hooks_of_ones_own_in_a_plain_loop(cnn):
+    network, means, calls = cnn(), [], []
+    def note(module, args, output): means.append(output.mean().item())
+    network[0].register_forward_hook(note)
+    network[1].register_forward_hook(lambda module, args, output: calls.append(1))
+    network[2].register_forward_hook(lambda module, args, output: output * 2)
+    model = AntehocModel(network, X).train()
+    assert not means and not calls
+    out, loss = two_pass_step(model, X, Y, number=0)
+    (nn.functional.cross_entropy(out, Y) + loss).backward()
+    assert len(means) == len(calls) == 1
+    with frozen(network): again = network(X)
+    assert len(means) == 1 and len(network[0]._forward_hooks) == 1
+    with eval_mode(network): expected = network(X)
+    assert torch.equal(again, expected) and len(means) == 2  # the hook that doubles was called both times
+
+
+def test_a_hook_that_holds_much_is_not_copied(cnn):
+    class Holder:
+        def __deepcopy__(self, memo): raise AssertionError('copied')
+        def hook(self, module, args, output): self.seen = output
+    network = cnn()
+    network[0].register_forward_hook(Holder().hook)
+    with trial_copy(network) as copied: assert copied is not network and not copied[0]._forward_hooks
+
+
+@pytest.mark.parametrize('name, size', [('levit_128s', 224), ('tiny_vit_5m_224', 224), ('efficientformer_l1', 224)])
+@pytest.mark.slow
+def test_tables_kept_in_evaluation_mode_are_not_stale(name, size):
+    "Attention biases are cached in evaluation mode; a step of training empties the cache."
+    timm = pytest.importorskip('timm')
+    network = timm.create_model(name, num_classes=3).train()
+    images = torch.rand(1, 3, size, size)
+    with frozen(network): before = network(images)
+    with torch.no_grad():
+        for parameter_name, parameter in network.named_parameters():
+            if 'attention_biases' in parameter_name: parameter.normal_()
+    with frozen(network): after = network(images)
+    with torch.no_grad(): expected = network.eval()(images)
+    first = (lambda out: out[0] if isinstance(out, tuple) else out)
+    assert torch.equal(first(after), first(expected)) and not torch.equal(first(after), first(before))
+
+
+class OneSize(nn.Module):
+    "Takes images of one size, as a ViT, and says so."
+    def __init__(self, cnn, size, said):
+        super().__init__()
+        self.cnn, self.size = cnn, size
+        for name, value in said.items(): setattr(self, name, value)
+
+    def forward(self, x):
+        assert x.shape[2:] == self.size, 'wrong size'
+        return self.cnn(x)
+
+
+class Config:
+    image_size = 40
+
+
+@pytest.mark.parametrize('said', [dict(img_size=(40, 40)), dict(image_size=40), dict(config=Config()),
+                                  dict(pretrained_cfg=dict(input_size=(3, 40, 40))),
+                                  dict(default_cfg=dict(input_size=(3, 40, 40)))])
+def test_the_own_size_of_a_network(cnn, said):
+    network = OneSize(cnn(), (40, 40), said)
+    assert own_sizes(network) == [(40, 40)]
+    assert AntehocModel(network).explain(torch.rand(1, 3, 40, 40)).map.shape == (1, 1, 40, 40)
+    with pytest.raises(ValueError) as error: AntehocModel(network, X)
+    assert str(error.value) == ('sample: the CNN, which was made for 40 x 40, does not take images of 32 x 32 (wrong '
+                                'size); give images of another size, or build the CNN for this one (timm: '
+                                'create_model(name, img_size=32))')
+
+
+def test_a_size_that_is_said_but_wrong(cnn):
+    network = OneSize(cnn(), (128, 128), dict(img_size=(64, 64)))
+    assert AntehocModel(network).eta == 3
