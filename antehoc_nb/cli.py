@@ -609,7 +609,7 @@ def demo(
 REPRODUCIBLE = {  # name -> the module of its experiment
     'table1': 'classification', 'table2': 'classification', 'table3': 'concept_tables', 'table4': 'captioning',
     'table5': 'noise', 'figure1': 'classification', 'figure3': 'classification', 'figure4': 'landmarks',
-    'weight-choice': 'ablation', 'default': 'default'}
+    'weight-choice': 'ablation', 'default': 'default', 'imagenet': 'imagenet'}
 Reproducible = Enum('Reproducible', {name.replace('-', '_'): name for name in REPRODUCIBLE}, type=str)
 
 
@@ -624,12 +624,14 @@ def find_experiment(name: str, # A name in `REPRODUCIBLE`
 @app.command()
 def reproduce(
     experiment: Annotated[Reproducible, typer.Argument(help='A table or figure of the paper, or another experiment.')],
-    dataset: Annotated[str, _option(
+    dataset: Annotated[str | None, _option(
         '`photo-digits`, `cifar10`, `tinyimagenet20`, `food101-10`, `tinyimagenet200`; or the originals '
         '`cifar10-original`, `animals10`, `food11`, `tinyimagenet`. For figure4: `photo-digits`, `drawn-faces`, '
-        '`faces68`, `aflw2000`; for table4: `photo-digits`, `flickr8k`.')] = 'photo-digits',
-    profile: Annotated[str, _option('`smoke` (seconds), `cpu` (an hour or two), `transfer` (a pretrained CNN, an hour '
-                                    'or two; table1, table2, figure1, figure3) or `paper` (a GPU).')] = 'cpu',
+        '`faces68`, `aflw2000`; for table4: `photo-digits`, `flickr8k`; for imagenet: `imagenet600`. Default: the '
+        'first that the experiment has.')] = None,
+    profile: Annotated[str | None, _option(
+        '`smoke` (seconds), `cpu` (an hour or two), `transfer` (a pretrained CNN, an hour or two; table1, table2, '
+        'figure1, figure3, imagenet) or `paper` (a GPU). Default: `cpu`, or `transfer` where there is no `cpu`.')] = None,
     seeds: Annotated[int | None, _option("So many seeds instead of the profile's; those that are done are kept.",
                                          min=1)] = None,
     data: Annotated[Path | None, _option('The data set, if it is not under $ANTEHOC_DATA.')] = None,
@@ -640,6 +642,8 @@ def reproduce(
     with _in_one_line(_Output()):
         name = experiment.value
         found = find_experiment(name)
+        dataset = dataset or next(iter(found.datasets))
+        profile = profile or next(o for o in ('cpu', 'transfer') if o in found.profiles)
         if name in found.tables:
             record = found.reproduce(dataset, profile, results, work, data, seeds=seeds)
             typer.echo(found.tables[name](record, results))
