@@ -1,5 +1,6 @@
 """The run behind Tables 1, 2 and 5 on a made-up data set in Tiny-ImageNet's layout, and its records."""
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -25,12 +26,15 @@ from antehoc_nb.tasks.classification import (
     dataset_dls,
     figure1,
     figure3,
+    figure5,
     image_folders,
+    method_sheet,
     paper_table,
     read_classification,
     run_classification,
     trained_model,
     verdict,
+    words_of_classes,
 )
 from antehoc_nb.tasks.concept_tables import CONCEPT_PROFILES, METHODS
 from antehoc_nb.tasks.experiment import DatasetSpec, Paths, fingerprint
@@ -101,8 +105,57 @@ def test_record_tables_and_figures(run, squares):
     printed = classification.tables['table1'](rec, d)  # `d` has the paper's numbers
     assert 'Tiny-ImageNet-20 (paper: Animals-10)' in printed and f"{cells['drop']['grad-cam']}" in printed
     assert '(paper' not in classification.tables['table1'](rec, d/'results')
-    assert len(figure1('tinyimagenet20', 'smoke', d/'work', squares, n=2).axes) == 8
-    assert len(figure3('tinyimagenet20', 'smoke', d/'work', squares, n=2).axes) == 12
+    assert len(figure1('tinyimagenet20', 'smoke', d/'work', squares, n=2).axes) == 10
+    assert len(method_sheet('tinyimagenet20', 'smoke', d/'work', squares, n=2).axes) == 12
+
+
+def test_figure3_has_the_regions_of_images_that_the_cnn_is_right_about(run, squares):
+    figure = figure3('tinyimagenet20', 'smoke', run[1]/'work', squares, each=2)
+    rows = figure.axes[0].get_gridspec().nrows
+    assert 1 <= rows <= 2 and len(figure.axes) == 6 * rows
+    model = trained_model('tinyimagenet20', 'smoke', work=run[1]/'work')
+    dls = C.run_dls(classification.config('tinyimagenet20', 'smoke'), 0, squares)
+    x, y, _ = C.test_images(dls.valid, 8)
+    heat = model.explain(x)
+    drawn = C._right_images(heat.probabilities, y, 6, 2)
+    assert all(heat.probabilities[i].argmax() == y[i] == k for k, found in drawn.items() for i in found)
+    image, agnostic, specific = figure.axes[:3]
+    first = next(i for k in drawn for i in drawn[k])
+    inside = heat.map[first, 0].numpy() >= .8
+    pixels = heat.pixels[first].permute(1, 2, 0).numpy()
+    shown = agnostic.images[0].get_array()
+    kept = np.isclose(shown, pixels).all(-1)
+    assert kept[~inside].mean() < .1 and (kept[inside].mean() > .9 or not inside.any())  # dimmed outside of the regions
+    assert [ax.get_title() for ax in (image, agnostic, specific)] == ['image', 'class-agnostic', 'class-specific']
+
+
+def test_figure5_trains_one_weight_a_layer_once(run, squares, tmp_path):
+    shutil.copytree(run[1]/'work', tmp_path/'work')
+    figures = [figure5('tinyimagenet20', 'smoke', tmp_path/'work', squares, n=2) for _ in range(2)]
+    assert [len(figure.axes) for figure in figures] == [10, 10]
+    folder = tmp_path/'work'/'classification'/'tinyimagenet20-smoke'/'seed0'/'single-weights'
+    single = AntehocModel.from_pretrained(folder/'model')
+    assert single.weight_net_name == 'scalars' and sum(p.numel() for p in single.weight_net.parameters()) <= 6
+    own = trained_model('tinyimagenet20', 'smoke', work=run[1]/'work')
+    assert weights_digest(single.cnn) == weights_digest(own.cnn)
+    record = json.loads((folder/'record.json').read_text())
+    assert record['config']['train_cnn'] is False
+
+
+def test_classes_are_named_in_words(squares, tmp_path):
+    def words():
+        return words_of_classes(dataset_dls('tinyimagenet20', 32, 8, data=tmp_path/'squares'))
+    shutil.copytree(squares, tmp_path/'squares')
+    assert words() == ['n0', 'n1']
+    for split in ('train', 'val'):
+        for old, new in (('n0', 'n02437312'), ('n1', 'n02123045')): (tmp_path/'squares'/split/old).rename(
+            tmp_path/'squares'/split/new)
+    assert words() == ['tabby', 'Arabian camel']  # in the order of the identifiers, by timm
+    (tmp_path/'squares'/'classes.csv').write_text('wnid,name\nn02437312,"dromedary, camel"\n')
+    assert words() == ['tabby', 'dromedary']
+    (tmp_path/'squares'/'classes.csv').unlink()
+    (tmp_path/'squares'/'words.txt').write_text('n02437312\tship of the desert, camel\nn02123045\tcat\n')
+    assert words() == ['cat', 'ship of the desert']
 
 
 def test_the_class_specific_network_has_the_same_cnn(run, squares):
