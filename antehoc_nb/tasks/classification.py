@@ -503,7 +503,7 @@ def words_of_classes(dls: DataLoaders, # From `dataset_dls`
     known = {str(name): str(text).split(',')[0] for name, text in zip(rows.iloc[:, 0], rows.iloc[:, 1])}
     return class_words([known.get(str(name), str(name)) for name in dls.vocab])
 
-# %% ../../nbs/tasks/51_classification.ipynb #490f0c76
+# %% ../../nbs/tasks/51_classification.ipynb #f10d0092
 _PARTS = {'class-agnostic': 'cnn', 'class-specific': 'class-specific'}  # kind of map -> folder of its model
 
 
@@ -529,13 +529,13 @@ def _without_ticks(axs):
         ax.set(xticks=[], yticks=[])
         ax.axis('on')
 
-# %% ../../nbs/tasks/51_classification.ipynb #ee30c739
+# %% ../../nbs/tasks/51_classification.ipynb #d5467626
 CONCEPT_THRESHOLD = .8  # where the paper binarises maps
 
 
 def _draw_concepts(pixels, map, ax):
     "The regions of a map above the threshold, outlined; the rest of the image dimmed"
-    regions = concept_regions(map, CONCEPT_THRESHOLD)
+    regions = concept_regions(map, CONCEPT_THRESHOLD, min_share=.001)
     inside = np.logical_or.reduce([region.mask for region in regions]) if regions else np.zeros(map.shape[-2:], bool)
     rgb = pixels.permute(1, 2, 0).numpy()
     ax.imshow(np.where(inside[..., None], rgb, .25 * rgb))
@@ -606,7 +606,7 @@ def figure3(dataset: str, profile: str = 'cpu', # Names, as for `run_classificat
     for ax in axs.flat: ax.set_axis_on() if ax.images else ax.set_axis_off()
     return fig
 
-# %% ../../nbs/tasks/51_classification.ipynb #799c630c
+# %% ../../nbs/tasks/51_classification.ipynb #9706dd2b
 def _single_weights(model, dls, config, out):
     "A model of the same CNN with one trained weight for each soft attention map; resumable"
     build = model.meta.get('cnn') or getattr(model.cnn, 'build', None)
@@ -630,7 +630,7 @@ def figure5(dataset: str, profile: str = 'cpu', # Names, as for `run_classificat
     kinds = {'one weight\na layer': _explained(single, x)[0], 'weights of\nevery pixel': maps}
     return _map_sheet(pixels, [words[int(k)] for k in y], ['black'] * n, kinds)
 
-# %% ../../nbs/tasks/51_classification.ipynb #05fa72d6
+# %% ../../nbs/tasks/51_classification.ipynb #0270642d
 def method_sheet(dataset: str, profile: str = 'cpu', # Names, as for `run_classification`
                  work: str | Path = 'runs', # Folder of the runs
                  data: str | Path | None = None, # As for `run_classification`

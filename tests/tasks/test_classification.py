@@ -14,6 +14,7 @@ from antehoc_nb.core.utils import plain_tensor, weights_digest
 from antehoc_nb.evaluate.benchmark import MAIN_EXPLAINERS
 from antehoc_nb.evaluate.scoreboard import BETTER, Benchmark, as_results, read_record
 from antehoc_nb.tasks import classification as C
+from antehoc_nb.tasks import noise as N
 from antehoc_nb.tasks.classification import (
     CLASS_SPECIFIC,
     CRITERIA,
@@ -38,7 +39,14 @@ from antehoc_nb.tasks.classification import (
 )
 from antehoc_nb.tasks.concept_tables import CONCEPT_PROFILES, METHODS
 from antehoc_nb.tasks.experiment import DatasetSpec, Paths, fingerprint
-from antehoc_nb.tasks.noise import read_stability, run_stability, stability, stability_table
+from antehoc_nb.tasks.noise import (
+    STABILITY_PROFILES,
+    read_stability,
+    run_stability,
+    stability,
+    stability_table,
+    table5,
+)
 from antehoc_nb.train.two_pass import normalisation
 
 pytestmark = pytest.mark.usefixtures('one_thread', 'without_figures')
@@ -295,7 +303,8 @@ def test_the_profile_transfer():
         assert settings['pretrained'] and settings['fine_tune'] and settings['epochs'] == config['epochs']
         scored = {'ante-hoc', CLASS_SPECIFIC, WRONG_TARGET, 'grad-cam', 'score-cam', 'layer-cam', 'tame'}
         assert scored <= set(config['explainers']) and {'class_swap', 'grid_pointing'} <= set(config['metrics'])
-    assert 'transfer' not in CONCEPT_PROFILES  # its CNNs would train from scratch
+    of_concepts = CONCEPT_PROFILES['transfer']
+    assert of_concepts['pretrained'] and of_concepts['fine_tune'] and of_concepts['weight_net'] == 'paper'
 
 
 def test_images_are_normalised_as_the_weights_of_a_profile_need_them(squares):
@@ -352,6 +361,36 @@ def test_stability(run, squares):
     stored = read_record(d/'results'/'stability'/'tinyimagenet20-smoke.json')['results']
     assert read_stability('tinyimagenet20', 'smoke', d/'results')['results'] == stored == rec['results']
     assert measured()['results'] == rec['results']  # read, not measured again
+
+
+def test_stability_of_a_profile_with_its_own_explainers(run, squares, monkeypatch):
+    "The class-specific network of the run is measured, on images as the CNN was trained on"
+    smoke = STABILITY_PROFILES['smoke'] | dict(n=4, explainers=('ante-hoc', CLASS_SPECIFIC))
+    assert {'ante-hoc', CLASS_SPECIFIC, 'grad-cam', 'layer-cam'} <= {*STABILITY_PROFILES['transfer']['explainers']}
+    monkeypatch.setitem(STABILITY_PROFILES, 'smoke', smoke)
+    monkeypatch.setattr(N, 'AMOUNTS', (.1, .3))
+    asked, run_dls = [], N.run_dls
+    monkeypatch.setattr(N, 'run_dls', lambda config, *args: asked.append(config) or run_dls(config, *args))
+    work = run[1]/'own'
+    shutil.copytree(run[1]/'work'/'classification', work/'classification')
+    rec = run_stability('tinyimagenet20', 'smoke', work/'results', work, squares)
+    assert list(rec['results']) == ['ante-hoc', CLASS_SPECIFIC]
+    assert asked[0] == classification.config('tinyimagenet20', 'smoke')  # with `pretrained`, for its statistics
+    values = [rec['results'][name]['noise']['0']['energy']['average_drop'] for name in rec['results']]
+    assert values[0] != values[1]
+    (work/'paper.json').write_text('{"table5": {"0.1": {"ante-hoc": {"cd": 4.12, "ci": 3.28}}}}')
+    table = table5(dict(tinyimagenet20=rec), paper=work/'paper.json')
+    assert table['CD', '10%']['ante-hoc'].endswith('(4.12)') and table['CI', '10%']['ante-hoc'].endswith('(3.28)')
+    assert '(' not in table['CD', '30%']['ante-hoc'] and '(' not in table['CD', '10%'][CLASS_SPECIFIC]
+    assert '(4.12)' in stability.tables['table5'](rec, work)
+
+
+def test_table5_is_a_mean_over_data_sets():
+    def record(cd, *explainers):
+        noise = {f'{amount:g}': dict(energy=dict(CD=cd, CI=1., ssim=.5)) for amount in (0, .1, .2, .3, .4, .5)}
+        return dict(results={name: dict(noise=noise, max_sensitivity=1.) for name in explainers})
+    table = table5(dict(a=record(1., 'ante-hoc', 'grad-cam'), b=record(2., 'ante-hoc')), paper='none.json')
+    assert list(table.index) == ['ante-hoc'] and set(table['CD'].loc['ante-hoc']) == {'1.5'}
 
 
 def test_bad_input(tmp_path, monkeypatch):
