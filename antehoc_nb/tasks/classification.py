@@ -611,7 +611,7 @@ def _single_weights(model, dls, config, out):
     "A model of the same CNN with one trained weight for each soft attention map; resumable"
     build = model.meta.get('cnn') or getattr(model.cnn, 'build', None)
     net = dict(weight_net='scalars', class_specific=False, cells=model.cells or 'pixels')
-    images = min(4000, config.get('class_agnostic_images', 4000))
+    images = min(4000, config.get('class_agnostic_images', config['class_specific_images']))
     learn = train_weight_net(model.cnn, build, dls, config, config['seeds'][0], out, net, images)
     return learn.model.eval()
 
