@@ -46,7 +46,7 @@ from ..train.learner import normalise_for
 # %% ../../nbs/tasks/60_imagenet.ipynb #9d5c84e1
 def labelled_photos(path: str | Path, # Folder or archive with labels.csv
                     n_test: int, # Photographs set aside for the scores
-                    n_valid: int, # Photographs that choose the best epoch
+                    n_valid: int, # Photographs that tell how the training goes
                    ) -> dict[str, list]: # 'train', 'valid' and 'test' -> (file, number of the class)
     "Photographs and their classes. `FileNotFoundError` without labels.csv, `ValueError` with none left to train on."
     folder = unpacked(Path(path))
@@ -54,8 +54,8 @@ def labelled_photos(path: str | Path, # Folder or archive with labels.csv
     if table is None: raise FileNotFoundError(f'{path}: there is no labels.csv with the columns path and index')
     rows = pd.read_csv(table)
     if len(rows) <= n_test + n_valid:
-        raise ValueError(f'{path}: {len(rows)} photographs; {n_test} are for testing and {n_valid} for choosing '
-                         'the best epoch, so give more')
+        raise ValueError(f'{path}: {len(rows)} photographs; {n_test} are for testing and {n_valid} for '
+                         'validation, so give more')
     photos = [(table.parent/name, int(index)) for name, index in zip(rows['path'], rows['index'])]
     order = np.random.default_rng(0).permutation(len(photos)).tolist()
     parts = dict(test=order[:n_test], valid=order[n_test:n_test + n_valid], train=order[n_test + n_valid:])
@@ -114,9 +114,9 @@ def divergence(y2: torch.Tensor, # Logits for the masked images, (B,K)
 # %% ../../nbs/tasks/60_imagenet.ipynb #ab4bf2cb
 CLASS_AGNOSTIC = 'ante-hoc, class-agnostic'  # the map that comes with the library
 IMAGENET_NETS = {  # row of the tables -> settings of its weight network
-    CLASS_AGNOSTIC: dict(weight_net='auto', class_specific=False, int_loss='divergence'),
-    CLASS_SPECIFIC: dict(weight_net='auto', class_specific=True),
-    'ante-hoc': dict(weight_net='paper', class_specific=False)}
+    CLASS_AGNOSTIC: dict(weight_net='auto', class_specific=False, int_loss='divergence', keep_best=False),
+    CLASS_SPECIFIC: dict(weight_net='auto', class_specific=True, keep_best=False),
+    'ante-hoc': dict(weight_net='paper', class_specific=False, keep_best=False)}
 IMAGENET_CAMS = 'grad-cam', 'grad-cam++', 'layer-cam'
 _CONTROLS = WRONG_TARGET, 'plain average of layers', 'gaussian'
 IMAGENET_SETTINGS = dict(nets=IMAGENET_NETS, metrics=('faithfulness', 'insertion_deletion', 'grid_pointing'), lr=4e-3)
