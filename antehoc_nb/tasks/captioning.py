@@ -228,10 +228,12 @@ def table4(records: dict, # Data set -> record
     if caption not in CAPTIONS: raise ValueError(unknown_name('caption', caption, CAPTIONS))
     cells, columns = paper_cells('table4', paper), {}
     for dataset, record in records.items():
+        original = CAPTION_DATASETS[dataset].title
+        theirs = cells.get(original, {})  # which of the two masks they are of, the paper does not say
+        title = record['config']['title'] + (f' (paper: {original})' if theirs else '')
         wide = Benchmark.of(record).pivot(('drop', 'inc', 'area'), ('energy', 'binarised'), (caption,))
         for (_, masks, metric), column in wide.items():
-            theirs = cells.get(dataset, {}).get(masks, {})
-            columns[record['config']['title'], masks, metric] = beside_paper(column, theirs, metric)
+            columns[title, masks, metric] = beside_paper(column, theirs, metric)
     return pd.DataFrame(columns)
 
 

@@ -26,7 +26,7 @@ from ..evaluate.benchmark import benchmark, subset, test_images
 from ..evaluate.explainers import CONTROLS
 from ..evaluate.scoreboard import Benchmark, as_results
 from antehoc_nb.tasks.classification import (
-    DATASETS, PROFILES, SETTINGS, cnn_config, dataset_boxes, dataset_dls, paper_cells,
+    DATASETS, PROFILES, SETTINGS, cnn_config, dataset_boxes, paper_cells, run_dls,
 )
 from .concept_models import Cbah, cbah_learner, senn_learner
 from antehoc_nb.tasks.experiment import (
@@ -45,7 +45,7 @@ RATES = {'senn': 1e-3}  # learning rates of their own
 
 def _learner(method, dls, config, **kwargs):
     "An untrained learner of a method"
-    arch, kwargs = config['arch'], dict(metrics=accuracy, pretrained=False) | kwargs
+    arch, kwargs = config['arch'], dict(metrics=accuracy, pretrained=config.get('pretrained', False)) | kwargs
     if method == 'plain': return plain_learner(dls, arch, **kwargs)
     if method == 'ante-hoc':
         return antehoc_learner(dls, arch, eta=config['eta'], weight_net=config['weight_net'],
@@ -64,7 +64,8 @@ def _train(method, dls, config, seed, out):
     seed_loaders(dls, seed)
     learn = _learner(method, dls, config, cbs=[Checkpoint(out/'checkpoint.pt'), ChannelsLast()], path=out)
     check_config(out, settings | CONCEPTS[method][1] | dict(method=method, images=fingerprint(dls)))
-    with bars_on_terminals(learn): learn.fit_one_cycle(config['epochs'], rate)
+    fit = learn.fine_tune if config.get('fine_tune') else learn.fit_one_cycle
+    with bars_on_terminals(learn): fit(config['epochs'], rate)
     learn.model.eval()
     return learn
 
@@ -135,7 +136,7 @@ def _map_scores(method, model, dls, config, out):
 # %% ../../nbs/tasks/54_concept_tables.ipynb #e4c4ba26
 def _check_batches(config, data):
     "`ValueError` where there are too few training images for a turn of two batches"
-    dls = dataset_dls(config['dataset'], config['size'], config['bs'], 0, config['n_train'], data)
+    dls = run_dls(config, 0, data)
     n, bs = len(dls.train_ds), config['bs']
     if n < 2 * bs:
         raise ValueError(f'{config["dataset"]} has {n} training images; its batches of {bs} need twice as many')
@@ -148,7 +149,7 @@ def _run(config: dict, paths: Paths) -> RunResult:
     runs, maps = [], {}
     for seed in seeds:
         for method in METHODS:
-            dls = dataset_dls(dataset, config['size'], config['bs'], seed, config['n_train'], paths.data)
+            dls = run_dls(config, seed, paths.data)
             out = paths.out/f'seed{seed}'/method
             learn = _train(method, dls, config, seed, out)
             runs.append(_facts(method, seed, learn))
@@ -227,6 +228,9 @@ def map_table(record: dict, # As `run_concept_models` makes it
 CONCEPT_PROFILES = Registry('profile')
 CONCEPT_PROFILES.update({name: PROFILES[name] for name in ('smoke', 'cpu')})
 CONCEPT_PROFILES['paper'] = PROFILES['paper'] | dict(arch='resnet18')
+_OF_TRANSFER = ('arch', 'pretrained', 'fine_tune', 'size', 'eta', 'bs', 'lr', 'epochs', 'n_train', 'n_valid',
+                'weight_net', 'n_test', 'steps')
+CONCEPT_PROFILES['transfer'] = {key: PROFILES['transfer'][key] for key in _OF_TRANSFER} | dict(seeds=(0,))
 
 
 def _printed_table(record, results):

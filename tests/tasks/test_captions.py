@@ -25,7 +25,7 @@ from antehoc_nb.core.interpretation_loss import int_losses
 from antehoc_nb.core.model import AntehocModel
 from antehoc_nb.core.utils import weights_digest
 from antehoc_nb.data import captions as D
-from antehoc_nb.evaluate.explainers import grad_cam, score_cam
+from antehoc_nb.evaluate.explainers import explain_with, explainers, grad_cam, score_cam
 from antehoc_nb.show.plots import ConceptRegion
 from antehoc_nb.tasks import captioner as C
 from antehoc_nb.tasks import captioner as M
@@ -287,6 +287,16 @@ def test_unknown_words_are_inputs_but_not_scored(learn, dls, tok):
         assert p[i].log().item() == pytest.approx(torch.cat([lp[i, :1], lp[i, 2:n]]).mean().item(), rel=1e-4)
 
 
+@pytest.mark.parametrize('name', ['grad-cam', 'grad-cam++', 'layer-cam', 'score-cam'])
+def test_activation_maps_are_of_the_layer_of_the_model(name, learn, dls):
+    "The last that the model taps, by its name in the captioner; not the deepest that the explainer would choose"
+    x, t = batch(dls)
+    m = learn.model.eval()
+    layer = f'captioner.{m.layers[-1]}'
+    own = explain_with(partial(explainers[name], layer=layer), M.CaptionScore(m.cnn, t[:1]), x[:1], 0)
+    torch.testing.assert_close(M.caption_maps(name, m, x[:1], t[:1]), own)
+
+
 def test_score_cam_is_called_image_by_image(learn, dls):
     "By name or as a function, in a batch or alone"
     x, t = batch(dls)
@@ -488,9 +498,10 @@ def test_table4_from_one_command(tmp_path, monkeypatch):
     t = T.table4({'flickr8k': rec})
     assert list(t.index) == ["ante-hoc", T.CLASS_SPECIFIC, T.WRONG_CAPTION, *M.CAPTION_EXPLAINERS[1:]]
     assert (t.loc['ones'].xs('area', level=2) == '1.00').all() and (t.loc['ones'].xs('drop', level=2) == '–').all()
-    (tmp_path/'p.json').write_text('{"table4": {"flickr8k": {"energy": {"grad-cam": {"drop": 12.5}}}}}')
+    (tmp_path/'p.json').write_text('{"table4": {"Flickr-8k": {"grad-cam": {"drop": 12.5}}}}')
     beside_paper = T.table4({'flickr8k': rec}, paper=tmp_path/'p.json')
-    assert beside_paper.loc['grad-cam', (rec['config']['title'], 'energy', 'drop')].endswith('(12.5)')
+    title = f"{rec['config']['title']} (paper: Flickr-8k)"
+    for masks in ('energy', 'binarised'): assert beside_paper.loc['grad-cam', (title, masks, 'drop')].endswith('(12.5)')
     v = T.caption_verdict(rec)
     b = T.Benchmark.of(rec).pivot(('drop',), ('energy',), ('reference',)).iloc[:, 0]
     ahead = (b['ante-hoc'] < b[['grad-cam', 'grad-cam++', 'score-cam']]).sum()

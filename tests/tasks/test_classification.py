@@ -1,5 +1,6 @@
 """The run behind Tables 1, 2 and 5 on a made-up data set in Tiny-ImageNet's layout, and its records."""
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from antehoc_nb.core.utils import plain_tensor, weights_digest
 from antehoc_nb.evaluate.benchmark import MAIN_EXPLAINERS
 from antehoc_nb.evaluate.scoreboard import BETTER, Benchmark, as_results, read_record
 from antehoc_nb.tasks import classification as C
+from antehoc_nb.tasks import noise as N
 from antehoc_nb.tasks.classification import (
     CLASS_SPECIFIC,
     CRITERIA,
@@ -25,16 +27,26 @@ from antehoc_nb.tasks.classification import (
     dataset_dls,
     figure1,
     figure3,
+    figure5,
     image_folders,
+    method_sheet,
     paper_table,
     read_classification,
     run_classification,
     trained_model,
     verdict,
+    words_of_classes,
 )
 from antehoc_nb.tasks.concept_tables import CONCEPT_PROFILES, METHODS
 from antehoc_nb.tasks.experiment import DatasetSpec, Paths, fingerprint
-from antehoc_nb.tasks.noise import read_stability, run_stability, stability, stability_table
+from antehoc_nb.tasks.noise import (
+    STABILITY_PROFILES,
+    read_stability,
+    run_stability,
+    stability,
+    stability_table,
+    table5,
+)
 from antehoc_nb.train.two_pass import normalisation
 
 pytestmark = pytest.mark.usefixtures('one_thread', 'without_figures')
@@ -101,8 +113,57 @@ def test_record_tables_and_figures(run, squares):
     printed = classification.tables['table1'](rec, d)  # `d` has the paper's numbers
     assert 'Tiny-ImageNet-20 (paper: Animals-10)' in printed and f"{cells['drop']['grad-cam']}" in printed
     assert '(paper' not in classification.tables['table1'](rec, d/'results')
-    assert len(figure1('tinyimagenet20', 'smoke', d/'work', squares, n=2).axes) == 8
-    assert len(figure3('tinyimagenet20', 'smoke', d/'work', squares, n=2).axes) == 12
+    assert len(figure1('tinyimagenet20', 'smoke', d/'work', squares, n=2).axes) == 10
+    assert len(method_sheet('tinyimagenet20', 'smoke', d/'work', squares, n=2).axes) == 12
+
+
+def test_figure3_has_the_regions_of_images_that_the_cnn_is_right_about(run, squares):
+    figure = figure3('tinyimagenet20', 'smoke', run[1]/'work', squares, each=2)
+    rows = figure.axes[0].get_gridspec().nrows
+    assert 1 <= rows <= 2 and len(figure.axes) == 6 * rows
+    model = trained_model('tinyimagenet20', 'smoke', work=run[1]/'work')
+    dls = C.run_dls(classification.config('tinyimagenet20', 'smoke'), 0, squares)
+    x, y, _ = C.test_images(dls.valid, 8)
+    heat = model.explain(x)
+    drawn = C._right_images(heat.probabilities, y, 6, 2)
+    assert all(heat.probabilities[i].argmax() == y[i] == k for k, found in drawn.items() for i in found)
+    image, agnostic, specific = figure.axes[:3]
+    first = next(i for k in drawn for i in drawn[k])
+    inside = heat.map[first, 0].numpy() >= .8
+    pixels = heat.pixels[first].permute(1, 2, 0).numpy()
+    shown = agnostic.images[0].get_array()
+    kept = np.isclose(shown, pixels).all(-1)
+    assert kept[~inside].mean() < .1 and (kept[inside].mean() > .9 or not inside.any())  # dimmed outside of the regions
+    assert [ax.get_title() for ax in (image, agnostic, specific)] == ['image', 'class-agnostic', 'class-specific']
+
+
+def test_figure5_trains_one_weight_a_layer_once(run, squares, tmp_path):
+    shutil.copytree(run[1]/'work', tmp_path/'work')
+    figures = [figure5('tinyimagenet20', 'smoke', tmp_path/'work', squares, n=2) for _ in range(2)]
+    assert [len(figure.axes) for figure in figures] == [10, 10]
+    folder = tmp_path/'work'/'classification'/'tinyimagenet20-smoke'/'seed0'/'single-weights'
+    single = AntehocModel.from_pretrained(folder/'model')
+    assert single.weight_net_name == 'scalars' and sum(p.numel() for p in single.weight_net.parameters()) <= 6
+    own = trained_model('tinyimagenet20', 'smoke', work=run[1]/'work')
+    assert weights_digest(single.cnn) == weights_digest(own.cnn)
+    record = json.loads((folder/'record.json').read_text())
+    assert record['config']['train_cnn'] is False
+
+
+def test_classes_are_named_in_words(squares, tmp_path):
+    def words():
+        return words_of_classes(dataset_dls('tinyimagenet20', 32, 8, data=tmp_path/'squares'))
+    shutil.copytree(squares, tmp_path/'squares')
+    assert words() == ['n0', 'n1']
+    for split in ('train', 'val'):
+        for old, new in (('n0', 'n02437312'), ('n1', 'n02123045')): (tmp_path/'squares'/split/old).rename(
+            tmp_path/'squares'/split/new)
+    assert words() == ['tabby', 'Arabian camel']  # in the order of the identifiers, by timm
+    (tmp_path/'squares'/'classes.csv').write_text('wnid,name\nn02437312,"dromedary, camel"\n')
+    assert words() == ['tabby', 'dromedary']
+    (tmp_path/'squares'/'classes.csv').unlink()
+    (tmp_path/'squares'/'words.txt').write_text('n02437312\tship of the desert, camel\nn02123045\tcat\n')
+    assert words() == ['cat', 'ship of the desert']
 
 
 def test_the_class_specific_network_has_the_same_cnn(run, squares):
@@ -242,7 +303,8 @@ def test_the_profile_transfer():
         assert settings['pretrained'] and settings['fine_tune'] and settings['epochs'] == config['epochs']
         scored = {'ante-hoc', CLASS_SPECIFIC, WRONG_TARGET, 'grad-cam', 'score-cam', 'layer-cam', 'tame'}
         assert scored <= set(config['explainers']) and {'class_swap', 'grid_pointing'} <= set(config['metrics'])
-    assert 'transfer' not in CONCEPT_PROFILES  # its CNNs would train from scratch
+    of_concepts = CONCEPT_PROFILES['transfer']
+    assert of_concepts['pretrained'] and of_concepts['fine_tune'] and of_concepts['weight_net'] == 'paper'
 
 
 def test_images_are_normalised_as_the_weights_of_a_profile_need_them(squares):
@@ -299,6 +361,36 @@ def test_stability(run, squares):
     stored = read_record(d/'results'/'stability'/'tinyimagenet20-smoke.json')['results']
     assert read_stability('tinyimagenet20', 'smoke', d/'results')['results'] == stored == rec['results']
     assert measured()['results'] == rec['results']  # read, not measured again
+
+
+def test_stability_of_a_profile_with_its_own_explainers(run, squares, monkeypatch):
+    "The class-specific network of the run is measured, on images as the CNN was trained on"
+    smoke = STABILITY_PROFILES['smoke'] | dict(n=4, explainers=('ante-hoc', CLASS_SPECIFIC))
+    assert {'ante-hoc', CLASS_SPECIFIC, 'grad-cam', 'layer-cam'} <= {*STABILITY_PROFILES['transfer']['explainers']}
+    monkeypatch.setitem(STABILITY_PROFILES, 'smoke', smoke)
+    monkeypatch.setattr(N, 'AMOUNTS', (.1, .3))
+    asked, run_dls = [], N.run_dls
+    monkeypatch.setattr(N, 'run_dls', lambda config, *args: asked.append(config) or run_dls(config, *args))
+    work = run[1]/'own'
+    shutil.copytree(run[1]/'work'/'classification', work/'classification')
+    rec = run_stability('tinyimagenet20', 'smoke', work/'results', work, squares)
+    assert list(rec['results']) == ['ante-hoc', CLASS_SPECIFIC]
+    assert asked[0] == classification.config('tinyimagenet20', 'smoke')  # with `pretrained`, for its statistics
+    values = [rec['results'][name]['noise']['0']['energy']['average_drop'] for name in rec['results']]
+    assert values[0] != values[1]
+    (work/'paper.json').write_text('{"table5": {"0.1": {"ante-hoc": {"cd": 4.12, "ci": 3.28}}}}')
+    table = table5(dict(tinyimagenet20=rec), paper=work/'paper.json')
+    assert table['CD', '10%']['ante-hoc'].endswith('(4.12)') and table['CI', '10%']['ante-hoc'].endswith('(3.28)')
+    assert '(' not in table['CD', '30%']['ante-hoc'] and '(' not in table['CD', '10%'][CLASS_SPECIFIC]
+    assert '(4.12)' in stability.tables['table5'](rec, work)
+
+
+def test_table5_is_a_mean_over_data_sets():
+    def record(cd, *explainers):
+        noise = {f'{amount:g}': dict(energy=dict(CD=cd, CI=1., ssim=.5)) for amount in (0, .1, .2, .3, .4, .5)}
+        return dict(results={name: dict(noise=noise, max_sensitivity=1.) for name in explainers})
+    table = table5(dict(a=record(1., 'ante-hoc', 'grad-cam'), b=record(2., 'ante-hoc')), paper='none.json')
+    assert list(table.index) == ['ante-hoc'] and set(table['CD'].loc['ante-hoc']) == {'1.5'}
 
 
 def test_bad_input(tmp_path, monkeypatch):

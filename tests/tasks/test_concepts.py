@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.data import TensorDataset
 
+from antehoc_nb.core.utils import weights_digest
 from antehoc_nb.data.photo_digits import photo_digits_dls
 from antehoc_nb.evaluate.explainers import explain_with
 from antehoc_nb.evaluate.scoreboard import read_record
@@ -50,7 +51,7 @@ from antehoc_nb.tasks.concept_tables import (
     run_concept_models,
     table3,
 )
-from antehoc_nb.train.archs import small_cnn
+from antehoc_nb.train.archs import build_cnn, small_cnn
 from antehoc_nb.train.checkpoint import Checkpoint
 from antehoc_nb.train.learner import Bf16
 
@@ -346,6 +347,31 @@ def test_pretrained_body_is_frozen_at_first(monkeypatch):
         assert new.weight.requires_grad and any(p is new.weight for p in last_group)
         learn.unfreeze()
         assert learn.model.cnn[0][0].weight.requires_grad
+
+
+@pytest.mark.parametrize('make', [senn_learner, cbah_learner])
+def test_they_start_from_packaged_weights(make):
+    "The body of the CNN is that of the package, bit for bit"
+    arch = 'timm/tf_efficientnet_lite0'
+    dls = toy_dls(size=32)
+    dls.c = 3
+    learn = make(dls, arch, pretrained=True, normalize=False, **KW)
+    wanted = build_cnn(arch, 3, pretrained=True)[0].state_dict()
+    found = learn.model.cnn[0].state_dict()
+    assert all(torch.equal(found[name], value) for name, value in wanted.items())
+    assert not next(learn.model.cnn[0].parameters()).requires_grad and learn.model.decoder.spread.weight.requires_grad
+
+
+@pytest.mark.parametrize('method', METHODS)
+def test_methods_are_fine_tuned_where_the_profile_says_so(method, tmp_path):
+    "One epoch with the body frozen, then the others; started again, nothing is trained"
+    config = concept_experiment.config('photo-digits', 'smoke') | dict(fine_tune=True, pretrained=False, epochs=1)
+    dls = photo_digits_dls(64, 20, 32, 32)
+    learn = concept_tables._train(method, dls, config, 0, tmp_path)
+    assert learn.checkpoint.epochs == 2 and len(learn.recorder.values) >= 1
+    weights = weights_digest(learn.model)
+    again = concept_tables._train(method, dls, config, 0, tmp_path)
+    assert weights_digest(again.model) == weights
 
 
 @pytest.mark.parametrize('call, message', [
