@@ -1,9 +1,9 @@
 """Does the report find a shortcut that was planted, and does it name one where there is none?
 
-Scenes of photo-digits: 60 % of the training images of the digit 3 get a small tag in the lower right corner, and a CNN is
-trained on them with its weight network. The maps of all training images are made, by the weight network and by Grad-CAM,
-and grouped as in `antehoc report`. The same is done without the tag. One run of one seed is one command; runs are added to
-the record. All CNNs start from one that was trained on other scenes without the tag.
+Scenes of photo-digits: 60 % of the training images of the digit 3 get a small tag in the lower right corner, and a CNN
+is trained on them with its weight network. The maps of all training images are made, by the weight network and by
+Grad-CAM, and grouped as in `antehoc report`. The same is done without the tag. One run of one seed is one command; runs
+are added to the record. All CNNs start from one that was trained on other scenes without the tag.
 """
 import argparse
 import json
@@ -73,7 +73,7 @@ def train(images, labels, valid, weights, epochs, seed):
     from antehoc_nb.train.learner import antehoc_learner
     set_seed(seed)
     cnn = small_cnn(10)
-    cnn.load_state_dict(weights)
+    if weights is not None: cnn.load_state_dict(weights)
     learn = antehoc_learner(loaders(images, labels, valid), cnn, loss_func=CrossEntropyLossFlat())
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs, 3e-3)
     return learn.model.eval()
@@ -99,7 +99,7 @@ def accuracies(model, valid):
     return {name: float((predict(model, images) == DIGIT).mean()) for name, images in called.items()}
 
 
-def explain(model, images):
+def explain(model, images, with_gradcam=True):
     "Predictions, and maps by the weight network and by Grad-CAM."
     import torch
 
@@ -109,8 +109,8 @@ def explain(model, images):
         explanation = model.explain(x)
         found['probabilities'].append(explanation.probabilities)
         found['ours'].append(explanation.map[:, 0])
-        found['gradcam'].append(grad_cam(model, x, explanation.pred.argmax(1))[:, 0])
-    return {name: torch.cat(parts).numpy() for name, parts in found.items()}
+        if with_gradcam: found['gradcam'].append(grad_cam(model, x, explanation.pred.argmax(1))[:, 0])
+    return {name: torch.cat(parts).numpy() for name, parts in found.items() if parts}
 
 
 def write_folder(folder, images, labels, probabilities, maps):
@@ -135,7 +135,7 @@ def judge(folder, tagged):
     shares = [float(tagged[sample.rows[group.members]].mean()) for group in groups]
     rank = next((i + 1 for i, share in enumerate(shares) if share > .5), None)
     found = groups[rank - 1] if rank else None
-    rest = [group.score for group, share in zip(groups, shares, strict=True) if not share > .5 and group.score == group.score]
+    rest = [group.score for group, share in zip(groups, shares, strict=True) if share <= .5 and group.score > 0]
     return dict(candidates=sum(group.candidate for group in groups), groups=len(groups), rank=rank,
                 score=found and found.score, tagged_in_group=found and shares[rank - 1],
                 tags_found=found and float(tagged[sample.rows[found.members]].sum() / tagged.sum()),
@@ -151,7 +151,8 @@ def run(seed, share, options):
     start = time.process_time()
     images, labels, tagged = planted(options.images, seed, share)
     valid = PhotoDigits(300, SIZE, seed, 'test')
-    model = train(images, labels, valid, base_cnn(options.base), options.epochs, seed)
+    few = PhotoDigits(50, SIZE, seed, 'test')
+    model = train(images, labels, few, base_cnn(options.base), options.epochs, seed)
     found = explain(model, images)
     results = dict(seed=seed, share=share, accuracy=float((found['probabilities'].argmax(1) == labels).mean()),
                    accuracy_new=float((predict(model, valid.images) == valid.labels).mean()),
@@ -174,7 +175,8 @@ def add_to_record(results, options):
     runs.sort(key=lambda one: (-one['share'], one['seed']))
     config = dict(images=options.images, epochs=options.epochs, size=SIZE, digit=DIGIT, share=SHARE)
     RECORD.parent.mkdir(parents=True, exist_ok=True)
-    write_record(run_record(config, 0, runs, experiment='planted-tag', command='python benchmarks/planted_tag.py'), RECORD)
+    command = 'python benchmarks/planted_tag.py'
+    write_record(run_record(config, 0, runs, experiment='planted-tag', command=command), RECORD)
     return runs
 
 
@@ -196,7 +198,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('--seeds', type=int, nargs='+', default=list(range(10)))
     parser.add_argument('--shares', type=float, nargs='+', default=[SHARE, 0.])
-    parser.add_argument('--images', type=int, default=1200, help='scenes to train on and explain')
+    parser.add_argument('--images', type=int, default=800, help='scenes to train on and explain')
     parser.add_argument('--epochs', type=int, default=3)
     parser.add_argument('--base', type=Path, default=Path(tempfile.gettempdir())/'planted-tag-base.pt')
     parser.add_argument('--report', type=Path, help='write the report of the last run too')

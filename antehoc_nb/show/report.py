@@ -34,10 +34,17 @@ from .explain_many import GRID, Explained, read_explained
 from .plots import MAP_COLOURS, concept_regions
 
 # %% ../../nbs/show/35_report.ipynb #31c1cb43
+def _overlap(side, start, stop):
+    "Which share of each of `side` cells lies between two places in 0..1"
+    edges = np.arange(side + 1) / side
+    return np.clip(np.minimum(edges[1:], stop) - np.maximum(edges[:-1], start), 0, None) * side
+
+
 def _grid_energy(maps):
     "Share of the energy in each cell of the grid, (n,GRID,GRID), of maps (n,h,w); NaN for empty maps"
-    energy = F.interpolate(torch.as_tensor(maps)[:, None].double(), [64, 64], mode='area')
-    cells = F.adaptive_avg_pool2d(energy, GRID)[:, 0].numpy()
+    edges = np.arange(GRID) / GRID
+    down, across = (np.stack([_overlap(side, edge, edge + 1 / GRID) for edge in edges]) for side in maps.shape[1:])
+    cells = down @ maps.astype('float64') @ across.T
     total = cells.sum((1, 2), keepdims=True)
     return np.divide(cells, total, out=np.full_like(cells, np.nan), where=total > 0)
 
@@ -160,12 +167,6 @@ def sample_maps(
                      dict(zip(names.tolist(), counts.tolist())), int((~full).sum()))
 
 # %% ../../nbs/show/35_report.ipynb #985ba975
-def _overlap(side, start, stop):
-    "Which share of each of `side` cells lies between two places in 0..1"
-    edges = np.arange(side + 1) / side
-    return np.clip(np.minimum(edges[1:], stop) - np.maximum(edges[:-1], start), 0, None) * side
-
-
 def _border(side):
     "Share of each cell that lies in the outer eighth of the image, (side,side)"
     inner = _overlap(side, 1 / 8, 7 / 8)
@@ -330,8 +331,8 @@ def _found_groups(sample, features, seed):
     for name in sample.n_of_class:
         places = np.flatnonzero(sample.classes == name)
         if not len(places): continue
-        mixed = rng.permutation(places)
-        first, second = np.split(mixed, [(len(mixed) + 1) // 2]) if len(mixed) >= LEAST_IMAGES else (mixed, mixed[:0])
+        mixed, halves = rng.permutation(places), LEAST_IMAGES <= len(places) < len(sample)
+        first, second = np.split(mixed, [(len(mixed) + 1) // 2 if halves else len(mixed)])
         numbers = find_groups(sample.maps[first], seed=seed)
         found[name] = places, second, _Assignment(features[first], numbers)
     return found
@@ -675,7 +676,7 @@ def _classes_plot(of_class, most=40):
 
 
 def _trust_plot(trust):
-    rows = [dict(name=name, drop=_finite(row.drop), low=_finite(row.low), high=_finite(row.high))
+    rows = [dict(name=name, drop=_finite(row['drop']), low=_finite(row['low']), high=_finite(row['high']))
             for name, row in trust.table.iterrows()]
     said = ', '.join(f'{row["name"]} {row["drop"]:.1f} %' for row in rows)
     spec = _bars(rows, 'name', 'drop', 'average drop in %, lower is better', low='low', high='high')
