@@ -42,7 +42,7 @@ def loaders(images, labels, valid):
     vocab = PhotoDigits.vocab
     pairs = ([(image, vocab[label]) for image, label in zip(*part, strict=True)]
              for part in ((images, labels), (valid.images, valid.labels)))
-    return labelled_dls(*pairs, vocab, 50, Fit(SIZE), None, num_workers=0)
+    return labelled_dls(*pairs, vocab, 40, Fit(SIZE), None, num_workers=0)
 
 
 def base_cnn(file, n=3000, epochs=4):
@@ -198,7 +198,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('--seeds', type=int, nargs='+', default=list(range(10)))
     parser.add_argument('--shares', type=float, nargs='+', default=[SHARE, 0.])
-    parser.add_argument('--images', type=int, default=800, help='scenes to train on and explain')
+    parser.add_argument('--images', type=int, default=1000, help='scenes to train on and explain')
     parser.add_argument('--epochs', type=int, default=3)
     parser.add_argument('--base', type=Path, default=Path(tempfile.gettempdir())/'planted-tag-base.pt')
     parser.add_argument('--report', type=Path, help='write the report of the last run too')

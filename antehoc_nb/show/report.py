@@ -253,16 +253,18 @@ def _first_eigenvalues(graph, count):
 
 def find_groups(
     maps: np.ndarray, # of one class, (n,s,s), the sum of each is 1
-    most: int = MOST_GROUPS, # groups, >= 1
+    most: int = MOST_GROUPS, # groups, >= 2
     seed: int = 0, # of spectral clustering
 ) -> np.ndarray: # number of the group of each map, (n,), the largest group is 0
-    "Groups of maps that are alike: spectral clustering, as many as the eigengap says. One group for under 10 maps."
+    """Groups of maps that are alike: spectral clustering, two or as many as the eigengap says. Under 10 maps are one.
+
+    `ValueError` for another `most`."""
+    if most < 2: raise ValueError(f'most={most}: allow at least two groups')
     if len(maps) < 10: return np.zeros(len(maps), int)
     from sklearn.cluster import SpectralClustering
     graph = _neighbour_graph(_features(maps))
     eigenvalues = _first_eigenvalues(graph, min(most, len(maps) - 1) + 1).clip(0) + .05
-    n_groups = int((eigenvalues[1:] / eigenvalues[:-1]).argmax()) + 1
-    if n_groups == 1: return np.zeros(len(maps), int)
+    n_groups = int((eigenvalues[2:] / eigenvalues[1:-1]).argmax()) + 2
     clustering = SpectralClustering(n_groups, affinity='precomputed', assign_labels='cluster_qr', random_state=seed)
     with warnings.catch_warnings():  # groups without any link between them are what is looked for
         warnings.filterwarnings('ignore', message='Graph is not fully connected')
