@@ -420,7 +420,7 @@ def _by_memory(calls):
     return list(groups.values())
 
 
-_BRANCH = re.compile('attention|attn|mlp|feedforward|ffn|embed', re.IGNORECASE)  # in the names of classes of parts of blocks
+_BRANCH = re.compile('attention|attn|mlp|feedforward|ffn|embed', re.IGNORECASE)  # classes of parts of blocks
 
 
 def _sums(blocks):
@@ -530,8 +530,8 @@ def _choose(cnn, sample, eta):
         raise ValueError(f'eta={eta!r}: give a whole number of layers, 1 or more')
     found = candidate_layers(cnn, sample)
     if not found:
-        raise ValueError(f'cnn: no activation of {type(cnn).__name__} can be recorded: none of shape (B,C,H,W) has more '
-                         'than one pixel and comes after a convolution; give larger images as the sample')
+        raise ValueError(f'cnn: no activation of {type(cnn).__name__} can be recorded: none of shape (B,C,H,W) has '
+                         'more than one pixel and comes after a convolution; give larger images as the sample')
     if eta is None: eta = min(8, len(found))
     return tuple(layer.name for layer in _evenly_spaced(found, eta))
 
