@@ -33,11 +33,11 @@ def small_vit(options):
     torch.manual_seed(options.seed)
     sizes = dict(img_size=options.size, patch_size=options.patch, embed_dim=options.width, depth=options.depth)
     vit = timm.models.VisionTransformer(**sizes, num_heads=options.width // 32, num_classes=10, mlp_ratio=2)
-    stem, channels = [], 3
+    stem, channels, width = [], 3, options.width // 2
     for _ in range(options.patch.bit_length() - 1):
-        stem += [nn.Conv2d(channels, options.width // 2, 3, 2, 1, bias=False), nn.BatchNorm2d(options.width // 2), nn.ReLU()]
-        channels = options.width // 2
-    vit.patch_embed.proj = nn.Sequential(*stem, nn.Conv2d(channels, options.width, 1))
+        stem += [nn.Conv2d(channels, width, 3, 2, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+        channels = width
+    vit.patch_embed.proj = nn.Sequential(*stem, nn.Conv2d(width, options.width, 1))
     return vit
 
 

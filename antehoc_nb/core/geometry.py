@@ -71,7 +71,7 @@ def _changes_of_resolution(calls):
 
 
 def _padded_grid(grids, size, width):
-    "The grid of `size`, which is known, or was padded by a function for a kernel: by as much on both sides, or one more"
+    "The grid of `size`, which is known, or was padded by a function: by as much on both sides, or one more"
     if size in grids: return grids[size]
     for known, grid in reversed(grids.items()):
         added = [pixels - cells for pixels, cells in zip(size, known)]

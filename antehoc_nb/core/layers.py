@@ -122,7 +122,7 @@ def _work(module, args, output, images):
     else: return 0
     return places * weights.numel() if places > images else 0
 
-# %% ../../nbs/core/01_layers.ipynb #1a5eef40
+# %% ../../nbs/core/01_layers.ipynb #d4936953
 class _CallLog:
     "The module calls of one thread, as forward hooks note them"
     def __init__(self, images):
@@ -207,7 +207,7 @@ def parse_layer(spec: str, # A layer's name with its suffixes
     name, index, _, suffix = _split(spec)
     return name, int(index or 0), bool(suffix)
 
-# %% ../../nbs/core/01_layers.ipynb #8c7e8af5
+# %% ../../nbs/core/01_layers.ipynb #8027f9f9
 def token_grid(n: int, # How many tokens
                size: tuple[int, int], # (H,W) of the image
               ) -> tuple[int, int]: # Rows and columns
@@ -360,7 +360,7 @@ def _fault(output):
     return None
 
 
-# %% ../../nbs/core/01_layers.ipynb #3ed551ba
+# %% ../../nbs/core/01_layers.ipynb #b321e028
 _MOST_LEFT_OUT = 16  # tokens before the first place: class, distillation, registers
 
 
@@ -413,14 +413,14 @@ def _is_block(call, images, size):
     shape = call.output.shape
     return _aspect_error(shape[1:3], size) < _aspect_error(shape[2:], size)
 
-# %% ../../nbs/core/01_layers.ipynb #d5853b6d
+# %% ../../nbs/core/01_layers.ipynb #a698266c
 def _by_memory(calls):
     groups = {}
     for call in calls: groups.setdefault(_memory(call.output), []).append(call)
     return list(groups.values())
 
 
-_BRANCH = re.compile('attention|attn|mlp|feedforward|ffn|embed', re.IGNORECASE)  # in the names of classes of parts of blocks
+_BRANCH = re.compile('attention|attn|mlp|feedforward|ffn|embed', re.IGNORECASE)  # classes of parts of blocks
 
 
 def _sums(blocks):
@@ -465,7 +465,7 @@ def _late_layers(calls, outputs, images, size, last):
               and len(call.output) == images]
     return _with_layouts(_by_memory(blocks), outputs, _conv_sizes(calls), size)[0]
 
-# %% ../../nbs/core/01_layers.ipynb #c5810e6c
+# %% ../../nbs/core/01_layers.ipynb #9840ac4e
 def _judge_layers(cnn, sample):
     "All that could be recorded, why some of it can't be (name -> reason), and why blocks of a transformer can't be"
     image = as_inputs(sample)[0]
@@ -484,7 +484,7 @@ def _judge_layers(cnn, sample):
                if _memory(call.output) not in known}
     return _with_stages([layers[id(call)] for call in calls if id(call) in layers]), faults, block_faults
 
-# %% ../../nbs/core/01_layers.ipynb #ad1e0e86
+# %% ../../nbs/core/01_layers.ipynb #9eca7549
 def candidate_layers(cnn: nn.Module, # Any network
                      sample, # Input like the ones to come, (B,C,H,W); a tuple if the CNN takes several
                     ) -> list[Layer]: # In order of computation
@@ -530,8 +530,8 @@ def _choose(cnn, sample, eta):
         raise ValueError(f'eta={eta!r}: give a whole number of layers, 1 or more')
     found = candidate_layers(cnn, sample)
     if not found:
-        raise ValueError(f'cnn: no activation of {type(cnn).__name__} can be recorded: none of shape (B,C,H,W) has more '
-                         'than one pixel and comes after a convolution; give larger images as the sample')
+        raise ValueError(f'cnn: no activation of {type(cnn).__name__} can be recorded: none of shape (B,C,H,W) has '
+                         'more than one pixel and comes after a convolution; give larger images as the sample')
     if eta is None: eta = min(8, len(found))
     return tuple(layer.name for layer in _evenly_spaced(found, eta))
 

@@ -508,7 +508,7 @@ class AntehocModel(nn.Module):
 @patch
 @contextmanager
 def _trial(self: AntehocModel, sample):
-    "Inside the block, a copy of the CNN stands in for it, so that nothing that is tried out changes it; yields the sample"
+    "Inside the block, a copy of the CNN stands in for it, so that nothing that is tried changes it; yields the sample"
     if sample is False:
         yield sample
         return
@@ -539,9 +539,10 @@ def _check_unseen(self: AntehocModel, share):
     "Note the share of the computation that comes after the last layer, and warn if it is most of it"
     self.unseen = share
     if share <= .5: return
-    self._warn_once('unseen', f'AntehocModel: {share:.0%} of the multiply-adds of {type(self.cnn).__name__} come after the '
-                    f'last layer that is recorded, {self.layers[-1]!r}, so the map does not show what they look at; name '
-                    'later layers with layers=[...] (layer_table(cnn, images) lists them)', level=6)
+    kind = type(self.cnn).__name__
+    self._warn_once('unseen', f'AntehocModel: {share:.0%} of the multiply-adds of {kind} come after the last layer '
+                    f'that is recorded, {self.layers[-1]!r}, so the map does not show what they look at; name later '
+                    'layers with layers=[...] (layer_table(cnn, images) lists them)', level=6)
 
 
 @patch

@@ -132,14 +132,15 @@ def _as_size(value):
 
 def own_sizes(cnn: nn.Module, # Any network
              ) -> list[tuple[int, int]]: # (H,W), the likeliest first; empty if it says none
-    """The sizes of images that a network says it was made for: by an attribute of a module, such as timm's `img_size` and
+    """The sizes of images that a network says it was made for: by an attribute of a module, as timm's `img_size` and
     torchvision's `image_size`, by the `config` of Hugging Face or by timm's `pretrained_cfg`."""
     modules, found = list(cnn.modules()), []
     for name in ('img_size', 'image_size'): found += [getattr(module, name, None) for module in modules]
     found += [getattr(getattr(module, 'config', None), 'image_size', None) for module in modules]
     for name in ('pretrained_cfg', 'default_cfg'):
         for config in (getattr(module, name, None) for module in modules):
-            found.append(config.get('input_size') if isinstance(config, Mapping) else getattr(config, 'input_size', None))
+            get = config.get if isinstance(config, Mapping) else partial(getattr, config)
+            found.append(get('input_size', None))
     return list(dict.fromkeys(filter(None, map(_as_size, found))))
 
 
@@ -438,8 +439,8 @@ def frozen(cnn: nn.Module): # The network that pass 2 must not change
 # %% ../../nbs/core/00_utils.ipynb #e85f1fa3
 @contextmanager
 def trial_copy(network: nn.Module): # Any network
-    """A copy to try things out on, without hooks that only watch. If it can't be copied, the network itself, whose weights
-    and buffers are as before after the block."""
+    """A copy to try things out on, without hooks that only watch. If it can't be copied, the network itself, whose
+    weights and buffers are as before after the block."""
     with _hooks.off(every_module(network)):
         try: copied = deepcopy(network)
         except Exception: copied = None
