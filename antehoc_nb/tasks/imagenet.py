@@ -280,13 +280,15 @@ def _draw_sheet(squares, titles, said, maps):
     columns, rows = 1 + len(maps), -(-len(squares) // 2)
     size = 1.28 * 2 * columns, 1.5 * rows
     fig, axs = plt.subplots(rows, 2 * columns, figsize=size, layout='constrained', squeeze=False)
+    fig.get_layout_engine().set(h_pad=.09)
     for ax in axs.flat: ax.axis('off')
     panels = [row[start:start + columns] for row in axs for start in (0, columns)]
     for i, (square, panel) in enumerate(zip(squares, panels)):
         rgb = np.asarray(square) / 255
         panel[0].imshow(rgb)
-        panel[0].set_title(f'{said[i]}\n', fontsize=7, loc='left', pad=2)
-        panel[0].text(0, -.03, titles[i], fontsize=4.5, va='top', transform=panel[0].transAxes)
+        panel[0].set_title(said[i], fontsize=7, loc='left', pad=2)
+        credit = panel[0].text(0, -.03, titles[i], fontsize=4.5, va='top', transform=panel[0].transAxes)
+        credit.set_in_layout(False)
         for ax, (title, of_kind) in zip(panel[1:], maps.items()):
             show_map(square, of_kind[i], ax)
             if i < 2: ax.set_title(title, fontsize=7, pad=2)
