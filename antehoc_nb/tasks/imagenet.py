@@ -122,9 +122,11 @@ _CONTROLS = WRONG_TARGET, 'plain average of layers', 'gaussian'
 IMAGENET_SETTINGS = dict(nets=IMAGENET_NETS, metrics=('faithfulness', 'insertion_deletion', 'grid_pointing'), lr=4e-3)
 IMAGENET_PROFILES = Registry('profile')
 IMAGENET_PROFILES.update(
-    smoke=dict(arch='small_cnn', pretrained=False, size=32, train_size=24, bs=4, eta=6, n_test=8, n_valid=4, others=(), n_others=0,
+    smoke=dict(arch='small_cnn', pretrained=False, size=32, train_size=24, bs=4, eta=6, n_test=8, n_valid=4,
+               others=(), n_others=0,
                images={row: 12 for row in IMAGENET_NETS}, n_slow=4, steps=2, mosaic_confidence=0., seed=0),
-    transfer=dict(arch=IMAGENET_ARCH, pretrained=True, size=IMAGENET_SIZE, train_size=160, bs=16, eta=8, n_test=200, n_valid=60,
+    transfer=dict(arch=IMAGENET_ARCH, pretrained=True, size=IMAGENET_SIZE, train_size=160, bs=16, eta=8, n_test=200,
+                  n_valid=60,
                   others=('flickr8k/flickr8k_1000.tar',), n_others=600,
                   images={CLASS_AGNOSTIC: 1900, CLASS_SPECIFIC: 2800, 'ante-hoc': 1900},  # that each network sees
                   n_slow=20, steps=4, mosaic_confidence=.5, seed=0))
