@@ -183,7 +183,7 @@ def bars_on_terminals(learn: Learner, # About to be trained
 
 # %% ../../nbs/tasks/50_experiment.ipynb #cell0006
 EXPLANATION_SETTINGS = ('eta', 'layers', 'soft_attention', 'temperature', 'weight_net', 'class_specific', 'cells',
-                        'mask', 'fill', 'int_loss', 'train_cnn', 'keep_best')  # what a configuration may say about the explanation
+                        'mask', 'fill', 'int_loss', 'train_cnn', 'keep_best')  # what a configuration may say of it
 
 
 def train_run(dls, # fastai DataLoaders

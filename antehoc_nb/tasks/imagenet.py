@@ -122,9 +122,11 @@ _CONTROLS = WRONG_TARGET, 'plain average of layers', 'gaussian'
 IMAGENET_SETTINGS = dict(nets=IMAGENET_NETS, metrics=('faithfulness', 'insertion_deletion', 'grid_pointing'), lr=4e-3)
 IMAGENET_PROFILES = Registry('profile')
 IMAGENET_PROFILES.update(
-    smoke=dict(arch='small_cnn', pretrained=False, size=32, train_size=24, bs=4, eta=6, n_test=8, n_valid=4, others=(), n_others=0,
+    smoke=dict(arch='small_cnn', pretrained=False, size=32, train_size=24, bs=4, eta=6, n_test=8, n_valid=4,
+               others=(), n_others=0,
                images={row: 12 for row in IMAGENET_NETS}, n_slow=4, steps=2, mosaic_confidence=0., seed=0),
-    transfer=dict(arch=IMAGENET_ARCH, pretrained=True, size=IMAGENET_SIZE, train_size=160, bs=16, eta=8, n_test=200, n_valid=60,
+    transfer=dict(arch=IMAGENET_ARCH, pretrained=True, size=IMAGENET_SIZE, train_size=160, bs=16, eta=8, n_test=200,
+                  n_valid=60,
                   others=('flickr8k/flickr8k_1000.tar',), n_others=600,
                   images={CLASS_AGNOSTIC: 1900, CLASS_SPECIFIC: 2800, 'ante-hoc': 1900},  # that each network sees
                   n_slow=20, steps=4, mosaic_confidence=.5, seed=0))
@@ -280,13 +282,15 @@ def _draw_sheet(squares, titles, said, maps):
     columns, rows = 1 + len(maps), -(-len(squares) // 2)
     size = 1.28 * 2 * columns, 1.5 * rows
     fig, axs = plt.subplots(rows, 2 * columns, figsize=size, layout='constrained', squeeze=False)
+    fig.get_layout_engine().set(h_pad=.09)
     for ax in axs.flat: ax.axis('off')
     panels = [row[start:start + columns] for row in axs for start in (0, columns)]
     for i, (square, panel) in enumerate(zip(squares, panels)):
         rgb = np.asarray(square) / 255
         panel[0].imshow(rgb)
-        panel[0].set_title(f'{said[i]}\n', fontsize=7, loc='left', pad=2)
-        panel[0].text(0, -.03, titles[i], fontsize=4.5, va='top', transform=panel[0].transAxes)
+        panel[0].set_title(said[i], fontsize=7, loc='left', pad=2)
+        credit = panel[0].text(0, -.03, titles[i], fontsize=4.5, va='top', transform=panel[0].transAxes)
+        credit.set_in_layout(False)
         for ax, (title, of_kind) in zip(panel[1:], maps.items()):
             show_map(square, of_kind[i], ax)
             if i < 2: ax.set_title(title, fontsize=7, pad=2)
