@@ -538,8 +538,8 @@ def _tell_report(found, seconds, output):
     groups = [dict(group=f'{group.class_name}, group {group.number}', place=group.place, score=group.score,
                    share=group.share) for group in found.candidates]
     for group in groups[:5]:
-        output.say(f'{group["group"]}: the map is at the {group["place"]}; at least {group["score"]:.1f} times as common '
-                   'as in other classes')
+        output.say(f'{group["group"]}: the map is at the {group["place"]}; at least {group["score"]:.1f} times as '
+                   'common as in other classes')
     n = len(groups)
     summary = f'{n} candidate{"s" * (n != 1)} for a shortcut; open {found.path} in a browser'
     drops = None if found.trust is None else found.trust.table['drop'].round(2).to_dict()
