@@ -440,6 +440,7 @@ def _with_layouts(groups, outputs, sizes, size):
             output = outputs.get((call.name, call.index))
             if output is None: continue
             layout, fault = _find_layout(output, size, sizes, strict=output.shape[1] not in shown)
+            if not fault and not layout.suffix and not call.alone: continue  # the recorder takes whole tensors there
             if not fault:
                 found.append((call, layout))
                 if output.ndim == 3: shown.add(output.shape[1])  # later blocks look further, in the same order
