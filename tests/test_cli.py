@@ -424,7 +424,7 @@ def test_everything_that_can_be_reproduced_is_found():
         experiment = find_experiment(name)
         assert name in experiment.tables or name in experiment.figures
         for dataset in experiment.datasets:
-            for profile in ('smoke', 'cpu', 'paper'): assert experiment.config(dataset, profile)['dataset'] == dataset
+            for profile in experiment.profiles: assert experiment.config(dataset, profile)['dataset'] == dataset
 
 
 @pytest.mark.slow

@@ -567,7 +567,8 @@ def _choose_weight_net(self: AntehocModel, name, sample, channels, classes, clas
 def _find_sizes(self: AntehocModel, sample, classes, class_specific):
     """Channels of the layers and number of classes, from a forward pass; no number for a class-agnostic map.
 
-    `ValueError` if there are not as many classes as given, or none although a class-specific map is wanted."""
+    `ValueError` if there are not as many classes as given, or none although a class-specific map is wanted, and for a
+    segmentation without a class at each pixel."""
     def n_channels(activation): return activation.shape[1]
     with torch.no_grad(), frozen(self.cnn):
         out, channels = record_sams(self.cnn, self.layers, as_inputs(sample), attention=n_channels)
@@ -575,9 +576,12 @@ def _find_sizes(self: AntehocModel, sample, classes, class_specific):
     explained = explained_output(out, self.output)
     if not isinstance(explained, torch.Tensor): self._several_outputs = describe_outputs(out)
     self._note_segmentation(out, explained)
+    if self.task == 'segmentation' and not _is_scores(explained, 4):
+        got = tuple(explained.shape) if isinstance(explained, torch.Tensor) else type(explained).__name__
+        raise ValueError(f"meta: the output of a CNN of task='segmentation' must be (B,K,h,w) with K > 1, got {got}")
     wanted = class_specific or classes is not None
     if class_specific is False or not (wanted or self._can_have_targets(explained)): return channels, None
-    if self.task == 'segmentation' and _is_scores(explained, 4): return channels, explained.shape[1]
+    if self.task == 'segmentation': return channels, explained.shape[1]
     if self.task == 'embedding' and _is_scores(explained, 2): return channels, explained.shape[1]
     if not isinstance(explained, torch.Tensor) and self._several_outputs.startswith("'"):
         raise ValueError(f'class_specific=True: the CNN gives several outputs, {self._several_outputs}; say which one '

@@ -22,6 +22,7 @@ from fastai.data.core import DataLoaders
 from fastai.vision.augment import RandomCrop, Resize
 from torch import nn
 
+from ..core.geometry import resize
 from ..core.interpretation_loss import int_losses
 from ..core.model import AntehocModel
 from ..core.utils import Registry, check_config, eval_mode, plain_tensor, tensor_digest, weights_digest
@@ -274,6 +275,7 @@ def photograph_sheet(dataset: str = 'imagenet600', profile: str = 'transfer', # 
         title: _kept_maps(name, model, explanation.image, target, folder) for title, name in explainers.items()}
     shares = explanation.probabilities.amax(1).tolist()
     said = [f'{imagenet_names()[k]} {share:.0%}' for k, share in zip(target.tolist(), shares)]
+    maps = {title: resize(of_kind, squares[0].size) for title, of_kind in maps.items()}
     return _draw_sheet(squares, titles, said, maps)
 
 

@@ -747,9 +747,10 @@ def before_batch(self: TwoPass):
     if self.training and not len(self.yb):
         raise ValueError('the training batches have no labels, and without labels fastai does not train: '
                          'a batch must be (images, labels)')
-    if self._border_sample is not None and self.x.shape[1] != self._border_sample[0].shape[1]:
-        raise _channels_error(self.x.shape[1], self._border_sample[0].shape[1])
-    if self.training and not self.iter: self.antehoc.check_training_images(self.x, 'TwoPass')
+    images = self.xb[0]
+    if self._border_sample is not None and images.shape[1] != self._border_sample[0].shape[1]:
+        raise _channels_error(images.shape[1], self._border_sample[0].shape[1])
+    if self.training and not self.iter: self.antehoc.check_training_images(images, 'TwoPass')
     self.antehoc.recording = self.training or not hasattr(self.learn, 'gather_preds')
     self.antehoc.cnn_learns = self.train_cnn
 
