@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import fields, is_dataclass
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -377,10 +377,49 @@ def always_called(hook: Callable) -> Callable: # A forward hook of this library,
 
 
 def only_watches(hook: Callable) -> bool: # A forward hook
-    "Whether a forward hook can't change what a network computes. Those of torch and of this library are left alone."
+    "Whether a forward hook can't change any output. Those of torch and of this library are left alone."
     code = _code_of(hook)
     if code is None or hasattr(hook, 'always_called') or _defined_in(hook) in ('torch', 'antehoc_nb'): return False
     return _returns_nothing(code)
+
+# %% ../../nbs/core/00_utils.ipynb #b461fdb8
+_SHARED = (type(None), bool, int, float, str, bytes, type)  # of which different objects can be the same one
+
+
+def _ids(objects): return {id(thing) for thing in objects if not isinstance(thing, _SHARED)}
+
+
+def _held_by(modules):
+    "Ids of modules and of what their attributes hold, also in lists and mappings; without their hooks"
+    held = _ids(modules)
+    for module in modules:
+        attributes = [value for name, value in vars(module).items()
+                      if not (name.startswith('_') and name.endswith('_hooks'))]
+        held |= _ids(attributes)
+        for value in attributes:
+            if isinstance(value, (Mapping, list, tuple, set)):
+                held |= _ids(value.values() if isinstance(value, Mapping) else value)
+    return held
+
+
+def _in_closure(hook):
+    "Ids of what the closure of a hook holds"
+    while isinstance(hook, partial): hook = hook.func
+    found = []
+    for cell in getattr(getattr(hook, '__func__', hook), '__closure__', None) or ():
+        try: found.append(cell.cell_contents)
+        except ValueError: pass  # not bound yet
+    return _ids(found)
+
+
+def _works_with(hook):
+    "Ids of the object that a hook belongs to, and of what its closure and its partial arguments hold"
+    closure, used = _in_closure(hook), []
+    while isinstance(hook, partial):
+        used += [*hook.args, *hook.keywords.values()]
+        hook = hook.func
+    used.append(getattr(hook, '__self__', None if inspect.isfunction(hook) else hook))
+    return closure | _ids(used)
 
 
 class _SilentHooks:
@@ -389,9 +428,9 @@ class _SilentHooks:
         self.lock = threading.Lock()
         self.open_blocks = {}  # module -> [number of open blocks, its hooks in order, the ones that were taken off]
 
-    def _take_off(self, module):
+    def _take_off(self, module, held):
         hooks = module._forward_hooks
-        watching = {key: hook for key, hook in hooks.items() if only_watches(hook)}
+        watching = {key: hook for key, hook in hooks.items() if only_watches(hook) and not _works_with(hook) & held()}
         if not watching and module not in self.open_blocks: return False
         entry = self.open_blocks.setdefault(module, [0, list(hooks), {}])
         entry[0] += 1
@@ -412,8 +451,10 @@ class _SilentHooks:
 
     @contextmanager
     def off(self, modules):
-        with self.lock: mine = [module for module in modules
-                                if (module._forward_hooks or module in self.open_blocks) and self._take_off(module)]
+        held = cache(lambda: _held_by(modules))  # found only where there are hooks
+        with self.lock:
+            mine = [module for module in modules
+                    if (module._forward_hooks or module in self.open_blocks) and self._take_off(module, held)]
         try: yield
         finally:
             with self.lock:
@@ -436,13 +477,22 @@ def frozen(cnn: nn.Module): # The network that pass 2 must not change
     hooks_off = _hooks.off(every_module(cnn))
     with _requires_grad.off(learning), eval_mode(cnn), torch.random.fork_rng(devices), hooks_off: yield
 
+# %% ../../nbs/core/00_utils.ipynb #532de2ee
+def _copies_follow(network):
+    "Whether the hooks of a copy would work with the copy: a function that is copied keeps its closure"
+    modules = every_module(network)
+    hooks = [hook for module in modules for hook in module._forward_hooks.values()]
+    if not hooks: return True
+    held = _held_by(modules)
+    return not any(_in_closure(hook) & held for hook in hooks)
+
 # %% ../../nbs/core/00_utils.ipynb #e85f1fa3
 @contextmanager
 def trial_copy(network: nn.Module): # Any network
     """A copy to try things out on, without hooks that only watch. If it can't be copied, the network itself, whose
     weights and buffers are as before after the block."""
     with _hooks.off(every_module(network)):
-        try: copied = deepcopy(network)
+        try: copied = deepcopy(network) if _copies_follow(network) else None
         except Exception: copied = None
     if copied is not None: yield copied
     else:

@@ -199,7 +199,7 @@ def test_hybrids_are_seen_to_the_end(name):
 
 
 TIMM = dict(vit_tiny_patch16_224=dict(img_size=64, depth=2), deit_tiny_distilled_patch16_224=dict(img_size=64, depth=2),
-            vit_little_patch16_reg4_gap_256=dict(img_size=64, depth=2), mixer_s32_224=dict(img_size=64, num_blocks=2),
+            vit_little_patch16_reg4_gap_256=dict(img_size=64, depth=2), mixer_s32_224=dict(img_size=64),
             swin_tiny_patch4_window7_224=dict(img_size=64, window_size=4, depths=(1, 1, 1, 1), embed_dim=24),
             poolformerv2_s12={}, pvt_v2_b0={}, mobilevit_xxs={}, efficientvit_m0=dict(img_size=64))
 LAYOUTS = dict(vit_tiny_patch16_224='@tokens-1', deit_tiny_distilled_patch16_224='@tokens-2', mixer_s32_224='@tokens',
@@ -233,7 +233,8 @@ def test_transformers_of_hugging_face(name):
     model = AntehocModel(cnn)
     explanation = model.explain(x)
     assert explanation.map.shape == (2, 1, 64, 64) and explanation.map.flatten(1).std(1).min() > 0
-    assert model.unseen < .2 and torch.equal(explanation.pred.logits, cnn(x).logits)
+    assert model.unseen < .2
+    torch.testing.assert_close(explanation.pred.logits, cnn(x).logits)
     suffixes = dict(ViT='@tokens-1', Swin='@tokens', ConvNext='')
     assert {layer_layout(layer).suffix for layer in model.layers} == {suffixes[name]}
 

@@ -1,5 +1,6 @@
 """A network that writes when it runs, or is watched, is as in plain training, to the bit."""
 from copy import deepcopy
+from functools import partial
 
 import pytest
 import torch
@@ -164,3 +165,45 @@ def test_the_own_size_of_a_network(cnn, said):
 def test_a_size_that_is_said_but_wrong(cnn):
     network = OneSize(cnn(), (128, 128), dict(img_size=(64, 64)))
     assert AntehocModel(network).eta == 3
+
+
+# --- Hooks that the network itself reads
+
+class Skipping(nn.Module):
+    "Adds to its output what a hook has stored, in one of the ways that a hook can reach it"
+    def __init__(self, way):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.head = nn.Linear(8, 3)
+        self.stored = stored = {}
+
+        def in_closure(module, args, output): stored.update(out=output)
+
+        def with_argument(kept, module, args, output): kept.update(out=output)
+        hooks = dict(closure=in_closure, partial=partial(with_argument, stored), method=self.keep,
+                     other=Keeper(stored).keep)
+        if way == 'other': self.keepers = [hooks['other'].__self__]
+        self.first.register_forward_hook(hooks[way])
+
+    def keep(self, module, args, output): self.stored.update(out=output)
+
+    def forward(self, x):
+        out = self.second(self.first(x).relu()).relu() + self.stored['out']
+        return self.head(out.mean((2, 3)))
+
+
+class Keeper:
+    def __init__(self, stored): self.stored = stored
+    def keep(self, module, args, output): self.stored.update(out=output)
+
+
+@pytest.mark.parametrize('way', ['closure', 'partial', 'method', 'other'])
+def test_hooks_that_the_network_reads_are_called(way):
+    "Without them, pass 2 would read what pass 1 has left."
+    torch.manual_seed(0)
+    cnn, x = Skipping(way), torch.rand(2, 3, 16, 16)
+    model = AntehocModel(cnn, x, eta=2)  # before it ever ran
+    expected = cnn(x).detach()
+    cnn(torch.rand(1, 3, 16, 16))
+    with frozen(cnn): assert torch.equal(cnn(x), expected)
+    assert torch.equal(model.explain(x).pred, expected)
