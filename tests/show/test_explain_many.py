@@ -141,6 +141,7 @@ def test_the_label_is_the_nearest_folder_that_is_a_class():
 
 @pytest.mark.slow
 def test_class_names_that_look_like_nothing(tmp_path):
+    pytest.importorskip('pyarrow')
     images = fill(tmp_path/'in', 6, ('NA', 'None'))
     explain_many(make_model(('NA', 'None')), images, tmp_path/'out', **USUAL)
     explain_many(make_model(('NA', 'None')), images, tmp_path/'other', table='parquet', **USUAL)
@@ -151,6 +152,7 @@ def test_class_names_that_look_like_nothing(tmp_path):
 
 @pytest.mark.slow
 def test_names_of_every_kind(model, tmp_path):
+    pytest.importorskip('pyarrow')
     names = ['a b.png', 'ü.png', 'with "quotes", commas.png', 'two\nlines.png', os.fsdecode(b'\xff.png'), 'UPPER.PNG']
     (tmp_path/'in').mkdir()
     for i, name in enumerate(names): picture(i).save(tmp_path/'in'/name)
@@ -189,6 +191,7 @@ def test_bad_files_are_rows(model, tmp_path):
 
 
 def test_nothing_but_bad_files(model, tmp_path):
+    pytest.importorskip('pyarrow')
     (tmp_path/'in').mkdir()
     for i in range(10): (tmp_path/'in'/f'{i}.jpg').write_bytes(b'')
     for maps in ('npz', 'png', 'parquet'):
@@ -567,6 +570,7 @@ def test_settings_that_cannot_be(model, tmp_path, settings, message):
     ('https://x.org/a.tar', ValueError,
      'https://x.org/a.tar is an address; download it first, images are read from files')])
 def test_sources_that_are_none(model, tmp_path, source, error, message):
+    if source == 'no.tar': pytest.importorskip('webdataset')
     (tmp_path/'empty').mkdir()
     path = source if ':' in source else tmp_path/source
     with pytest.raises(error) as caught: explain_many(model, path, tmp_path/'out', **USUAL)
