@@ -1,6 +1,7 @@
 """Same seeds, same threads, no windows, for every test."""
 import os
 import random
+import shutil
 
 os.environ['MPLBACKEND'] = 'Agg'  # also for processes that tests start
 
@@ -56,3 +57,15 @@ def without_figures():
 def own_cache(tmp_path_factory, monkeypatch):
     "Nothing a test unpacks or downloads lands in the user's cache."
     monkeypatch.setenv('ANTEHOC_CACHE', str(tmp_path_factory.getbasetemp()/'cache'))
+
+
+@pytest.fixture(scope='module')
+def browser():
+    "Chromium without a window, by Playwright"
+    sync_api = pytest.importorskip('playwright.sync_api', reason='no Playwright: pip install playwright')
+    chromium = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
+    if not chromium: pytest.skip('no Chromium: apt install chromium')
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=['--no-sandbox'])
+        yield browser
+        browser.close()

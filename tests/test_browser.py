@@ -30,17 +30,6 @@ def runtime():
     return package/'dist'
 
 
-@pytest.fixture(scope='module')
-def browser():
-    sync_api = pytest.importorskip('playwright.sync_api', reason='no Playwright: pip install playwright')
-    chromium = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
-    if not chromium: pytest.skip('no Chromium: apt install chromium')
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=['--no-sandbox'])
-        yield browser
-        browser.close()
-
-
 @pytest.fixture
 def site(tmp_path):
     "The page in a folder of its own, and its address"

@@ -590,17 +590,6 @@ def test_a_planted_tag_is_found(tmp_path):
     assert judged['rank'] == 1 and judged['candidates'] >= 1 and judged['tagged_in_group'] > .8
 
 
-@pytest.fixture(scope='module')
-def browser():
-    sync_api = pytest.importorskip('playwright.sync_api', reason='no Playwright: pip install playwright')
-    chromium = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
-    if not chromium: pytest.skip('no Chromium: apt install chromium')
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=['--no-sandbox'])
-        yield browser
-        browser.close()
-
-
 @pytest.fixture(params=[400, 1400])
 def tab(browser, request):
     "A tab that notes errors and requests"

@@ -3,7 +3,6 @@ import importlib.metadata
 import io
 import json
 import os
-import shutil
 import socket
 import struct
 import subprocess
@@ -443,17 +442,6 @@ def address(model):
     blocks = serve(model, port=free_port(), block=False, say=None)
     yield blocks.local_url
     blocks.close(verbose=False)
-
-
-@pytest.fixture(scope='module')
-def browser():
-    sync_api = pytest.importorskip('playwright.sync_api', reason='no Playwright: pip install playwright')
-    chromium = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
-    if not chromium: pytest.skip('no Chromium: apt install chromium')
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=['--no-sandbox'])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(params=[1400, 400])
