@@ -11,7 +11,6 @@ import multiprocessing
 import resource
 import tempfile
 import time
-import traceback
 import warnings
 from pathlib import Path
 
@@ -172,8 +171,7 @@ def _report(connection, network, gigabytes):
     warnings.simplefilter('ignore')
     try: found = check(network)
     except Exception as e:
-        found = dict(network=network, ok=False, reason=f'{type(e).__name__}: {e}'.strip()[:400],
-                     where=traceback.format_exc().strip().splitlines()[-4:-1])
+        found = dict(network=network, ok=False, reason=f'{type(e).__name__}: {e}'.strip()[:400])
     connection.send(found)
 
 
