@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['WIDTH', 'parameter_comments', 'type_text', 'parameter_table', 'signature_text', 'usage_text', 'own_methods',
            'SymbolRenderer', 'narrow_code', 'shows_checks_only', 'arrange_code', 'first_sentence', 'public_symbols',
-           'symbol_list', 'repaired_links', 'repair_links']
+           'symbol_list', 'page_module', 'write_entries', 'repaired_links', 'repair_links']
 
-# %% ../nbs/89_pages.ipynb #64f8b948
+# %% ../nbs/89_pages.ipynb #d00fb693
 import ast
 import inspect
 import io
@@ -26,12 +26,13 @@ from pathlib import Path
 from typing import Annotated, Union, get_args, get_origin
 
 from fastcore.docments import docments
+from fastcore.xtras import dict2obj
 from IPython.display import Markdown
 from nbdev.doclinks import NbdevLookup
 from nbdev.process import Processor
 from nbdev.showdoc import BasicMarkdownRenderer
 
-# %% ../nbs/89_pages.ipynb #1fb399f4
+# %% ../nbs/89_pages.ipynb #51d23239
 def _comments(source):
     "The comments in some source: line -> text, and the lines that hold nothing else"
     texts, alone = {}, set()
@@ -72,7 +73,7 @@ def parameter_comments(symbol, # A function or a class
     others = {k: v for k, v in (docments(symbol) or {}).items() if isinstance(v, str)} if not has_fields else {}
     return others | found
 
-# %% ../nbs/89_pages.ipynb #4a9e7a85
+# %% ../nbs/89_pages.ipynb #28bbfd37
 def _one_type(annotation):
     "A type in a word"
     if annotation is None or annotation is type(None): return 'None'
@@ -111,12 +112,12 @@ def _shown_name(parameter):
     stars = {inspect.Parameter.VAR_POSITIONAL: '*', inspect.Parameter.VAR_KEYWORD: '**'}.get(parameter.kind, '')
     option = _command_line(parameter)
     if option is None: return stars + parameter.name
-    given = [o for o in option.param_decls or () if o.startswith('-')]
+    given = [o for o in (option.default, *(option.param_decls or ())) if str(o).startswith('-')]
     if given: return given[0]
     is_option = 'Option' in type(option).__name__
     return f"--{parameter.name.replace('_', '-')}" if is_option else parameter.name.upper()
 
-# %% ../nbs/89_pages.ipynb #f3248714
+# %% ../nbs/89_pages.ipynb #9d495ebc
 def _in_cell(text):
     "Text for a cell of a table"
     parts = re.split(r'(`[^`]*`)', re.sub(r'\s+', ' ', text or '').strip())
@@ -148,7 +149,7 @@ def parameter_table(symbol, # A function or a class
     head = '| Parameter | Type | Default | Description |\n|-----|-----|----|--------------|'
     return '\n'.join([head, *(f"| {' | '.join(row)} |" for row in rows)])
 
-# %% ../nbs/89_pages.ipynb #68e8ea7b
+# %% ../nbs/89_pages.ipynb #2804d39b
 def _signature(symbol):
     try: return inspect.signature(symbol)
     except (TypeError, ValueError): return inspect.Signature()
@@ -182,36 +183,41 @@ def usage_text(command, signature: inspect.Signature):
     return ' '.join(['antehoc', command.replace('_', '-'), '[OPTIONS]', *arguments])
 
 
+_KINDS = dict(property='@property', cached_property='@property', classmethod='@classmethod',
+              staticmethod='@staticmethod')
+
+
+def _function_of(member):
+    "The function behind a member of a class, as it stands in the class, and its kind: '' for a plain one"
+    function = getattr(member, 'fget', None) or getattr(member, '__func__', None) or member
+    kind = _KINDS.get(type(member).__name__, '')
+    return (function.func if type(member).__name__ == 'cached_property' else function), kind
+
+
 def own_methods(cls: type, # A class
-               ) -> list: # (name, what is documented, the kind, such as '@property')
+               ) -> list: # (name, function, kind): '@property', '@classmethod', '@staticmethod' or ''
     "The public methods and properties with a docstring that stand in the body of a class."
     try: lines, first = inspect.getsourcelines(cls)
     except (OSError, TypeError): return []
     body = next(o for o in ast.parse(textwrap.dedent(''.join(lines))).body if isinstance(o, ast.ClassDef)).body
     here = {o.name for o in body if isinstance(o, ast.FunctionDef) and o.name[0] != '_'}
-    found = []
-    for name, member in vars(cls).items():
-        function = getattr(member, 'fget', None) or getattr(member, '__func__', None) or member
-        function = getattr(function, 'func', function)
-        if name not in here or not getattr(function, '__doc__', None): continue
-        kind = {'property': '@property', 'cached_property': '@property', 'classmethod': '@classmethod',
-                'staticmethod': '@staticmethod'}.get(type(member).__name__, '')
-        found.append((name, function, kind))
-    return found
+    members = [(name, *_function_of(member)) for name, member in vars(cls).items() if name in here]
+    return [row for row in members if getattr(row[1], '__doc__', None)]
 
-# %% ../nbs/89_pages.ipynb #4226f58c
+# %% ../nbs/89_pages.ipynb #36e129b0
 class SymbolRenderer(BasicMarkdownRenderer):
     "An entry of the reference: heading, source, signature, docstring, parameters as a table, methods."
     def __init__(self, sym, name=None, title_level=3, **kwargs):
-        self.kind = '@property' if isinstance(sym, property) else ''
-        if inspect.ismethod(sym) and inspect.isclass(sym.__self__): self.kind = '@classmethod'
+        sym, self.kind = _function_of(sym)
         super().__init__(sym, name=name, title_level=title_level, **kwargs)
 
-    def _heading(self, name, full_name, level):
+    def _heading(self, name, symbol, module, level):
         "A heading with its address, and a link to the source"
-        code = NbdevLookup().code(full_name)
+        code = NbdevLookup().code(f'{module}.{name}')
+        try: line = inspect.getsourcelines(symbol)[1]
+        except (OSError, TypeError): line = None
         style = '{target="_blank" style="float:right; font-size:smaller"}'
-        source = f'[source]({code}){style}\n\n' if code and not code.endswith('#LNone') else ''
+        source = f"[source]({code.split('#')[0]}#L{line}){style}\n\n" if code and line else ''
         return f"{source}{'#' * level} {name} {{#{name.lower()}}}\n\n"
 
     def _about(self, symbol, name, kind):
@@ -234,15 +240,16 @@ class SymbolRenderer(BasicMarkdownRenderer):
         symbol, last = self.sym, self.nm.split('.')[-1]
         if last.startswith('__') and (not symbol.__doc__ or symbol.__doc__.startswith(('Return ', 'Call self'))):
             return ''
-        heading = self._heading(self.nm, self.fn, self.title_level)
+        module = getattr(symbol, '__module__', '')
+        heading = self._heading(self.nm, symbol, module, self.title_level)
         parts = [f'---\n\n{heading}{self._about(symbol, self.nm, self.kind)}']
         for name, method, kind in own_methods(symbol) if inspect.isclass(symbol) else []:
             full = f'{self.nm}.{name}'
-            parts.append(self._heading(full, f'{symbol.__module__}.{full}', self.title_level + 1)
-                         + self._about(method, full, kind))
+            heading = self._heading(full, method, module, self.title_level + 1)
+            parts.append(heading + self._about(method, full, kind))
         return '\n\n'.join(parts)
 
-# %% ../nbs/89_pages.ipynb #096a399f
+# %% ../nbs/89_pages.ipynb #b59d4453
 WIDTH = 78 # Columns of code on a page
 _MARK = '# ---- statement {}'
 
@@ -322,7 +329,7 @@ def narrow_code(sources: list, # Source of cells, without directives
         lines[i][first:last] = _with_short_strings(statement, width).split('\n')
     return ['\n'.join(part for line in cell for part in _broken(line, width)) for cell in lines]
 
-# %% ../nbs/89_pages.ipynb #24692ce0
+# %% ../nbs/89_pages.ipynb #446918e7
 _CHECKS = re.compile(r'(test_\w+|test|assert_\w+)\(')
 
 
@@ -364,17 +371,17 @@ class arrange_code(Processor):
         texts = [''.join(o['data'].get('text/markdown', 'x')) for o in cell.get('outputs', []) if 'data' in o]
         return cell.cell_type == 'code' and 'show_doc(' in cell.source and texts == ['']
 
-# %% ../nbs/89_pages.ipynb #b8277479
+# %% ../nbs/89_pages.ipynb #eb1742bb
 def _resolve(module, name):
     "The object of a name such as 'Benchmark.read' in a module; None if it is not there"
     found = import_module(module)
     for part in name.split('.'): found = inspect.getattr_static(found, part, None)
-    return getattr(found, '__func__', found)
+    return found
 
 
 def first_sentence(symbol) -> str: # '' for none
     "The first sentence of a docstring, on one line."
-    doc = inspect.cleandoc(getattr(symbol, '__doc__', None) or '').split('\n\n')[0]
+    doc = inspect.cleandoc(getattr(_function_of(symbol)[0], '__doc__', None) or '').split('\n\n')[0]
     return re.split(r'(?<=[.!?])\s', re.sub(r'\s+', ' ', doc))[0]
 
 
@@ -409,7 +416,34 @@ def symbol_list() -> Markdown: # A table for each letter
     head = '| Symbol | Module | |\n|------|---|--------|'
     return Markdown('\n\n'.join('\n'.join([f'## {letter}\n', head, *rows]) for letter, rows in sorted(letters.items())))
 
-# %% ../nbs/89_pages.ipynb #c052df9f
+# %% ../nbs/89_pages.ipynb #1977759b
+def page_module(path: str | Path, # Of a notebook
+               ) -> str: # Such as 'antehoc_nb.core.model'; '' if it exports nothing
+    "The module that a notebook makes."
+    found = re.search(r'#\| *default_exp +([\w.]+)', Path(path).read_text(encoding='utf-8'))
+    return f'antehoc_nb.{found[1]}' if found else ''
+
+
+def _shown(markdown):
+    "The output of a cell that shows markdown, with links"
+    data = {'text/markdown': NbdevLookup().linkify(markdown) or ''}
+    return dict2obj(dict(output_type='display_data', metadata={}, data=data))
+
+
+class write_entries(Processor):
+    "Write the entries of a page. `NameError` for a symbol that the module does not have: export the notebooks first."
+    def begin(self): self.module = page_module(self.nb.path_)
+
+    def cell(self, cell):
+        if cell.cell_type != 'code' or not cell.source: return
+        asked = re.search(r'^show_doc\(([\w.]+)', cell.source, flags=re.M)
+        if asked:
+            symbol = _resolve(self.module, asked[1])
+            if symbol is None: raise NameError(f'{self.module} has no {asked[1]}: export the notebooks first')
+            cell.outputs = [_shown(SymbolRenderer(symbol, name=asked[1])._repr_markdown_())]
+        elif re.search(r'^symbol_list\(\)', cell.source, flags=re.M): cell.outputs = [_shown(symbol_list().data)]
+
+# %% ../nbs/89_pages.ipynb #b6f961d9
 _LINK = re.compile(r'\[(`[^`\n]+`)\]\((https?://[^)\s]+)\)')
 _REST_OF_LINK = re.compile(r'(?:[^\[\]]|\[[^\[\]]*\]\([^)]*\))*\]\(')
 

@@ -183,7 +183,8 @@ def make(root, scratch, workers=2):
     library = config(root)['lib_name']
     for name in ('nbs', library): shutil.copytree(root/name, scratch/name, ignore=skip, symlinks=True)
     for name in ('settings.ini', '_quarto.yml'): shutil.copy(root/name, scratch/name)
-    environment = {**os.environ, 'PYTHONPATH': str(scratch), 'MPLBACKEND': 'Agg'}
+    ours_only = 'ignore::FutureWarning,ignore::DeprecationWarning'  # those are of other libraries
+    environment = {**os.environ, 'PYTHONPATH': str(scratch), 'MPLBACKEND': 'Agg', 'PYTHONWARNINGS': ours_only}
     environment.pop('IN_TEST', None)
     done = subprocess.run([sys.executable, '-c', MAKE.format(workers=workers)], cwd=scratch, env=environment, text=True,
                           stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
