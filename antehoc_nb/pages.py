@@ -7,7 +7,7 @@ __all__ = ['WIDTH', 'parameter_comments', 'type_text', 'parameter_table', 'signa
            'SymbolRenderer', 'narrow_code', 'shows_checks_only', 'arrange_code', 'first_sentence', 'public_symbols',
            'symbol_list', 'page_module', 'write_entries', 'repaired_links', 'repair_links']
 
-# %% ../nbs/89_pages.ipynb #d00fb693
+# %% ../nbs/89_pages.ipynb #ac20cecb
 import ast
 import inspect
 import io
@@ -32,7 +32,7 @@ from nbdev.doclinks import NbdevLookup
 from nbdev.process import Processor
 from nbdev.showdoc import BasicMarkdownRenderer
 
-# %% ../nbs/89_pages.ipynb #51d23239
+# %% ../nbs/89_pages.ipynb #833572ab
 def _comments(source):
     "The comments in some source: line -> text, and the lines that hold nothing else"
     texts, alone = {}, set()
@@ -73,7 +73,7 @@ def parameter_comments(symbol, # A function or a class
     others = {k: v for k, v in (docments(symbol) or {}).items() if isinstance(v, str)} if not has_fields else {}
     return others | found
 
-# %% ../nbs/89_pages.ipynb #28bbfd37
+# %% ../nbs/89_pages.ipynb #b3aff5de
 def _one_type(annotation):
     "A type in a word"
     if annotation is None or annotation is type(None): return 'None'
@@ -117,7 +117,7 @@ def _shown_name(parameter):
     is_option = 'Option' in type(option).__name__
     return f"--{parameter.name.replace('_', '-')}" if is_option else parameter.name.upper()
 
-# %% ../nbs/89_pages.ipynb #9d495ebc
+# %% ../nbs/89_pages.ipynb #ef8e3599
 def _in_cell(text):
     "Text for a cell of a table"
     parts = re.split(r'(`[^`]*`)', re.sub(r'\s+', ' ', text or '').strip())
@@ -149,7 +149,7 @@ def parameter_table(symbol, # A function or a class
     head = '| Parameter | Type | Default | Description |\n|-----|-----|----|--------------|'
     return '\n'.join([head, *(f"| {' | '.join(row)} |" for row in rows)])
 
-# %% ../nbs/89_pages.ipynb #2804d39b
+# %% ../nbs/89_pages.ipynb #0b65c880
 def _signature(symbol):
     try: return inspect.signature(symbol)
     except (TypeError, ValueError): return inspect.Signature()
@@ -204,7 +204,7 @@ def own_methods(cls: type, # A class
     members = [(name, *_function_of(member)) for name, member in vars(cls).items() if name in here]
     return [row for row in members if getattr(row[1], '__doc__', None)]
 
-# %% ../nbs/89_pages.ipynb #36e129b0
+# %% ../nbs/89_pages.ipynb #d9f16943
 class SymbolRenderer(BasicMarkdownRenderer):
     "An entry of the reference: heading, source, signature, docstring, parameters as a table, methods."
     def __init__(self, sym, name=None, title_level=3, **kwargs):
@@ -249,7 +249,7 @@ class SymbolRenderer(BasicMarkdownRenderer):
             parts.append(heading + self._about(method, full, kind))
         return '\n\n'.join(parts)
 
-# %% ../nbs/89_pages.ipynb #b59d4453
+# %% ../nbs/89_pages.ipynb #26484648
 WIDTH = 78 # Columns of code on a page
 _MARK = '# ---- statement {}'
 
@@ -291,21 +291,58 @@ def _pieces(text, width):
     return found
 
 
+def _meaning(code):
+    "What a program is, but for line breaks in its docstrings; None if it is no program"
+    try: tree = ast.parse(code)
+    except SyntaxError: return None
+    for node in ast.walk(tree):
+        has_docstring = isinstance(node, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node)
+        if has_docstring: node.body[0].value.value = ' '.join(node.body[0].value.value.split())
+    return ast.dump(tree)
+
+
+def _docstring_in_lines(line, width):
+    "A line that is a docstring, as several"
+    indent, before, kind, quote, content, after = _STRING.match(line).groups()
+    if before + kind + after[1:]: return [line]
+    return textwrap.wrap(f'{indent}"""{content}"""', width, subsequent_indent=indent)
+
+
+def _string_in_parts(line, width):
+    "A line with a long string, of a call or an assignment, as lines with parts of it"
+    indent, before, kind, quote, content, after = _STRING.match(line).groups()
+    is_assigned = bool(re.match(r'\w+ = $', before))
+    head = f'{indent}    ' if is_assigned else f'{indent}{before}'
+    pieces = _pieces(content, width - max(len(head), len(indent)) - len(kind + after) - 1)
+    starts = [head, *[head if is_assigned else indent] * (len(pieces) - 1)]
+    parts = [f'{start}{kind}{quote}{piece}{quote}' for start, piece in zip(starts, pieces)]
+    if is_assigned: return [f'{indent}{before}(', *parts, f'{indent}){after[1:]}']
+    return [*parts[:-1], parts[-1] + after[1:]]
+
+
 def _with_short_strings(statement, width):
     "A statement with its long strings as several that stand one below the other, where that leaves the same program"
     lines = statement.split('\n')
     for i in reversed(range(len(lines))):
-        found = _STRING.match(lines[i])
-        if len(lines[i]) <= width or not found: continue
-        indent, before, kind, quote, content, after = found.groups()
-        head, other = f'{indent}{before}{kind}{quote}', f'{indent}{kind}{quote}'
-        pieces = _pieces(content, width - len(head) - len(after))
-        new = [f'{head if j == 0 else other}{piece}{quote}' for j, piece in enumerate(pieces)]
-        new[-1] += after[1:]
-        trial = [*lines[:i], *new, *lines[i + 1:]]
-        try: same = ast.dump(ast.parse('\n'.join(trial))) == ast.dump(ast.parse(statement))
-        except SyntaxError: same = False
-        if same: lines = trial
+        if len(lines[i]) <= width or not _STRING.match(lines[i]): continue
+        for parts in (_string_in_parts(lines[i], width), _docstring_in_lines(lines[i], width)):
+            trial = [*lines[:i], *parts, *lines[i + 1:]]
+            if _meaning('\n'.join(trial)) != _meaning(statement): continue
+            lines = trial
+            break
+    return '\n'.join(lines)
+
+
+def _with_comments_above(statement, width):
+    "A statement whose long lines have their comments above them"
+    texts, alone = _comments(statement)
+    lines = statement.split('\n')
+    for line in sorted(texts.keys() - alone, reverse=True):
+        whole = lines[line - 1]
+        if len(whole) <= width or not texts[line]: continue
+        code = whole[:whole.rindex('#')].rstrip()
+        indent = code[:len(code) - len(code.lstrip())]
+        lines[line - 1:line] = [f'{indent}# {texts[line]}', code]
     return '\n'.join(lines)
 
 
@@ -324,12 +361,13 @@ def narrow_code(sources: list, # Source of cells, without directives
     places = [(i, span) for i, source in enumerate(sources) for span in _spans(source)]
     def is_long(i, span): return any(len(line) > width for line in lines[i][slice(*span)])
     places = [place for place in places if is_long(*place)]
-    new = _laid_out(['\n'.join(lines[i][slice(*span)]) for i, span in places], width)
+    old = [_with_comments_above('\n'.join(lines[i][slice(*span)]), width) for i, span in places]
+    new = _laid_out(old, width)
     for (i, (first, last)), statement in reversed(list(zip(places, new))):
         lines[i][first:last] = _with_short_strings(statement, width).split('\n')
     return ['\n'.join(part for line in cell for part in _broken(line, width)) for cell in lines]
 
-# %% ../nbs/89_pages.ipynb #446918e7
+# %% ../nbs/89_pages.ipynb #df77c3fa
 _CHECKS = re.compile(r'(test_\w+|test|assert_\w+)\(')
 
 
@@ -371,7 +409,7 @@ class arrange_code(Processor):
         texts = [''.join(o['data'].get('text/markdown', 'x')) for o in cell.get('outputs', []) if 'data' in o]
         return cell.cell_type == 'code' and 'show_doc(' in cell.source and texts == ['']
 
-# %% ../nbs/89_pages.ipynb #eb1742bb
+# %% ../nbs/89_pages.ipynb #964eef3d
 def _resolve(module, name):
     "The object of a name such as 'Benchmark.read' in a module; None if it is not there"
     found = import_module(module)
@@ -416,7 +454,7 @@ def symbol_list() -> Markdown: # A table for each letter
     head = '| Symbol | Module | |\n|------|---|--------|'
     return Markdown('\n\n'.join('\n'.join([f'## {letter}\n', head, *rows]) for letter, rows in sorted(letters.items())))
 
-# %% ../nbs/89_pages.ipynb #1977759b
+# %% ../nbs/89_pages.ipynb #165af307
 def page_module(path: str | Path, # Of a notebook
                ) -> str: # Such as 'antehoc_nb.core.model'; '' if it exports nothing
     "The module that a notebook makes."
@@ -443,7 +481,7 @@ class write_entries(Processor):
             cell.outputs = [_shown(SymbolRenderer(symbol, name=asked[1])._repr_markdown_())]
         elif re.search(r'^symbol_list\(\)', cell.source, flags=re.M): cell.outputs = [_shown(symbol_list().data)]
 
-# %% ../nbs/89_pages.ipynb #b6f961d9
+# %% ../nbs/89_pages.ipynb #4f6480c1
 _LINK = re.compile(r'\[(`[^`\n]+`)\]\((https?://[^)\s]+)\)')
 _REST_OF_LINK = re.compile(r'(?:[^\[\]]|\[[^\[\]]*\]\([^)]*\))*\]\(')
 

@@ -83,8 +83,10 @@ def test_one_quarto_configuration():
 def test_sidebar_lists_every_notebook_in_order():
     listed = list(pages(yaml.safe_load((ROOT/'_quarto.yml').read_text())['website']['sidebar']['contents']))
     assert sorted(listed) == sorted(o.relative_to(NBS).as_posix() for o in NOTEBOOKS)
-    numbered = [number(Path(o)) for o in listed if number(Path(o)) is not None]
-    assert listed[0] == 'index.ipynb' and numbered == sorted(numbered)
+    for folder in {Path(o).parent for o in listed}:
+        numbers = [number(Path(o)) for o in listed if Path(o).parent == folder and number(Path(o)) is not None]
+        assert numbers == sorted(numbers)
+    assert listed[0] == 'index.ipynb' and Path(listed[1]).parent.name == 'guides'
 
 
 def test_numbers_and_pages_are_unique():
@@ -156,6 +158,8 @@ def test_version_is_told_once():
     version = config()['version']
     assert antehoc_nb.__version__ == version
     assert re.search(rf'^## {re.escape(version)}\b', (ROOT/'CHANGELOG.md').read_text(), flags=re.M)
+    navbar = yaml.safe_load((ROOT/'_quarto.yml').read_text())['website']['navbar']['right']
+    assert f'v{version}' in [o.get('text') for o in navbar]
 
 
 @pytest.mark.parametrize('nb', NOTEBOOKS, ids=lambda o: o.relative_to(NBS).as_posix())
@@ -165,6 +169,13 @@ def test_notebook_is_executed_small_and_without_errors(nb):
     outputs = [o for c in cells(nb) for o in c.get('outputs', [])]
     assert not [o['ename'] for o in outputs if o['output_type'] == 'error']
     assert outputs or nb.name == '91_all.ipynb', 'run the notebook before saving it'
+
+
+@pytest.mark.parametrize('nb', NOTEBOOKS, ids=lambda o: o.relative_to(NBS).as_posix())
+def test_the_title_stands_alone(nb):
+    "nbdev makes the title of a page from the cell with the heading, and drops what else is in that cell."
+    title = source(cells(nb)[0])
+    assert title.startswith('---') or re.fullmatch(r'# .+(\n+> .+)?', title.strip())
 
 
 @pytest.mark.parametrize('nb', [o for o in NOTEBOOKS if o.name != 'index.ipynb'],

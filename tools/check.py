@@ -1,4 +1,4 @@
-"""Every check of the repository: ruff, notebooks and files in step, notebooks run, tests. Exits with 1 if any fails.
+"""Every check of the repository: ruff, files in step, pages, notebooks run, tests. Exits with 1 if any fails.
 
 `--fix` brings exported modules, notebooks and README.md in step instead of complaining; `--only` picks steps by name;
 `--slow` runs the slow cells of notebooks and the slow tests, which the other steps leave out.
@@ -81,6 +81,11 @@ def lint():
     return run('ruff', 'check', LIB, *others)
 
 
+def pages():
+    "The pages of the site, as far as Python alone can make and check them: see tools/pages.py"
+    return run(sys.executable, 'tools/pages.py')
+
+
 def notebooks(workers=2, *args, quiet=False):
     "The notebooks, with a share of the cores for each: see tools/notebooks.py"
     threads = str(max(1, (os.cpu_count() or 1)//2))
@@ -100,7 +105,7 @@ def slow():
         return tests(2, '-m', 'slow') & cells.result()
 
 
-STEPS = {'ruff': lint, 'in-step': in_step, 'notebooks': notebooks, 'tests': tests}
+STEPS = {'ruff': lint, 'in-step': in_step, 'pages': pages, 'notebooks': notebooks, 'tests': tests}
 SLOW = {'slow cells and tests': slow}
 
 
