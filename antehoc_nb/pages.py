@@ -7,7 +7,7 @@ __all__ = ['WIDTH', 'parameter_comments', 'type_text', 'parameter_table', 'signa
            'SymbolRenderer', 'narrow_code', 'shows_checks_only', 'arrange_code', 'first_sentence', 'public_symbols',
            'symbol_list', 'page_module', 'write_entries', 'repaired_links', 'repair_links']
 
-# %% ../nbs/89_pages.ipynb #ac20cecb
+# %% ../nbs/89_pages.ipynb #2a9ce64b
 import ast
 import inspect
 import io
@@ -25,14 +25,17 @@ from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Union, get_args, get_origin
 
-from fastcore.docments import docments
+from fastcore.docments import docments, qual_name
 from fastcore.xtras import dict2obj
 from IPython.display import Markdown
 from nbdev.doclinks import NbdevLookup
 from nbdev.process import Processor
 from nbdev.showdoc import BasicMarkdownRenderer
 
-# %% ../nbs/89_pages.ipynb #833572ab
+# %% ../nbs/89_pages.ipynb #ca99f8b9
+_source_lines = lru_cache(None)(inspect.getsourcelines)
+
+
 def _comments(source):
     "The comments in some source: line -> text, and the lines that hold nothing else"
     texts, alone = {}, set()
@@ -62,7 +65,7 @@ def parameter_comments(symbol, # A function or a class
     "The comments that describe the parameters of `symbol`."
     has_fields = is_dataclass(symbol) or hasattr(symbol, '_fields')
     documented = symbol if not inspect.isclass(symbol) or has_fields else symbol.__init__
-    try: source = textwrap.dedent(inspect.getsource(documented))
+    try: source = textwrap.dedent(''.join(_source_lines(documented)[0]))
     except (OSError, TypeError): return {}
     fields, end = _fields(ast.parse(source).body[0])
     texts, alone = _comments(source)
@@ -70,10 +73,10 @@ def parameter_comments(symbol, # A function or a class
     for line in range(1, end + 1):
         name = fields.get(line, name if line in alone else None)
         if name and texts.get(line): found[name] = f'{found[name]} {texts[line]}' if name in found else texts[line]
-    others = {k: v for k, v in (docments(symbol) or {}).items() if isinstance(v, str)} if not has_fields else {}
-    return others | found
+    others = docments(symbol) if hasattr(documented, '__delwrap__') else {}
+    return {name: text for name, text in others.items() if isinstance(text, str)} | found
 
-# %% ../nbs/89_pages.ipynb #b3aff5de
+# %% ../nbs/89_pages.ipynb #b9a7063f
 def _one_type(annotation):
     "A type in a word"
     if annotation is None or annotation is type(None): return 'None'
@@ -117,7 +120,7 @@ def _shown_name(parameter):
     is_option = 'Option' in type(option).__name__
     return f"--{parameter.name.replace('_', '-')}" if is_option else parameter.name.upper()
 
-# %% ../nbs/89_pages.ipynb #ef8e3599
+# %% ../nbs/89_pages.ipynb #9ea632f6
 def _in_cell(text):
     "Text for a cell of a table"
     parts = re.split(r'(`[^`]*`)', re.sub(r'\s+', ' ', text or '').strip())
@@ -149,7 +152,7 @@ def parameter_table(symbol, # A function or a class
     head = '| Parameter | Type | Default | Description |\n|-----|-----|----|--------------|'
     return '\n'.join([head, *(f"| {' | '.join(row)} |" for row in rows)])
 
-# %% ../nbs/89_pages.ipynb #0b65c880
+# %% ../nbs/89_pages.ipynb #06b3d89b
 def _signature(symbol):
     try: return inspect.signature(symbol)
     except (TypeError, ValueError): return inspect.Signature()
@@ -160,7 +163,7 @@ def signature_text(name, # As the caller writes it
                    prefix: str = 'def', # What stands before the name
                    width: int = 78, # Columns, at most, if a line break between parameters can do it
                   ) -> str: # One line or several
-    "A signature without types."
+    "A signature without the types of its parameters."
     words, keyword = [], False
     for parameter in signature.parameters.values():
         if parameter.name in ('self', 'cls'): continue
@@ -170,10 +173,12 @@ def signature_text(name, # As the caller writes it
         default = _value_text(parameter.default)
         words.append(_shown_name(parameter) + (f'={default}' if default else ''))
     start = f'{prefix} {name}('
-    if len(start + ', '.join(words)) < width: return f"{start}{', '.join(words)})"
+    returned = signature.return_annotation
+    end = ')' if returned is inspect.Signature.empty or prefix == 'class' else f') -> {_one_type(returned)}'
+    if len(start + ', '.join(words) + end) <= width: return f"{start}{', '.join(words)}{end}"
     body = textwrap.wrap(', '.join(o.replace(' ', '\0') for o in words), width - 4, break_long_words=False,
                          break_on_hyphens=False)
-    return start + ''.join(f'\n    {o}' for o in body).replace('\0', ' ') + '\n)'
+    return start + ''.join(f'\n    {o}' for o in body).replace('\0', ' ') + f'\n{end}'
 
 
 def usage_text(command, signature: inspect.Signature):
@@ -197,24 +202,27 @@ def _function_of(member):
 def own_methods(cls: type, # A class
                ) -> list: # (name, function, kind): '@property', '@classmethod', '@staticmethod' or ''
     "The public methods and properties with a docstring that stand in the body of a class."
-    try: lines, first = inspect.getsourcelines(cls)
+    try: lines, _ = _source_lines(cls)
     except (OSError, TypeError): return []
     body = next(o for o in ast.parse(textwrap.dedent(''.join(lines))).body if isinstance(o, ast.ClassDef)).body
     here = {o.name for o in body if isinstance(o, ast.FunctionDef) and o.name[0] != '_'}
     members = [(name, *_function_of(member)) for name, member in vars(cls).items() if name in here]
     return [row for row in members if getattr(row[1], '__doc__', None)]
 
-# %% ../nbs/89_pages.ipynb #d9f16943
+# %% ../nbs/89_pages.ipynb #8382989c
 class SymbolRenderer(BasicMarkdownRenderer):
     "An entry of the reference: heading, source, signature, docstring, parameters as a table, methods."
-    def __init__(self, sym, name=None, title_level=3, **kwargs):
-        sym, self.kind = _function_of(sym)
-        super().__init__(sym, name=name, title_level=title_level, **kwargs)
+    def __init__(self, sym, name=None, title_level=3):
+        self.sym, self.kind = _function_of(sym)
+        self.nm = name or qual_name(self.sym)
+        self.title_level = title_level
+
+    def __repr__(self): return self._repr_markdown_()
 
     def _heading(self, name, symbol, module, level):
         "A heading with its address, and a link to the source"
         code = NbdevLookup().code(f'{module}.{name}')
-        try: line = inspect.getsourcelines(symbol)[1]
+        try: line = _source_lines(symbol)[1]
         except (OSError, TypeError): line = None
         style = '{target="_blank" style="float:right; font-size:smaller"}'
         source = f"[source]({code.split('#')[0]}#L{line}){style}\n\n" if code and line else ''
@@ -249,7 +257,7 @@ class SymbolRenderer(BasicMarkdownRenderer):
             parts.append(heading + self._about(method, full, kind))
         return '\n\n'.join(parts)
 
-# %% ../nbs/89_pages.ipynb #26484648
+# %% ../nbs/89_pages.ipynb #477ce6ca
 WIDTH = 78 # Columns of code on a page
 _MARK = '# ---- statement {}'
 
@@ -367,7 +375,7 @@ def narrow_code(sources: list, # Source of cells, without directives
         lines[i][first:last] = _with_short_strings(statement, width).split('\n')
     return ['\n'.join(part for line in cell for part in _broken(line, width)) for cell in lines]
 
-# %% ../nbs/89_pages.ipynb #df77c3fa
+# %% ../nbs/89_pages.ipynb #e31f3cb7
 _CHECKS = re.compile(r'(test_\w+|test|assert_\w+)\(')
 
 
@@ -409,7 +417,7 @@ class arrange_code(Processor):
         texts = [''.join(o['data'].get('text/markdown', 'x')) for o in cell.get('outputs', []) if 'data' in o]
         return cell.cell_type == 'code' and 'show_doc(' in cell.source and texts == ['']
 
-# %% ../nbs/89_pages.ipynb #964eef3d
+# %% ../nbs/89_pages.ipynb #e73fefda
 def _resolve(module, name):
     "The object of a name such as 'Benchmark.read' in a module; None if it is not there"
     found = import_module(module)
@@ -454,7 +462,7 @@ def symbol_list() -> Markdown: # A table for each letter
     head = '| Symbol | Module | |\n|------|---|--------|'
     return Markdown('\n\n'.join('\n'.join([f'## {letter}\n', head, *rows]) for letter, rows in sorted(letters.items())))
 
-# %% ../nbs/89_pages.ipynb #165af307
+# %% ../nbs/89_pages.ipynb #4612c845
 def page_module(path: str | Path, # Of a notebook
                ) -> str: # Such as 'antehoc_nb.core.model'; '' if it exports nothing
     "The module that a notebook makes."
@@ -481,7 +489,7 @@ class write_entries(Processor):
             cell.outputs = [_shown(SymbolRenderer(symbol, name=asked[1])._repr_markdown_())]
         elif re.search(r'^symbol_list\(\)', cell.source, flags=re.M): cell.outputs = [_shown(symbol_list().data)]
 
-# %% ../nbs/89_pages.ipynb #4f6480c1
+# %% ../nbs/89_pages.ipynb #0bfaaac9
 _LINK = re.compile(r'\[(`[^`\n]+`)\]\((https?://[^)\s]+)\)')
 _REST_OF_LINK = re.compile(r'(?:[^\[\]]|\[[^\[\]]*\]\([^)]*\))*\]\(')
 
