@@ -7,7 +7,7 @@ __all__ = ['WIDTH', 'parameter_comments', 'type_text', 'parameter_table', 'signa
            'SymbolRenderer', 'narrow_code', 'shows_checks_only', 'arrange_code', 'first_sentence', 'public_symbols',
            'symbol_list', 'page_module', 'write_entries', 'repaired_links', 'repair_links']
 
-# %% ../nbs/89_pages.ipynb #2a9ce64b
+# %% ../nbs/89_pages.ipynb #dcbe8055
 import ast
 import inspect
 import io
@@ -32,7 +32,7 @@ from nbdev.doclinks import NbdevLookup
 from nbdev.process import Processor
 from nbdev.showdoc import BasicMarkdownRenderer
 
-# %% ../nbs/89_pages.ipynb #ca99f8b9
+# %% ../nbs/89_pages.ipynb #ac1f12a7
 _source_lines = lru_cache(None)(inspect.getsourcelines)
 
 
@@ -76,7 +76,7 @@ def parameter_comments(symbol, # A function or a class
     others = docments(symbol) if hasattr(documented, '__delwrap__') else {}
     return {name: text for name, text in others.items() if isinstance(text, str)} | found
 
-# %% ../nbs/89_pages.ipynb #b9a7063f
+# %% ../nbs/89_pages.ipynb #a7e746f0
 def _one_type(annotation):
     "A type in a word"
     if annotation is None or annotation is type(None): return 'None'
@@ -120,7 +120,7 @@ def _shown_name(parameter):
     is_option = 'Option' in type(option).__name__
     return f"--{parameter.name.replace('_', '-')}" if is_option else parameter.name.upper()
 
-# %% ../nbs/89_pages.ipynb #9ea632f6
+# %% ../nbs/89_pages.ipynb #10b4c352
 def _in_cell(text):
     "Text for a cell of a table"
     parts = re.split(r'(`[^`]*`)', re.sub(r'\s+', ' ', text or '').strip())
@@ -152,7 +152,7 @@ def parameter_table(symbol, # A function or a class
     head = '| Parameter | Type | Default | Description |\n|-----|-----|----|--------------|'
     return '\n'.join([head, *(f"| {' | '.join(row)} |" for row in rows)])
 
-# %% ../nbs/89_pages.ipynb #06b3d89b
+# %% ../nbs/89_pages.ipynb #90e49114
 def _signature(symbol):
     try: return inspect.signature(symbol)
     except (TypeError, ValueError): return inspect.Signature()
@@ -189,14 +189,14 @@ def usage_text(command, signature: inspect.Signature):
 
 
 _KINDS = dict(property='@property', cached_property='@property', classmethod='@classmethod',
-              staticmethod='@staticmethod')
+              staticmethod='@staticmethod', _clsmethod='@classmethod')  # the last one is made by `patch`
+_INSIDE = dict(property='fget', cached_property='func', classmethod='__func__', staticmethod='__func__', _clsmethod='f')
 
 
 def _function_of(member):
     "The function behind a member of a class, as it stands in the class, and its kind: '' for a plain one"
-    function = getattr(member, 'fget', None) or getattr(member, '__func__', None) or member
-    kind = _KINDS.get(type(member).__name__, '')
-    return (function.func if type(member).__name__ == 'cached_property' else function), kind
+    kind = type(member).__name__
+    return getattr(member, _INSIDE[kind]) if kind in _INSIDE else member, _KINDS.get(kind, '')
 
 
 def own_methods(cls: type, # A class
@@ -209,7 +209,7 @@ def own_methods(cls: type, # A class
     members = [(name, *_function_of(member)) for name, member in vars(cls).items() if name in here]
     return [row for row in members if getattr(row[1], '__doc__', None)]
 
-# %% ../nbs/89_pages.ipynb #8382989c
+# %% ../nbs/89_pages.ipynb #2a808f9e
 class SymbolRenderer(BasicMarkdownRenderer):
     "An entry of the reference: heading, source, signature, docstring, parameters as a table, methods."
     def __init__(self, sym, name=None, title_level=3):
@@ -257,7 +257,7 @@ class SymbolRenderer(BasicMarkdownRenderer):
             parts.append(heading + self._about(method, full, kind))
         return '\n\n'.join(parts)
 
-# %% ../nbs/89_pages.ipynb #477ce6ca
+# %% ../nbs/89_pages.ipynb #3f24d40b
 WIDTH = 78 # Columns of code on a page
 _MARK = '# ---- statement {}'
 
@@ -375,7 +375,7 @@ def narrow_code(sources: list, # Source of cells, without directives
         lines[i][first:last] = _with_short_strings(statement, width).split('\n')
     return ['\n'.join(part for line in cell for part in _broken(line, width)) for cell in lines]
 
-# %% ../nbs/89_pages.ipynb #e31f3cb7
+# %% ../nbs/89_pages.ipynb #c5a75aca
 _CHECKS = re.compile(r'(test_\w+|test|assert_\w+)\(')
 
 
@@ -417,7 +417,7 @@ class arrange_code(Processor):
         texts = [''.join(o['data'].get('text/markdown', 'x')) for o in cell.get('outputs', []) if 'data' in o]
         return cell.cell_type == 'code' and 'show_doc(' in cell.source and texts == ['']
 
-# %% ../nbs/89_pages.ipynb #e73fefda
+# %% ../nbs/89_pages.ipynb #1a660602
 def _resolve(module, name):
     "The object of a name such as 'Benchmark.read' in a module; None if it is not there"
     found = import_module(module)
@@ -462,7 +462,7 @@ def symbol_list() -> Markdown: # A table for each letter
     head = '| Symbol | Module | |\n|------|---|--------|'
     return Markdown('\n\n'.join('\n'.join([f'## {letter}\n', head, *rows]) for letter, rows in sorted(letters.items())))
 
-# %% ../nbs/89_pages.ipynb #4612c845
+# %% ../nbs/89_pages.ipynb #8e8107fb
 def page_module(path: str | Path, # Of a notebook
                ) -> str: # Such as 'antehoc_nb.core.model'; '' if it exports nothing
     "The module that a notebook makes."
@@ -489,7 +489,7 @@ class write_entries(Processor):
             cell.outputs = [_shown(SymbolRenderer(symbol, name=asked[1])._repr_markdown_())]
         elif re.search(r'^symbol_list\(\)', cell.source, flags=re.M): cell.outputs = [_shown(symbol_list().data)]
 
-# %% ../nbs/89_pages.ipynb #0bfaaac9
+# %% ../nbs/89_pages.ipynb #5685e1fb
 _LINK = re.compile(r'\[(`[^`\n]+`)\]\((https?://[^)\s]+)\)')
 _REST_OF_LINK = re.compile(r'(?:[^\[\]]|\[[^\[\]]*\]\([^)]*\))*\]\(')
 
