@@ -7,7 +7,7 @@ __all__ = ['WIDTH', 'parameter_comments', 'type_text', 'parameter_table', 'signa
            'SymbolRenderer', 'narrow_code', 'shows_checks_only', 'arrange_code', 'first_sentence', 'public_symbols',
            'symbol_list', 'page_module', 'write_entries', 'repaired_links', 'repair_links']
 
-# %% ../nbs/89_pages.ipynb #dcbe8055
+# %% ../nbs/89_pages.ipynb #3b7f46a1
 import ast
 import inspect
 import io
@@ -32,7 +32,7 @@ from nbdev.doclinks import NbdevLookup
 from nbdev.process import Processor
 from nbdev.showdoc import BasicMarkdownRenderer
 
-# %% ../nbs/89_pages.ipynb #ac1f12a7
+# %% ../nbs/89_pages.ipynb #186d113f
 _source_lines = lru_cache(None)(inspect.getsourcelines)
 
 
@@ -76,7 +76,7 @@ def parameter_comments(symbol, # A function or a class
     others = docments(symbol) if hasattr(documented, '__delwrap__') else {}
     return {name: text for name, text in others.items() if isinstance(text, str)} | found
 
-# %% ../nbs/89_pages.ipynb #a7e746f0
+# %% ../nbs/89_pages.ipynb #68f729b3
 def _one_type(annotation):
     "A type in a word"
     if annotation is None or annotation is type(None): return 'None'
@@ -120,7 +120,7 @@ def _shown_name(parameter):
     is_option = 'Option' in type(option).__name__
     return f"--{parameter.name.replace('_', '-')}" if is_option else parameter.name.upper()
 
-# %% ../nbs/89_pages.ipynb #10b4c352
+# %% ../nbs/89_pages.ipynb #0a4d6c63
 def _in_cell(text):
     "Text for a cell of a table"
     parts = re.split(r'(`[^`]*`)', re.sub(r'\s+', ' ', text or '').strip())
@@ -152,7 +152,7 @@ def parameter_table(symbol, # A function or a class
     head = '| Parameter | Type | Default | Description |\n|-----|-----|----|--------------|'
     return '\n'.join([head, *(f"| {' | '.join(row)} |" for row in rows)])
 
-# %% ../nbs/89_pages.ipynb #90e49114
+# %% ../nbs/89_pages.ipynb #b20cb9ee
 def _signature(symbol):
     try: return inspect.signature(symbol)
     except (TypeError, ValueError): return inspect.Signature()
@@ -209,7 +209,7 @@ def own_methods(cls: type, # A class
     members = [(name, *_function_of(member)) for name, member in vars(cls).items() if name in here]
     return [row for row in members if getattr(row[1], '__doc__', None)]
 
-# %% ../nbs/89_pages.ipynb #2a808f9e
+# %% ../nbs/89_pages.ipynb #b703b918
 class SymbolRenderer(BasicMarkdownRenderer):
     "An entry of the reference: heading, source, signature, docstring, parameters as a table, methods."
     def __init__(self, sym, name=None, title_level=3):
@@ -257,7 +257,7 @@ class SymbolRenderer(BasicMarkdownRenderer):
             parts.append(heading + self._about(method, full, kind))
         return '\n\n'.join(parts)
 
-# %% ../nbs/89_pages.ipynb #3f24d40b
+# %% ../nbs/89_pages.ipynb #dcd13118
 WIDTH = 78 # Columns of code on a page
 _MARK = '# ---- statement {}'
 
@@ -354,9 +354,15 @@ def _with_comments_above(statement, width):
     return '\n'.join(lines)
 
 
+def _statements(code):
+    "The statements of a cell; none if it holds a command for the shell or for Jupyter"
+    try: return ast.parse(code).body
+    except SyntaxError: return []
+
+
 def _spans(code):
     "The lines of each statement of some code, as (first, one after the last), with their decorators"
-    for o in ast.parse(code).body:
+    for o in _statements(code):
         decorators = [d.lineno for d in getattr(o, 'decorator_list', [])]
         yield min([o.lineno, *decorators]) - 1, o.end_lineno
 
@@ -375,7 +381,7 @@ def narrow_code(sources: list, # Source of cells, without directives
         lines[i][first:last] = _with_short_strings(statement, width).split('\n')
     return ['\n'.join(part for line in cell for part in _broken(line, width)) for cell in lines]
 
-# %% ../nbs/89_pages.ipynb #c5a75aca
+# %% ../nbs/89_pages.ipynb #e3407ba3
 _CHECKS = re.compile(r'(test_\w+|test|assert_\w+)\(')
 
 
@@ -389,7 +395,7 @@ def _is_check(statement):
 def shows_checks_only(source, # Of a cell without output
                      ) -> bool: # Whether at least half of its statements are assertions
     "Whether a cell is there for its assertions."
-    statements = ast.parse(source).body
+    statements = _statements(source)
     return 2 * sum(map(_is_check, statements)) >= max(1, len(statements)) and 'expect_fail(' not in source
 
 
@@ -417,7 +423,7 @@ class arrange_code(Processor):
         texts = [''.join(o['data'].get('text/markdown', 'x')) for o in cell.get('outputs', []) if 'data' in o]
         return cell.cell_type == 'code' and 'show_doc(' in cell.source and texts == ['']
 
-# %% ../nbs/89_pages.ipynb #1a660602
+# %% ../nbs/89_pages.ipynb #079cd0e0
 def _resolve(module, name):
     "The object of a name such as 'Benchmark.read' in a module; None if it is not there"
     found = import_module(module)
@@ -462,7 +468,7 @@ def symbol_list() -> Markdown: # A table for each letter
     head = '| Symbol | Module | |\n|------|---|--------|'
     return Markdown('\n\n'.join('\n'.join([f'## {letter}\n', head, *rows]) for letter, rows in sorted(letters.items())))
 
-# %% ../nbs/89_pages.ipynb #8e8107fb
+# %% ../nbs/89_pages.ipynb #eaa3a2c2
 def page_module(path: str | Path, # Of a notebook
                ) -> str: # Such as 'antehoc_nb.core.model'; '' if it exports nothing
     "The module that a notebook makes."
@@ -489,7 +495,7 @@ class write_entries(Processor):
             cell.outputs = [_shown(SymbolRenderer(symbol, name=asked[1])._repr_markdown_())]
         elif re.search(r'^symbol_list\(\)', cell.source, flags=re.M): cell.outputs = [_shown(symbol_list().data)]
 
-# %% ../nbs/89_pages.ipynb #5685e1fb
+# %% ../nbs/89_pages.ipynb #74ec93d4
 _LINK = re.compile(r'\[(`[^`\n]+`)\]\((https?://[^)\s]+)\)')
 _REST_OF_LINK = re.compile(r'(?:[^\[\]]|\[[^\[\]]*\]\([^)]*\))*\]\(')
 
