@@ -7,7 +7,7 @@ __all__ = ['WIDTH', 'parameter_comments', 'type_text', 'parameter_table', 'signa
            'SymbolRenderer', 'narrow_code', 'shows_checks_only', 'arrange_code', 'first_sentence', 'public_symbols',
            'symbol_list', 'page_module', 'write_entries', 'repaired_links', 'repair_links']
 
-# %% ../nbs/89_pages.ipynb #3b7f46a1
+# %% ../nbs/89_pages.ipynb #0703c861
 import ast
 import inspect
 import io
@@ -20,7 +20,7 @@ import types
 from collections import defaultdict
 from dataclasses import is_dataclass
 from enum import Enum
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Union, get_args, get_origin
@@ -32,7 +32,7 @@ from nbdev.doclinks import NbdevLookup
 from nbdev.process import Processor
 from nbdev.showdoc import BasicMarkdownRenderer
 
-# %% ../nbs/89_pages.ipynb #186d113f
+# %% ../nbs/89_pages.ipynb #afc3d4a8
 _source_lines = lru_cache(None)(inspect.getsourcelines)
 
 
@@ -76,7 +76,7 @@ def parameter_comments(symbol, # A function or a class
     others = docments(symbol) if hasattr(documented, '__delwrap__') else {}
     return {name: text for name, text in others.items() if isinstance(text, str)} | found
 
-# %% ../nbs/89_pages.ipynb #68f729b3
+# %% ../nbs/89_pages.ipynb #4620889f
 def _one_type(annotation):
     "A type in a word"
     if annotation is None or annotation is type(None): return 'None'
@@ -99,6 +99,7 @@ def _value_text(value, most=40):
     "A default value as code"
     if value is inspect.Parameter.empty: return ''
     if isinstance(value, Enum): value = value.value
+    if isinstance(value, partial): value = value.func
     text = getattr(value, '__name__', None) or repr(value)
     text = re.sub(r'\s+', ' ', re.sub(r'<(\S+) object at 0x\w+>', r'\1()', text))
     return text if len(text) <= most else f'{text[:most - 1]}…'
@@ -120,7 +121,7 @@ def _shown_name(parameter):
     is_option = 'Option' in type(option).__name__
     return f"--{parameter.name.replace('_', '-')}" if is_option else parameter.name.upper()
 
-# %% ../nbs/89_pages.ipynb #0a4d6c63
+# %% ../nbs/89_pages.ipynb #98191f49
 def _in_cell(text):
     "Text for a cell of a table"
     parts = re.split(r'(`[^`]*`)', re.sub(r'\s+', ' ', text or '').strip())
@@ -152,7 +153,7 @@ def parameter_table(symbol, # A function or a class
     head = '| Parameter | Type | Default | Description |\n|-----|-----|----|--------------|'
     return '\n'.join([head, *(f"| {' | '.join(row)} |" for row in rows)])
 
-# %% ../nbs/89_pages.ipynb #b20cb9ee
+# %% ../nbs/89_pages.ipynb #7b45c0a2
 def _signature(symbol):
     try: return inspect.signature(symbol)
     except (TypeError, ValueError): return inspect.Signature()
@@ -209,7 +210,7 @@ def own_methods(cls: type, # A class
     members = [(name, *_function_of(member)) for name, member in vars(cls).items() if name in here]
     return [row for row in members if getattr(row[1], '__doc__', None)]
 
-# %% ../nbs/89_pages.ipynb #b703b918
+# %% ../nbs/89_pages.ipynb #9815b669
 class SymbolRenderer(BasicMarkdownRenderer):
     "An entry of the reference: heading, source, signature, docstring, parameters as a table, methods."
     def __init__(self, sym, name=None, title_level=3):
@@ -257,14 +258,15 @@ class SymbolRenderer(BasicMarkdownRenderer):
             parts.append(heading + self._about(method, full, kind))
         return '\n\n'.join(parts)
 
-# %% ../nbs/89_pages.ipynb #dcd13118
+# %% ../nbs/89_pages.ipynb #0ebc9a0f
 WIDTH = 78 # Columns of code on a page
 _MARK = '# ---- statement {}'
 
 
 def _ruff():
     "The command ruff of this environment"
-    return next((str(o) for o in Path(sysconfig.get_path('scripts')).glob('ruff*')), 'ruff')
+    scripts = Path(sysconfig.get_path('scripts'))
+    return next((str(o) for o in (scripts/'ruff', scripts/'ruff.exe') if o.exists()), 'ruff')
 
 
 def _laid_out(statements, width):
@@ -381,7 +383,7 @@ def narrow_code(sources: list, # Source of cells, without directives
         lines[i][first:last] = _with_short_strings(statement, width).split('\n')
     return ['\n'.join(part for line in cell for part in _broken(line, width)) for cell in lines]
 
-# %% ../nbs/89_pages.ipynb #e3407ba3
+# %% ../nbs/89_pages.ipynb #41c6b8e3
 _CHECKS = re.compile(r'(test_\w+|test|assert_\w+)\(')
 
 
@@ -423,7 +425,7 @@ class arrange_code(Processor):
         texts = [''.join(o['data'].get('text/markdown', 'x')) for o in cell.get('outputs', []) if 'data' in o]
         return cell.cell_type == 'code' and 'show_doc(' in cell.source and texts == ['']
 
-# %% ../nbs/89_pages.ipynb #079cd0e0
+# %% ../nbs/89_pages.ipynb #94faf87e
 def _resolve(module, name):
     "The object of a name such as 'Benchmark.read' in a module; None if it is not there"
     found = import_module(module)
@@ -468,7 +470,7 @@ def symbol_list() -> Markdown: # A table for each letter
     head = '| Symbol | Module | |\n|------|---|--------|'
     return Markdown('\n\n'.join('\n'.join([f'## {letter}\n', head, *rows]) for letter, rows in sorted(letters.items())))
 
-# %% ../nbs/89_pages.ipynb #eaa3a2c2
+# %% ../nbs/89_pages.ipynb #ecd54e59
 def page_module(path: str | Path, # Of a notebook
                ) -> str: # Such as 'antehoc_nb.core.model'; '' if it exports nothing
     "The module that a notebook makes."
@@ -495,7 +497,7 @@ class write_entries(Processor):
             cell.outputs = [_shown(SymbolRenderer(symbol, name=asked[1])._repr_markdown_())]
         elif re.search(r'^symbol_list\(\)', cell.source, flags=re.M): cell.outputs = [_shown(symbol_list().data)]
 
-# %% ../nbs/89_pages.ipynb #74ec93d4
+# %% ../nbs/89_pages.ipynb #1c50195f
 _LINK = re.compile(r'\[(`[^`\n]+`)\]\((https?://[^)\s]+)\)')
 _REST_OF_LINK = re.compile(r'(?:[^\[\]]|\[[^\[\]]*\]\([^)]*\))*\]\(')
 
