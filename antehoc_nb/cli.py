@@ -631,12 +631,12 @@ def _maps_of(model, x):
 
 
 def _untrained_like(model, sample):
-    "A model of the same CNN and settings with a weight network that has learnt nothing: a plain average of the layers"
+    "A model of the same CNN and settings with a weight network that has learnt nothing"
     from antehoc_nb.core.model import AntehocModel
     same = 'layers', 'grids', 'soft_attention', 'temperature', 'weight_net', 'scale', 'mean', 'std', 'cells'
     settings = {name: value for name, value in model.config.items() if name in same}
     return AntehocModel(model.cnn, sample, class_specific=model.class_specific, border=model.corrects_border,
-                        **settings)
+                        evidence=None if model.evidence is not None else False, **settings)
 
 
 def _localisation_of_maps(model, dls):

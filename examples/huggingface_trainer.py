@@ -55,7 +55,7 @@ def main(epochs=4, n=256):
     images = torch.stack([item['pixel_values'] for item in dataset(2, seed=1)])
     model = AntehocModel(make_cnn(), images, meta=dict(size=[32, 32], vocab=['none', 'disc']))  # explains `logits`
     scores = train(Explained(model), epochs, n)
-    model.measure_border(images)  # of the CNN as it is now
+    model.calibrate(images)  # of the CNN as it is now
     print({'eval_loss': round(scores['eval_loss'], 3)})
     explanation = model.explain(images, target='disc')
     print(explanation)

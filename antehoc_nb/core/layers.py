@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Layer', 'parse_layer', 'token_grid', 'Layout', 'layer_layout', 'candidate_layers', 'choose_layers', 'unseen_share',
-           'layer_table', 'ActivationRecorder']
+           'layer_table', 'ActivationRecorder', 'channel_gradients']
 
 # %% ../../nbs/core/01_layers.ipynb #cell0002
 import math
@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from numbers import Integral
 
 import numpy as np
@@ -725,3 +726,59 @@ class ActivationRecorder:
             raise RuntimeError(f'layers {missing} did not run in this forward pass; '
                                'choose layers that every pass goes through')
         return [self._recorded[spec] for spec in self.layers]
+
+# %% ../../nbs/core/01_layers.ipynb #321c1981
+class _Probe:
+    """A forward hook that adds a row of zeros to the channels of a module's first output, again where a checkpoint
+    computes it anew for the gradients"""
+    def __init__(self, relu, layout, image_size):
+        self.relu, self.layout, self.image_size = relu, layout, image_size
+        self.row = None # (1,C,1,1), with gradients
+        self.places = None # At how many places each channel counts, (C,)
+        self.numel = 0 # Of the activation
+        self.is_done = False # Whether the forward pass is over
+
+    def hook(self):
+        @always_called
+        def add(module, args, output):
+            if self.row is not None and not self.is_done: return
+            tensor = first_tensor(output)
+            view = self.layout.view(tensor, self.image_size)
+            counts = (view > 0).to(view.dtype) if self.relu else torch.ones_like(view)
+            if self.row is None:
+                self.row, self.numel = torch.zeros_like(view[:1, :, :1, :1]).requires_grad_(), view.numel()
+                self.places = counts.sum((0, 2, 3)).clamp_min(1)
+            return with_first_tensor(output, self.layout.restore(view + self.row * counts, tensor))
+        return add
+
+
+def _gradients(scores, zeros, numel):
+    "The gradient of each score with respect to a row of zeros, (K,C); `numel` numbers are in the activation"
+    rows = torch.eye(len(scores), dtype=scores.dtype, device=scores.device)
+    of_zeros = partial(torch.autograd.grad, scores, zeros, retain_graph=True, allow_unused=True)
+    try: found = [of_zeros(some, is_grads_batched=True)[0] for some in rows.split(min(128, max(1, 2**24 // numel)))]
+    except RuntimeError: found = [None]  # an operation that cannot be batched, or a checkpoint
+    if all(part is not None for part in found): return torch.cat(found).flatten(1)
+    found = [of_zeros(row)[0] for row in rows]
+    return torch.stack([torch.zeros_like(zeros) if part is None else part for part in found]).flatten(1)
+
+
+def channel_gradients(cnn: nn.Module, # Any network, with frozen weights
+                      layer: str, # A name as `choose_layers` gives it
+                      inputs: tuple, # Positional arguments of `cnn`; the image batch (B,C,H,W) is `inputs[0]`
+                      scores: Callable, # From what the network returns to scores, (B,K)
+                     ) -> torch.Tensor | None: # (K,C): of each score with respect to each channel of the layer, the mean
+    # over images and places; None where no gradient can be had
+    "The mean gradients of scores with respect to a layer's activation."
+    name, index, relu = parse_layer(layer)
+    if index: return None
+    probe = _Probe(relu, layer_layout(layer), tuple(inputs[0].shape[2:]))
+    with torch.enable_grad(), hooks_run(cnn):
+        handle = cnn.get_submodule(name).register_forward_hook(probe.hook())
+        try:
+            found = scores(cnn(*inputs))
+            probe.is_done = True
+            if probe.row is None or not found.requires_grad: return None
+            gradients = _gradients(found.sum(0), probe.row, probe.numel)
+        finally: handle.remove()
+    return (gradients / probe.places).detach().float()

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ACTIVATIONS', 'TASKS', 'MAP_COLOURS', 'has_other_units', 'Explanation', 'as_cnn_takes', 'AntehocModel', 'LayerMaps',
-           'pixel_batch']
+           'Recorded', 'pixel_batch']
 
 # %% ../../nbs/core/07_model.ipynb #cell0002
 import json
@@ -32,16 +32,17 @@ from antehoc_nb.core.attention import (
     channel_rms, fit_border, largest_value, noise_like_photographs, record_sams, soft_attentions, spatial_softmax,
     standardise, take_off_border,
 )
-from .geometry import layer_grids, pool_cells, resize_maps
+from .geometry import layer_grids, pool_cells, resize, resize_maps
 from .interpretation_loss import class_shares, describe_outputs, explained_output, main_class
-from .layers import choose_layers, unseen_share
+from .layers import channel_gradients, choose_layers, unseen_share
 from .masking import masked
 from antehoc_nb.core.utils import (
     as_inputs, cnn_builders, eval_mode, frozen, import_extra, in_channels, map_tensors, noise_images, own_seed,
     own_sizes, plain_tensor, rgb_images, train_functions, trial_copy, unknown_name, usual_mode, whole_or_not_at_all,
 )
 from antehoc_nb.core.weight_net import (
-    class_numbers, count_classes, gives_logits, in_deviations, interpretation_map, modulate, weight_nets,
+    class_numbers, contrast, count_classes, evidence_gate, gives_logits, in_deviations, interpretation_map, modulate,
+    weight_nets,
 )
 
 # %% ../../nbs/core/07_model.ipynb #cell0006
@@ -469,6 +470,8 @@ class AntehocModel(nn.Module):
                  # None: if the map has cells. The sizes (h,w) of a saved model's: to be loaded
                  output: str | int | Callable | None = None, # Of a CNN that returns several tensors: which one is
                  # explained, as for `explained_output`
+                 evidence: bool | int | None = None, # Multiply class-specific maps by the evidence for the class?
+                 # None: if it can be measured. The number of the layer of a saved model's: to be loaded
                 ):
         super().__init__()
         _check_classes(classes)
@@ -497,12 +500,13 @@ class AntehocModel(nn.Module):
             self.weight_net = self._build_weight_net().to(device)
             self._border_names = tuple(f'border_{i}' for i in range(self.eta))
             self._prepare_border(border, sample)
+            self._prepare_evidence(evidence, sample)
         self.recording = False  # whether the next `forward` records
         self.cnn_learns = True  # whether a `forward` that records keeps a graph
         self._last_recorded = None
         # The weight network takes no part in `forward`, so data-parallel training must not wait for its gradients.
         names = [f'weight_net.{name}' for name, _ in self.weight_net.named_parameters()]
-        self._ddp_params_and_buffers_to_ignore = [*names, *self._border_names, 'units']
+        self._ddp_params_and_buffers_to_ignore = [*names, *self._border_names, 'units', 'evidence']
 
 # %% ../../nbs/core/07_model.ipynb #01eafa28
 @patch
@@ -671,18 +675,25 @@ def _prepare_border(self: AntehocModel, border, sample):
 
 
 @patch
+def _noise_batch(self: AntehocModel, sample, at_least=16):
+    "Images of noise, normalised, in batches as long as the sample, and the CNN's other arguments"
+    x, *others = as_inputs(sample)
+    n = len(x) * math.ceil(at_least / len(x))
+    noise = noise_like_photographs(n, x.shape[1], tuple(x.shape[2:])).to(self.mean.device)
+    if has_other_units(self.mean, self.std): noise = (4 * noise - 2).to(x)  # two standard deviations, as in `pixels`
+    else: noise = ((noise - self.mean) / self.std).to(x)
+    return noise.split(len(x)), others
+
+
+@patch
 def measure_border(self: AntehocModel,
                    sample, # Input like the ones to come, (B,C,H,W); a tuple if the CNN takes several
                   ) -> None:
     "Measure the border response of each layer with 16 images of noise. It changes when the CNN does."
     if not self.corrects_border: return
-    x, *others = as_inputs(sample)
-    n = len(x) * math.ceil(16 / len(x))
-    noise = noise_like_photographs(n, x.shape[1], tuple(x.shape[2:])).to(self.mean.device)
-    if has_other_units(self.mean, self.std): noise = (4 * noise - 2).to(x)  # two standard deviations, as in `pixels`
-    else: noise = ((noise - self.mean) / self.std).to(x)
+    noise, others = self._noise_batch(sample)
     strength = soft_attentions.option(self.soft_attention, 'strength')
-    cells = self.map_cells(x.shape[2:])
+    cells = self.map_cells(noise[0].shape[2:])
 
     def mean_strength(activation):
         scale = largest_value(activation.float(), (0, 1, 2, 3))
@@ -692,7 +703,7 @@ def measure_border(self: AntehocModel,
         return torch.stack(found).mean(0) * scale
     with trial_copy(self.cnn) as cnn, torch.no_grad(), frozen(cnn):
         found = [record_sams(cnn, self.layers, (images, *others), attention=mean_strength)[1]
-                 for images in noise.split(len(x))]
+                 for images in noise]
     for i, (name, of_batches) in enumerate(zip(self._border_names, zip(*found))):
         response = torch.stack(of_batches).mean(0)
         typical = response.abs().mean()
@@ -705,6 +716,84 @@ def measure_border(self: AntehocModel,
 def _border(self: AntehocModel, i, response):
     "The border response of layer `i`, as large as its response, (B,1,h,w)"
     return fit_border(self.get_buffer(self._border_names[i]), response.shape[2:]).expand_as(response)
+
+# %% ../../nbs/core/07_model.ipynb #e82b12bd
+_NO_EVIDENCE = ('AntehocModel: no gradients of the scores with respect to a layer can be measured in this network, so maps '
+                'of classes differ only as far as the weight network learns it; wrap the network before it is quantised '
+                'or compiled, or give evidence=False to do without')
+
+
+@patch
+def _prepare_evidence(self: AntehocModel, evidence, sample):
+    "The buffer for the mean gradients: measured, of a saved model's size, or None"
+    can_be = self.class_specific and self.modulates and not self.cnn_finds_targets
+    if evidence not in (None, False) and not can_be:
+        raise ValueError(f'evidence={evidence}: only class-specific maps of networks that modulate them have it')
+    self.register_buffer('evidence', None)
+    self.evidence_layer = None
+    if evidence is False or not can_be: return
+    if evidence is None or evidence is True:
+        if sample is not False: self.measure_evidence(sample)
+        if self.evidence is None and sample is not False: self._warn_once('evidence', _NO_EVIDENCE, level=5)
+    elif not 0 <= evidence < self.eta: raise ValueError(f'evidence={evidence}: there are {self.eta} layers')
+    else:
+        self.evidence_layer = int(evidence)
+        self.evidence = torch.zeros(self.classes, self.channels[evidence], device=self.mean.device)
+
+
+def _first_images(inputs, n):
+    "The first images of a batch, with what else belongs to them"
+    x, *others = as_inputs(inputs)
+    def first(other): return other[:n] if isinstance(other, torch.Tensor) and other.ndim and len(other) == len(x) else other
+    return (x[:n], *map(first, others))
+
+
+def _class_scores(out, explained):
+    "Scores of classes, (B,K): of a segmentation the mean over the pixels"
+    scores = explained(out)
+    return scores.float().flatten(2).mean(2) if scores.ndim > 2 else scores.float()
+
+
+@patch
+def measure_evidence(self: AntehocModel,
+                     sample, # Input like the ones to come, (B,C,H,W); a tuple if the CNN takes several
+                    ) -> None:
+    """Measure the mean gradient of each class's score with respect to a layer, with four images of noise. It changes when
+    the CNN does. A model without class-specific maps is left alone."""
+    if not self.class_specific or not self.modulates or self.cnn_finds_targets: return
+    noise, others = self._noise_batch(_first_images(sample, 4), 4)
+    found = None
+    layers = range(self.eta)[::-1] if self.evidence_layer is None else [self.evidence_layer]
+    with trial_copy(self.cnn) as cnn, frozen(cnn):
+        for layer in layers:
+            found = self._gradients_at(cnn, layer, noise, others)
+            if found is not None: break
+    if found is None: return
+    self.evidence_layer, self.evidence = layer, found
+
+
+@patch
+def _gradients_at(self: AntehocModel, cnn, layer, noise, others):
+    "Directions of the classes in a layer, (K,C), of length 1 on average; None if there is no gradient"
+    total = 0
+    for images in noise:
+        try: found = channel_gradients(cnn, self.layers[layer], (images, *others),
+                                       lambda out: _class_scores(out, self.explained))
+        except RuntimeError: return None  # no gradient goes through the operations of this network
+        if found is None: return None
+        total = total + found
+    if self.task == 'single-label': total = total - total.mean(0)  # of scores that matter by their differences alone
+    length = total.norm(dim=1).mean()
+    return total / length if length.isfinite() and length > 0 else None
+
+
+@patch
+def calibrate(self: AntehocModel,
+              sample, # Input like the ones to come, (B,C,H,W); a tuple if the CNN takes several
+             ) -> None:
+    "Measure again what depends on the CNN's weights: the border responses, and the evidence for each class."
+    self.measure_border(sample)
+    if self.evidence is not None: self.measure_evidence(sample)
 
 # %% ../../nbs/core/07_model.ipynb #4de22cee
 @patch(as_prop=True)
@@ -719,6 +808,11 @@ class LayerMaps(NamedTuple):
     grid: tuple | None # Where the cells are, as of `layer_grids`; None: spread evenly
     activation: torch.Tensor | None = None # (B,C,h,w), if the weight network reads it
     rms: torch.Tensor | None = None # The root mean square over its channels, (B,1,h,w)
+
+
+class Recorded(list):
+    "`LayerMaps` of each layer, with the scores of the same forward pass"
+    scores: torch.Tensor | None = None # Of the classes, (B,K), detached, if maps of them are set off against each other
 
 
 @patch
@@ -738,9 +832,20 @@ def _record(self: AntehocModel, i, cells, activation):
 def layer_maps(self: AntehocModel,
                activations: Sequence[torch.Tensor], # Of each layer, (B,C_i,h_i,w_i)
                size: tuple[int, int], # (H,W) of the image
-              ) -> list: # `LayerMaps` of each layer, as `take_recorded` gives them
+               out=None, # What the CNN returned with them
+              ) -> Recorded: # `LayerMaps` of each layer, as `take_recorded` gives them
     "What would be recorded of given activations."
-    return [self._record(i, self.map_cells(size), activation) for i, activation in enumerate(activations)]
+    recorded = Recorded(self._record(i, self.map_cells(size), activation) for i, activation in enumerate(activations))
+    recorded.scores = self._scores_of(out)
+    return recorded
+
+
+@patch
+def _scores_of(self: AntehocModel, out):
+    "The scores of the classes, if the evidence for the target is set off against that for others"
+    if out is None or self.evidence is None or self.task != 'single-label': return None
+    scores = self.explained(out)
+    return plain_tensor(scores.detach()) if gives_logits(scores) else None
 
 
 @patch
@@ -748,7 +853,10 @@ def _run_and_record(self: AntehocModel, args, kwargs):
     "What the CNN returns, and the `LayerMaps` of each layer"
     cells = self.map_cells(args[0].shape[2:])
     recorders = [partial(self._record, i, cells) for i in range(self.eta)]
-    return record_sams(self.cnn, self.layers, args, kwargs, recorders)
+    out, maps = record_sams(self.cnn, self.layers, args, kwargs, recorders)
+    recorded = Recorded(maps)
+    recorded.scores = self._scores_of(out)
+    return out, recorded
 
 
 @patch
@@ -763,7 +871,7 @@ def forward(self: AntehocModel, *args, **kwargs):
 
 
 @patch
-def take_recorded(self: AntehocModel) -> list | None: # `LayerMaps` of each layer
+def take_recorded(self: AntehocModel) -> Recorded | None: # `LayerMaps` of each layer
     "What was recorded of the last `forward`, or None. It is handed over, not kept."
     recorded = self._last_recorded
     self._last_recorded = None
@@ -804,7 +912,24 @@ def _align(self: AntehocModel, recorded, size, target):
     n_before = len(of_layers) - 1
     read = in_deviations(aligned[:, :, n_before:], aligned[:, :, n_before - 1])
     views, change = (read[:, :, :-1], read[:, :, -1]) if self.modulates else (read, None)
-    return self._soft_attention_maps(response, change), [views.flatten(1, 2), activations[-1].mean((2, 3))]
+    evidence = self._evidence_of(recorded, size, target)
+    if evidence is None: maps = self._soft_attention_maps(response, change)
+    else: maps = self._soft_attention_maps(response, change + evidence) * evidence_gate(evidence)
+    return maps, [views.flatten(1, 2), activations[-1].mean((2, 3))]
+
+
+@patch
+def _evidence_of(self: AntehocModel, recorded, size, target):
+    "The evidence for the targets at the cells of the map, in deviations of the activation, (B,1,h,w); None without it"
+    if self.evidence is None or target is None: return None
+    layer = recorded[self.evidence_layer]
+    activation = layer.activation.float()
+    with torch.autocast(activation.device.type, enabled=False):
+        shares = contrast(target, self.classes, getattr(recorded, 'scores', None))
+        direction = (shares.to(self.evidence) @ self.evidence).float()
+        deviation = activation.flatten(1).std(1, correction=0).clamp_min(1e-6)[:, None, None]
+        evidence = (direction[:, None] @ activation.flatten(2) / deviation).unflatten(2, activation.shape[2:])
+        return resize(evidence, size, layer.grid, self.map_cells(size))
 
 
 @patch
@@ -1161,6 +1286,7 @@ def config(self: AntehocModel) -> dict:
     found['cells'] = self.cells or 'pixels'
     borders = map(self.get_buffer, self._border_names) if self.corrects_border else ()
     found['border'] = [list(border.shape[2:]) for border in borders] or False
+    found['evidence'] = False if self.evidence is None else self.evidence_layer
     found['channels_last'] = any(map(_is_channels_last, self.parameters()))
     built = getattr(self.cnn, 'build', None)  # how `build_cnn` makes the CNN again, if it was built by name
     if self.output is not None: found['output'] = self.output
@@ -1207,7 +1333,7 @@ def load_state_dict(self: AntehocModel,
                     assign: bool = False, # As of `nn.Module`
                    ): # Names that are missing, and names that are not expected
     "As of `nn.Module`. `RuntimeError` for weights that do not fit, with a hint if they are the CNN's alone."
-    parts = 'cnn.', 'weight_net.', 'border_'
+    parts = 'cnn.', 'weight_net.', 'border_', 'evidence'
     names = [name.removeprefix('module.') for name in state_dict]
     is_plain = strict and names and not any(name.startswith(parts) for name in names)
     if is_plain and {*names} & {*self.cnn.state_dict()}:
@@ -1290,6 +1416,7 @@ def from_pretrained(cls: AntehocModel,
                          f'{config.get("version")}, is not known to version {antehoc_nb.__version__}; '
                          'register it, or train the model again')
     settings = {name: value for name, value in config.items() if name not in ('format', 'version', 'channels_last')}
+    settings.setdefault('evidence', False)  # as in models saved before there was such a thing
     if output is not None: settings['output'] = output
     if isinstance(settings.get('output'), dict):
         raise ValueError(f'{folder}: a function, {settings["output"].get("function")}, chose the output that is '

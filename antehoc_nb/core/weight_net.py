@@ -230,6 +230,32 @@ def class_numbers(target, # One class per image, or one for all: numbers, or nam
         raise ValueError(f'target must lie in 0..{classes-1} for this model, got {numbers.max()}')
     return numbers
 
+# %% ../../nbs/core/04_weight_net.ipynb #8c1f6450
+def contrast(target: torch.Tensor, # Classes, (B,), or several each, (B,Q) with -1 for none; or shares of all, (B,K)
+             classes: int, # K
+             scores: torch.Tensor | None = None, # Of all classes, (B,K), for targets (B,); None: no other class counts
+             share: float = .5, # How much the others count
+            ) -> torch.Tensor: # (B,K)
+    "How much each class counts in the direction of a target: the target 1, the others less than 0, by probability."
+    if target.is_floating_point(): return target
+    several = target[:, None] if target.ndim == 1 else target
+    known = (several >= 0).float()
+    chosen = torch.zeros(several.shape[0], classes, device=several.device).scatter_add(1, several.clamp_min(0), known)
+    chosen = chosen / known.sum(1, keepdim=True).clamp_min(1)
+    if scores is None or target.ndim > 1: return chosen
+    others = scores.float().masked_fill(chosen > 0, -torch.inf).softmax(1)
+    return chosen - share * others
+
+
+def evidence_gate(evidence: torch.Tensor, # (B,1,h,w), in standard deviations of the activation
+                  softness: float = 2., # The evidence at which the factor reaches 0.63
+                 ) -> torch.Tensor: # (B,1,h,w) in [0,1)
+    """A factor for soft attention maps: 0 where there is no evidence, near 1 where it is strong.
+
+    Where it is below 1 everywhere, it is lifted so that it reaches 1: the map then shows where it is least absent."""
+    highest = evidence.amax((2, 3), keepdim=True)
+    return 1 - (-F.relu(evidence + (1 - highest).clamp_min(0)) / softness).exp()
+
 # %% ../../nbs/core/04_weight_net.ipynb #cell0023
 @weight_nets.register(name='scalars')
 class ScalarWeights(nn.Module):

@@ -64,7 +64,7 @@ def randomised(
             device = next(known[name].parameters()).device
             known[name].cpu().reset_parameters()
             known[name].to(device)
-    if x is not None and isinstance(model, AntehocModel): model.measure_border(x[:1])
+    if x is not None and isinstance(model, AntehocModel): model.calibrate(x[:1])
     return model
 
 # %% ../../nbs/evaluate/44_sanity.ipynb #cell0014

@@ -170,7 +170,7 @@ def _second_pass(self: Trials, model, settings):
     numbers = (self.epoch * self.n_iter + self.iter) * len(x) + torch.arange(len(x))  # of the images, from the start
     amp = next((cb.autocast for cb in self.learn.cbs if isinstance(cb, MixedPrecision)), nullcontext())
     with amp, frozen(self.learn.model):
-        recorded = model.layer_maps(self.recording.values, x.shape[2:])
+        recorded = model.layer_maps(self.recording.values, x.shape[2:], self.pred)
         mask, fill = settings.get('mask', 'soft'), settings.get('fill', 'black')
         return interpretation_loss(model, x, recorded, self.pred, numbers, mask, fill)
 

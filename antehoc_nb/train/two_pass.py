@@ -723,7 +723,7 @@ def _begin_fit(self: TwoPass):
 def _measure_border(self: TwoPass):
     "Measure the border responses of the CNN as it is now."
     if self._border_sample is None: self._border_sample = sample_inputs(self.learn.dls)
-    self.antehoc.measure_border(to_device(self._border_sample, self.antehoc.mean.device))
+    self.antehoc.calibrate(to_device(self._border_sample, self.antehoc.mean.device))
 
 
 @patch

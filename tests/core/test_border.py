@@ -38,16 +38,19 @@ def brighter_at_the_border(maps):
 
 def test_maps_are_not_brighter_along_the_border():
     x = noise_like_photographs(48, 3, (32, 32))[16:]  # not those that the border response is measured with
-    kept, taken_off = (AntehocModel(border_lover(), x[:2], eta=2, border=border) for border in (False, True))
+    kept, taken_off = (AntehocModel(border_lover(), x[:2], eta=2, border=border, evidence=False)
+                       for border in (False, True))
     assert brighter_at_the_border(kept.explain(x).map) > .3
     assert abs(brighter_at_the_border(taken_off.explain(x).map)) < .05
 
 
 def test_nothing_is_taken_off_where_the_border_makes_no_difference():
     x = torch.rand(8, 3, 32, 32)
-    kept, taken_off = (AntehocModel(border_lover('circular'), x[:2], eta=2, border=border) for border in (False, True))
+    kept, taken_off = (AntehocModel(border_lover('circular'), x[:2], eta=2, border=border, evidence=False)
+                       for border in (False, True))
     difference = (kept.explain(x).map - taken_off.explain(x).map).abs().mean()
-    zeros = [AntehocModel(border_lover(), x[:2], eta=2, border=border).explain(x).map for border in (False, True)]
+    zeros = [AntehocModel(border_lover(), x[:2], eta=2, border=border, evidence=False).explain(x).map
+             for border in (False, True)]
     assert difference < .5 * (zeros[0] - zeros[1]).abs().mean()
 
 
@@ -113,9 +116,9 @@ def test_noise_has_no_preferred_place_and_the_spectrum_of_photographs():
 
 
 @pytest.mark.parametrize('attention', ['softmax', 'softmax_l2'])
-def test_an_untrained_default_is_the_plain_average(attention):
+def test_an_untrained_default_without_evidence_is_the_plain_average(attention):
     "Its modulated maps are made from the strength that the soft attention takes, without its border response."
     cnn, x = small_cnn().eval(), torch.rand(3, 3, 40, 32)
     settings = dict(sample=x, eta=3, soft_attention=attention, cells=5, temperature=1.5)
-    default, average = AntehocModel(cnn, **settings), AntehocModel(cnn, weight_net='mean', **settings)
+    default, average = AntehocModel(cnn, evidence=False, **settings), AntehocModel(cnn, weight_net='mean', **settings)
     torch.testing.assert_close(default.explain(x).map, average.explain(x).map, atol=1e-4, rtol=0)

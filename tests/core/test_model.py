@@ -331,7 +331,7 @@ class Siamese(nn.Module):
 @pytest.mark.parametrize('shared', [False, True])
 def test_layers_come_from_the_image_that_is_explained(shared):
     cnn, x, other = Siamese(shared).eval(), torch.rand(2, 3, 32, 32), torch.rand(2, 3, 32, 32)
-    m = AntehocModel(cnn, (x, other), eta=3)
+    m = AntehocModel(cnn, (x, other), eta=3, evidence=False)  # the evidence follows the scores, so both images
     assert all(o.startswith('a.') and not o.endswith(':0') for o in m.layers)  # the other image runs first
     assert torch.equal(m.explain(x, other).map, m.explain(x, torch.rand(2, 3, 32, 32)).map)
     assert all(p.requires_grad and p.grad is None for p in cnn.parameters())

@@ -65,7 +65,7 @@ def test_views_are_projections_written_out(n, classes, seed):
 
 @pytest.mark.parametrize('class_specific, target', [(True, [1, 9]), (False, None)])
 def test_modulated_maps_are_named(class_specific, target):
-    model = AntehocModel(small_cnn(), images(), eta=3, class_specific=class_specific)
+    model = AntehocModel(small_cnn(), images(), eta=3, class_specific=class_specific, evidence=False)
     e = model.explain(images(2, 40, 32), target=target)
     assert e.sams.shape == e.weights.shape == (2, 6, 20, 16)
     assert e.layers == (*model.layers, *(f'{layer}, modulated' for layer in model.layers))
@@ -80,7 +80,7 @@ def test_modulated_maps_are_named(class_specific, target):
 def test_modulated_maps_follow_the_settings_of_the_model():
     x = images()
     for temperature in (1., 5.):
-        e = AntehocModel(small_cnn(), x, eta=3, temperature=temperature).explain(x)
+        e = AntehocModel(small_cnn(), x, eta=3, temperature=temperature, evidence=False).explain(x)
         torch.testing.assert_close(e.sams[:, 3:], e.sams[:, :3], atol=1e-5, rtol=1e-4)
     half = AntehocModel(small_cnn(), x, eta=3).half()
     with pytest.warns(UserWarning, match='so they seem to be normalised'):
