@@ -333,8 +333,10 @@ def build_cnn(arch: str, # As for `find_arch`
 def tf_efficientnet_lite0(weights: str | None = None, # 'DEFAULT': those for ImageNet; None: random ones
                           progress: bool = True, # As torchvision's functions have it; without effect
                          ) -> nn.Module: # (B,3,H,W) -> (B,1000)
-    """timm's EfficientNet-Lite0 as a function like those of torchvision, for `vision_learner`. Its images are normalised
-    with a mean and a standard deviation of 0.5, which `vision_learner` does if the `DataLoaders` don't normalise.
+    """timm's EfficientNet-Lite0 as a function like those of torchvision, for `vision_learner`.
+
+    Its images are normalised with a mean and a standard deviation of 0.5, which `vision_learner` does if the
+    `DataLoaders` don't normalise.
 
     `ImportError` without timm; other errors as of `build_cnn`."""
     import_extra('timm', 'antehoc_nb[pretrained]', 'EfficientNet-Lite0 is a network of timm')

@@ -279,7 +279,7 @@ def test_images_reach_the_cnn_as_its_weights_need_them(dls):
 
 @pytest.mark.filterwarnings('ignore:explain')
 def test_a_vision_learner_with_packaged_weights_needs_no_network(tmp_path):
-    "By a function, as torchvision's: what `plain_learner` makes by name, but for the random head; exported, saved alone"
+    "By a function, as torchvision has them: what `plain_learner` makes by name, but for the random head"
     plain, named = pixels_dls(), pixels_dls()
     learn = vision_learner(plain, archs.tf_efficientnet_lite0, path=tmp_path)
     by_name = plain_learner(named, LITE0)
