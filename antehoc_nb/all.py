@@ -23,6 +23,7 @@ from antehoc_nb.data.landmarks import (
     Landmarks, Scheme, aflw2000, digit_points, draw_faces, drawn_faces, face_table, landmark_dls, nme, nme_metric
 )
 from .data.photo_digits import PhotoDigits, photo_digits_dls
+from .data.photographs import photograph_folder, sample_photographs
 from .evaluate.benchmark import benchmark, benchmark_metrics
 from .evaluate.evaluator import RandomMasks, random_masks, train_evaluator
 from .evaluate.explainers import explain_with, explainers
@@ -47,8 +48,11 @@ from antehoc_nb.tasks.captioner import (
     Captioner, bleu, caption_learner, caption_maps, load_captioner, show_words, word_maps, word_pointing
 )
 from .tasks.concept_models import cbah_learner, senn_learner, show_concept_images, show_contributions
-from .train.archs import build_cnn, find_arch, landmark_cnn, resnet18_half, small_cnn
+from antehoc_nb.train.archs import (
+    build_cnn, find_arch, landmark_cnn, resnet18_half, small_cnn, tf_efficientnet_lite0
+)
 from .train.checkpoint import Checkpoint
+from .train.imagenet import imagenet_cnn, imagenet_model, imagenet_names
 from .train.learner import Bf16, antehoc_learner, plain_learner
 from .train.two_pass import TwoPass, antehoc_splitter, normalisation, sample_inputs
 

@@ -185,7 +185,8 @@ def test_the_title_stands_alone(nb):
                          ids=lambda o: o.relative_to(NBS).as_posix())
 def test_imports_stand_alone(nb):
     "To make the docs, nbdev runs the cells with imports and no others: below the first ones they hold nothing else."
-    def kinds(c): return [isinstance(o, (ast.Import, ast.ImportFrom)) for o in ast.parse(source(c)).body]
+    def python(c): return re.sub(r'^[!%].*', '', source(c), flags=re.M)  # without commands of the shell and of Jupyter
+    def kinds(c): return [isinstance(o, (ast.Import, ast.ImportFrom)) for o in ast.parse(python(c)).body]
     later = [c for c in cells(nb)[6:] if c['cell_type'] == 'code']
     later = [c for c in later if '#| export' not in source(c) and 'nbdev_export(' not in source(c)]
     assert not [c['id'] for c in later if len(set(kinds(c))) > 1]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['own_cnns', 'fastai_names', 'HEAD_ARGUMENTS', 'small_cnn', 'landmark_cnn', 'resnet18_half', 'find_arch',
            'packaged_weights', 'find_weights', 'read_weights', 'weights_stats', 'no_head_error', 'download_error',
-           'build_cnn', 'rebuild_cnn', 'describe_cnn']
+           'build_cnn', 'tf_efficientnet_lite0', 'rebuild_cnn', 'describe_cnn']
 
 # %% ../../nbs/train/10_archs.ipynb #cell0002
 import importlib.util
@@ -29,7 +29,7 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock
 
 from antehoc_nb.core.utils import (
-    Registry, cnn_builders, in_channels, own_seed, train_functions, unknown_name
+    Registry, cnn_builders, import_extra, in_channels, own_seed, train_functions, unknown_name
 )
 
 # %% ../../nbs/train/10_archs.ipynb #cell0005
@@ -328,6 +328,29 @@ def build_cnn(arch: str, # As for `find_arch`
     else: cnn = _with_head(arch, found, n_out, download, head)
     if file: _load_weights(cnn, arch, file, given.get('cut'), given.get('n_in', 3))
     return cnn
+
+# %% ../../nbs/train/10_archs.ipynb #a8113c94
+def tf_efficientnet_lite0(weights: str | None = None, # 'DEFAULT': those for ImageNet; None: random ones
+                          progress: bool = True, # As torchvision's functions have it; without effect
+                         ) -> nn.Module: # (B,3,H,W) -> (B,1000)
+    """timm's EfficientNet-Lite0 as a function like those of torchvision, for `vision_learner`.
+
+    Its images are normalised with a mean and a standard deviation of 0.5, which `vision_learner` does if the
+    `DataLoaders` don't normalise.
+
+    `ImportError` without timm; other errors as of `build_cnn`."""
+    import_extra('timm', 'antehoc_nb[pretrained]', 'EfficientNet-Lite0 is a network of timm')
+    return build_cnn('timm/tf_efficientnet_lite0', 1000, pretrained=weights is not None, whole=True)
+
+
+def _timm_body(network):
+    "What `vision_learner` makes of the name of such a network: the network of timm without its head"
+    network.reset_classifier(0)
+    return TimmBody(network)
+
+
+model_meta[tf_efficientnet_lite0] = dict(cut=_timm_body, split=default_split, weights='DEFAULT',
+                                         stats=([.5] * 3, [.5] * 3))
 
 # %% ../../nbs/train/10_archs.ipynb #f03ae45f
 HEAD_ARGUMENTS = ('n_in', 'concat_pool', 'pool', 'lin_ftrs', 'ps', 'first_bn', 'bn_final', 'lin_first',

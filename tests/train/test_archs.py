@@ -8,6 +8,7 @@ import warnings
 from copy import deepcopy
 from functools import partial
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -15,6 +16,7 @@ import torchvision
 from fastai.data.transforms import Normalize
 from fastai.learner import Learner, load_learner
 from fastai.losses import CrossEntropyLossFlat
+from fastai.vision.data import ImageDataLoaders
 from fastai.vision.learner import vision_learner
 from fastai.vision.models.xresnet import xresnet18
 from safetensors.torch import save_file
@@ -273,6 +275,40 @@ def test_images_reach_the_cnn_as_its_weights_need_them(dls):
         own = deepcopy(dls)
         plain_learner(own, LITE0, **kwargs)
         assert normalisation(own) == normalisation(dls)
+
+
+@pytest.mark.filterwarnings('ignore:explain')
+def test_a_vision_learner_with_packaged_weights_needs_no_network(tmp_path):
+    "By a function, as torchvision has them: what `plain_learner` makes by name, but for the random head"
+    plain, named = pixels_dls(), pixels_dls()
+    learn = vision_learner(plain, archs.tf_efficientnet_lite0, path=tmp_path)
+    by_name = plain_learner(named, LITE0)
+    assert [*normalisation(plain)] == [*normalisation(named)] == [[.5] * 3] * 2
+    body, other = learn.model[0].state_dict(), by_name.model[0].state_dict()
+    assert body.keys() == other.keys() and all(torch.equal(body[name], other[name]) for name in body)
+    assert str(learn.model) == str(by_name.model)
+    def is_frozen(learn): return [weight.requires_grad for weight in learn.model.parameters()]
+    assert is_frozen(learn) == is_frozen(by_name) and len(learn.opt.param_lists) == len(by_name.opt.param_lists)
+    learn.export('learner.pkl')
+    assert load_learner(tmp_path/'learner.pkl').model[1][-1].out_features == 2
+    ours = vision_learner(pixels_dls(), archs.tf_efficientnet_lite0, cbs=TwoPass(eta=2))
+    assert loads_alone(ours.model, tmp_path/'ours')
+
+
+def test_a_vision_learner_may_start_from_random_weights_or_be_refused(monkeypatch):
+    learn = vision_learner(pixels_dls(), archs.tf_efficientnet_lite0, pretrained=False)
+    packaged = build_cnn(LITE0, 2, pretrained=True)[0].state_dict()
+    assert not torch.equal(learn.model[0].model.conv_stem.weight, packaged['model.conv_stem.weight'])
+    assert normalisation(learn.dls)[0] is None
+    monkeypatch.setitem(sys.modules, 'timm', None)
+    assert refused(lambda: vision_learner(pixels_dls(), archs.tf_efficientnet_lite0)) == (
+        'EfficientNet-Lite0 is a network of timm: pip install antehoc_nb[pretrained]')
+
+
+def pixels_dls():
+    "Images of two classes that are not normalised"
+    images = [np.full((64, 64, 3), 30 * i, np.uint8) for i in range(8)]
+    return ImageDataLoaders.from_lists('.', images, list('ab' * 4), seed=0, bs=2, num_workers=0)
 
 
 def test_statistics_that_someone_chose_are_not_replaced_silently(dls):
