@@ -292,6 +292,7 @@ class MapGroup:
     accuracy: float # of its images; NaN if labels are not known
     accuracy_rest: float # of the rest of the class
     candidate: bool # whether the score is `LEAST_RATIO` or more
+    images: list[str] = field(default_factory=list, repr=False) # names of `members`, in their order: of `make_report`
 
     @property
     def place(self) -> str:
@@ -1022,6 +1023,8 @@ def make_report(
     pictures = _Pictures(explained, root or explained.meta.get('root') or '.', dict(zip(sample.rows.tolist(), unlike)),
                          _groups_of_images(groups, sample), most_pictures)
     trust, why_not = _measure_trust(explained, model, pictures, sample, trust_images, seed)
+    names = explained.images['image'].to_numpy()[sample.rows]
+    for group in groups: group.images = names[group.members].tolist()
     report = Report(out, groups, class_table(sample), trust, objects)
     page = _page(explained, sample, report, unlike, pictures, why_not, title, of_group)
     _write_whole(out, _render(page | dict(vega=vega)))

@@ -414,6 +414,8 @@ def test_a_report(folder, tmp_path):
     assert '1 of 40 images with a label are predicted as another class.' in page
     assert 'was not measured: it was not asked for' in page
     assert repr(report) == f'Report({str(report.path)!r}, 0 candidates)'
+    assert all(len(group.images) == len(group.members) for group in report.groups)
+    assert sorted(sum((group.images for group in report.groups), [])) == [f'{i:02}.png' for i in range(40)]
     assert not [*report.path.parent.glob('*.part')]
     again = make_report(folder, tmp_path/'again.html', trust_images=0)
     assert again.path.read_bytes() == report.path.read_bytes()
