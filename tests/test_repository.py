@@ -299,7 +299,8 @@ def test_recipes_of_the_readme_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     fine_tune, trained, one_file, example = readme_code()
     namespace = {}
-    small = fine_tune.replace('Resize(224)', 'Resize(64), bs=8').replace('resnet18,', 'resnet18, pretrained=False,')
+    small = fine_tune.replace('Resize(224)', 'Resize(64), bs=8, num_workers=0')
+    small = small.replace('resnet18,', 'resnet18, pretrained=False,')
     exec(small.replace('fine_tune(3)', 'fine_tune(1)'), namespace)
     namespace['cnn'] = namespace['learn'].model.cnn
     before = namespace['weights_digest'](namespace['cnn'])
@@ -379,3 +380,31 @@ def test_addresses_of_pages(page, address):
 
 def test_contributing_is_one_screen():
     assert len((ROOT/'CONTRIBUTING.md').read_text(encoding='utf-8').split()) <= 400
+
+
+def table_of(notebook):
+    "The first table in the prose of a notebook: its header, and its rows, as lists of cells"
+    prose = (source(c) for c in cells(notebook) if c['cell_type'] == 'markdown')
+    lines = next(found for text in prose if (found := [o for o in text.splitlines() if o.startswith('|')]))
+    rows = [[cell.strip() for cell in line.strip('|').split(' | ')] for line in lines]
+    return rows[0], rows[2:]
+
+
+def test_words_are_sorted_linked_and_complete():
+    header, rows = table_of(NBS/'guides'/'07_words.ipynb')
+    assert {len(row) for row in rows} == {len(header)} == {4}
+    words = [re.fullmatch(r'\[([^\]]+)\]\(\S+\)', row[0])[1] for row in rows]
+    assert words == sorted(words, key=str.lower) and all(row[3] for row in rows)
+    needed = """aligned, baseline, class-agnostic, class-specific, control, DatasetSpec, evaluator, exclude, frozen,
+        map history, masked input, notebook, prediction, resized, subsample, target, wrong-target control, interpretation map,
+        soft attention map, weight map, weight network, energy map, interpretation loss, eta"""
+    assert not {' '.join(word.split()) for word in needed.split(',')} - {*words}
+
+
+def test_each_cell_beside_other_libraries_has_its_source():
+    header, rows = table_of(NBS/'guides'/'09_beside_others.ipynb')
+    assert header == ['', 'antehoc_nb', 'torchcam', 'pytorch-grad-cam', 'captum', 'TAME']
+    assert len(rows) > 10 and {len(row) for row in rows} == {6}
+    for feature, ours, *others in rows:
+        assert re.search(r'\]\((\.\./|https://github\.com/antehoc-nb)', ours), feature
+        assert not [cell for cell in others if cell != '–' and '](https://' not in cell], feature
