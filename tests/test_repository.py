@@ -286,7 +286,7 @@ def test_recipes_of_the_readme_are_short():
 
 
 @pytest.mark.slow
-def test_recipes_of_the_readme_run(tmp_path, monkeypatch):
+def test_recipes_of_the_readme_run(tmp_path, monkeypatch, one_thread):
     """In the order of the README, on small photographs made here, with a CNN of random weights (the recipe downloads
     them) and small images. The last one, which needs no photographs, is what CI runs from the wheel alone."""
     import numpy as np
