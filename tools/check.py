@@ -1,7 +1,7 @@
 """Every check of the repository: ruff, files in step, pages, notebooks run, tests. Exits with 1 if any fails.
 
-`--fix` brings exported modules, notebooks and README.md in step instead of complaining; `--only` picks steps by name;
-`--slow` runs the slow cells of notebooks and the slow tests, which the other steps leave out.
+`--fix` brings exported modules, notebooks, README.md and llms.txt in step instead of complaining; `--only` picks
+steps by name; `--slow` runs the slow cells of notebooks and the slow tests, which the other steps leave out.
 """
 import argparse
 import difflib
@@ -32,16 +32,17 @@ def run(*cmd, cwd=ROOT, quiet=False, **env):
 
 
 def sync(root, quiet=False):
-    """Clean the notebooks, export the modules and make README.md, in `root`.
+    """Clean the notebooks, export the modules and make README.md and the map of the site, in `root`.
 
     Cleaning gives a new cell the id that its export carries."""
     return (run('nbdev_clean', cwd=root, quiet=quiet) and run('nbdev_export', cwd=root, quiet=quiet)
-            and run(sys.executable, root/'tools'/'readme.py', '--root', root, cwd=root, quiet=quiet))
+            and all(run(sys.executable, root/'tools'/tool, '--root', root, cwd=root, quiet=quiet)
+                    for tool in ('readme.py', 'llms.py')))
 
 
 def kept(root):
     "The files that must be in step, path -> bytes."
-    globs = ['nbs/**/*.ipynb', f'{LIB}/**/*.py', 'README.md', 'index_files/*']
+    globs = ['nbs/**/*.ipynb', f'{LIB}/**/*.py', 'nbs/llms.txt', 'README.md', 'index_files/*']
     def generated(f): return any(o == '__pycache__' or o.startswith('.ipynb_') for o in f.parts)
     files = [f for g in globs for f in root.glob(g) if not generated(f)]
     return {f.relative_to(root).as_posix(): f.read_bytes() for f in sorted(files)}

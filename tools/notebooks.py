@@ -13,7 +13,7 @@ from nbdev.test import test_nb
 
 NBS = Path(__file__).resolve().parents[1]/'nbs'
 LONGEST = ('45_explainers', '56_captioner', '53_concept_models', '31_learner', '46_evaluator', '48_benchmark',
-           '08_export')
+           '08_export', '08_add_your_own')
 
 
 def all_notebooks():

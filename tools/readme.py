@@ -35,8 +35,8 @@ def relink(md, nbs):
     return ''.join(parts)
 
 
-def output_md(out, name, figures, nbs):
-    "One output as markdown, or None; a picture is added to `figures`."
+def output_md(out, name, figures, nbs, alt=''):
+    "One output as markdown, or None; a picture is added to `figures`, with what its cell says of it."
     if out['output_type'] == 'error': raise SystemExit(f"{name}: a cell ended in {out['ename']}: {out['evalue']}")
     if out['output_type'] == 'stream':
         printed = re.sub(r'[^\n]*\r', '', text(out['text'])) if out['name'] == 'stdout' else ''
@@ -45,7 +45,7 @@ def output_md(out, name, figures, nbs):
     if 'image/png' in data:
         fn = f'{FIGURES}/figure-{len(figures) + 1}.png'
         figures[fn] = base64.b64decode(text(data['image/png']))
-        return f'![Figure {len(figures)}]({fn})'
+        return f'![{alt or f"Figure {len(figures)}"}]({fn})'
     if 'text/markdown' in data: return relink(text(data['text/markdown']).strip(), nbs)
     if 'text/html' in data:
         html = re.sub(r'<style.*?</style>', '', text(data['text/html']), flags=re.S)
@@ -65,7 +65,8 @@ def make(root, nb_path='nbs/index.ipynb'):
         if 'hide' in flags or flags.get('include') == 'false' or 'nbdev_export(' in code: continue
         if code and flags.get('echo') != 'false' and 'hide_input' not in flags: parts.append(fence(code, 'python'))
         if flags.get('output') == 'false' or 'hide_output' in flags: continue
-        parts += [output_md(o, nb_path.name, figures, nbs) for o in cell.get('outputs', [])]
+        alt = flags.get('fig-alt', '').strip('\'"')
+        parts += [output_md(o, nb_path.name, figures, nbs, alt) for o in cell.get('outputs', [])]
     title, *rest = [o for o in parts if o]
     return '\n\n'.join([title, WARNING.format(nb=nb_path.relative_to(root).as_posix()), *rest]) + '\n', figures
 
