@@ -767,8 +767,8 @@ def channel_gradients(cnn: nn.Module, # Any network, with frozen weights
                       layer: str, # A name as `choose_layers` gives it
                       inputs: tuple, # Positional arguments of `cnn`; the image batch (B,C,H,W) is `inputs[0]`
                       scores: Callable, # From what the network returns to scores, (B,K)
-                     ) -> torch.Tensor | None: # (K,C): of each score with respect to each channel of the layer, the mean
-    # over images and places; None where no gradient can be had
+                     ) -> torch.Tensor | None: # (K,C): of each score with respect to each channel of the layer, the
+    # mean over images and places; None where no gradient can be had
     "The mean gradients of scores with respect to a layer's activation."
     name, index, relu = parse_layer(layer)
     if index: return None

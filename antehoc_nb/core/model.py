@@ -718,9 +718,9 @@ def _border(self: AntehocModel, i, response):
     return fit_border(self.get_buffer(self._border_names[i]), response.shape[2:]).expand_as(response)
 
 # %% ../../nbs/core/07_model.ipynb #e82b12bd
-_NO_EVIDENCE = ('AntehocModel: no gradients of the scores with respect to a layer can be measured in this network, so maps '
-                'of classes differ only as far as the weight network learns it; wrap the network before it is quantised '
-                'or compiled, or give evidence=False to do without')
+_NO_EVIDENCE = ('AntehocModel: no gradients of the scores with respect to a layer can be measured in this network, so '
+                'maps of classes differ only as far as the weight network learns it; wrap the network before it is '
+                'quantised or compiled, or give evidence=False to do without')
 
 
 @patch
@@ -744,7 +744,10 @@ def _prepare_evidence(self: AntehocModel, evidence, sample):
 def _first_images(inputs, n):
     "The first images of a batch, with what else belongs to them"
     x, *others = as_inputs(inputs)
-    def first(other): return other[:n] if isinstance(other, torch.Tensor) and other.ndim and len(other) == len(x) else other
+
+    def first(other):
+        is_batch = isinstance(other, torch.Tensor) and other.ndim and len(other) == len(x)
+        return other[:n] if is_batch else other
     return (x[:n], *map(first, others))
 
 
@@ -758,8 +761,8 @@ def _class_scores(out, explained):
 def measure_evidence(self: AntehocModel,
                      sample, # Input like the ones to come, (B,C,H,W); a tuple if the CNN takes several
                     ) -> None:
-    """Measure the mean gradient of each class's score with respect to a layer, with four images of noise. It changes when
-    the CNN does. A model without class-specific maps is left alone."""
+    """Measure the mean gradient of each class's score with respect to a layer, with four images of noise. It changes
+    when the CNN does. A model without class-specific maps is left alone."""
     if not self.class_specific or not self.modulates or self.cnn_finds_targets: return
     noise, others = self._noise_batch(_first_images(sample, 4), 4)
     found = None

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -121,10 +122,16 @@ def _read_weight_net(file):
     return config, tensors
 
 # %% ../../nbs/train/14_imagenet.ipynb #4ad304b3
-SHIPPED_WEIGHT_NET = Path(antehoc_nb.__file__).parent/'train'/'imagenet.safetensors'
+SHIPPED_WEIGHT_NET = Path(antehoc_nb.__file__).parent/'train'/'imagenet.safetensors' # Class-agnostic
 
 
-def imagenet_model(file: str | Path | None = None, # Of another weight network of this CNN; None: the one shipped
+def imagenet_model(file: str | Path | None = None, # Of a weight network of this CNN, such as `SHIPPED_WEIGHT_NET`;
+                   # None: class-specific maps by the evidence for each class
                   ) -> AntehocModel: # In evaluation mode; takes photographs as files, PIL images or arrays
     "A CNN of 1,000 classes that explains itself. Errors as of `imagenet_cnn` and `load_weight_net`."
-    return load_weight_net(SHIPPED_WEIGHT_NET if file is None else file, imagenet_cnn())
+    cnn = imagenet_cnn()
+    if file is not None: return load_weight_net(file, cnn)
+    meta = dict(cnn=cnn.build, size=[IMAGENET_SIZE] * 2, vocab=list(imagenet_names()), task='single-label',
+                activation='softmax')
+    sample = torch.zeros(2, 3, IMAGENET_SIZE, IMAGENET_SIZE)
+    return AntehocModel(cnn, sample, mean=[.5] * 3, std=[.5] * 3, meta=meta).eval()
