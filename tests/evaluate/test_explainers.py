@@ -734,7 +734,7 @@ def test_the_ante_hoc_map_is_class_specific_where_the_weight_network_is(form):
 
 
 @pytest.mark.parametrize(
-    'settings', [{}, dict(weight_net='paper'), dict(class_specific=False, cells='pixels')], ids=str
+    'settings', [dict(evidence=False), dict(weight_net='paper'), dict(class_specific=False, cells='pixels')], ids=str
 )
 def test_the_plain_average_is_what_an_untrained_weight_network_makes(settings):
     "Whatever the resolution of the map; images are not square, since maps are enlarged along both sides"

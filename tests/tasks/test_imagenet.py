@@ -62,8 +62,8 @@ def test_the_record_and_its_table(run):
     assert 'training split' in record['config']['title']
     assert (results['n'], results['n_labelled'], results['n_train'], results['n_valid']) == (8, 12, 16, 4)
     table = imagenet_table(record)
-    assert list(table.index[:4]) == [*M.IMAGENET_NETS, M.WRONG_TARGET] and 'score-cam' not in table.index
-    assert set(imagenet_table(record, slow=True).index) == {*M.IMAGENET_NETS, 'score-cam'}
+    assert list(table.index[:5]) == [*M.IMAGENET_NETS, M.UNTRAINED, M.WRONG_TARGET] and 'score-cam' not in table.index
+    assert set(imagenet_table(record, slow=True).index) == {*M.IMAGENET_NETS, M.UNTRAINED, 'score-cam'}
     assert table['grid pointing'].between(0, 1).all() and (table.area > 0).all()
     printed = M.imagenet.tables['imagenet'](record, d)
     assert '8 photographs:' in printed and '4 photographs:' in printed
