@@ -1,8 +1,9 @@
 """What the evidence for a class does to maps, before any training and after a short one, on validation images.
 
 EfficientNet-Lite0 with ImageNet weights and a linear head, which is fitted to 100 images of each of ten classes;
-nothing else is trained. The maps of the predicted classes are scored by the CNN. `other` is the next class by number:
-what is left of the target under its map, and how probable it becomes there (`steering`). One command writes the record:
+nothing else is trained. Of ImageNet itself the network is taken as it comes, with its 1,000 classes, at 224 pixels.
+The maps of the predicted classes are scored by the CNN. `other` is the next class by number: what is left of the target
+under its map, and how probable it becomes there (`steering`). One command writes the record:
 
     ANTEHOC_DATA=folder OMP_NUM_THREADS=1 python benchmarks/evidence.py
 """
@@ -22,9 +23,10 @@ SIZE, HEAD, VALID = 112, 100, 13
 TINY = ('n02099601', 'n02123045', 'n01855672', 'n02279972', 'n02364673', 'n02403003', 'n02415577', 'n02437312',
         'n02504458', 'n01774750')
 DATASETS = dict(tinyimagenet20=('tinyimagenet/tinyimagenet20_500tr_50val.tar.gz', TINY),
-                food101_10=('food101_10/food101_10.tar', None))
+                food101_10=('food101_10/food101_10.tar', None), imagenet600=('imagenet_600.tar', None))
 VARIANTS = ('without evidence', 'evidence alone', 'without contrast', 'without gate', 'untrained default', 'Grad-CAM',
             'trained default', 'trained without evidence')
+OF_IMAGENET = 'without evidence', 'untrained default', 'Grad-CAM'
 
 
 def images_and_cnn(dataset, root):
@@ -44,6 +46,17 @@ def images_and_cnn(dataset, root):
     mean, std = normalise.mean.cpu(), normalise.std.cpu()
     cnn = fit_head(pretrained_lite0(mean, std), *train).eval().requires_grad_(False)
     return train, valid, boxes, cnn, dict(mean=mean.flatten().tolist(), std=std.flatten().tolist())
+
+
+def imagenet_images(root):
+    "The same of ImageNet: the validation photographs of `antehoc reproduce imagenet`, and its CNN"
+    from antehoc_nb.core.utils import plain_tensor
+    from antehoc_nb.tasks.imagenet import labelled_photos, photo_dls
+    from antehoc_nb.train.imagenet import IMAGENET_SIZE, imagenet_cnn
+    photos = labelled_photos(root/DATASETS['imagenet600'][0], 200, 60)['valid']
+    dls = photo_dls(photos[:1], photos, IMAGENET_SIZE, 20)
+    valid = [torch.cat([plain_tensor(part) for part in parts]) for parts in zip(*dls.valid)]
+    return valid, valid, None, imagenet_cnn().requires_grad_(False), dict(mean=[.5] * 3, std=[.5] * 3)
 
 
 def trained(model, x, y, images, epochs):
@@ -141,8 +154,9 @@ def variant(name, model, plain, train, options):
 def run(dataset, options, results):
     "The scores of every variant that the record does not have yet"
     from antehoc_nb.core.model import AntehocModel
-    train, (x, y), boxes, cnn, normalisation = images_and_cnn(dataset, Path(os.environ['ANTEHOC_DATA']))
-    for name in VARIANTS:
+    root, is_imagenet = Path(os.environ['ANTEHOC_DATA']), dataset == 'imagenet600'
+    train, (x, y), boxes, cnn, normalisation = imagenet_images(root) if is_imagenet else images_and_cnn(dataset, root)
+    for name in OF_IMAGENET if is_imagenet else VARIANTS:
         if name in results: continue
         start = time.time()
         model = AntehocModel(cnn, x[:2], **normalisation)
