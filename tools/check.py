@@ -32,17 +32,17 @@ def run(*cmd, cwd=ROOT, quiet=False, **env):
 
 
 def sync(root, quiet=False):
-    """Clean the notebooks, export the modules and make README.md and the map of the site, in `root`.
+    """Clean the notebooks, export the modules and make README.md, the map of the site and the guides' pictures, in `root`.
 
     Cleaning gives a new cell the id that its export carries."""
     return (run('nbdev_clean', cwd=root, quiet=quiet) and run('nbdev_export', cwd=root, quiet=quiet)
             and all(run(sys.executable, root/'tools'/tool, '--root', root, cwd=root, quiet=quiet)
-                    for tool in ('readme.py', 'llms.py')))
+                    for tool in ('readme.py', 'llms.py', 'openings.py')))
 
 
 def kept(root):
     "The files that must be in step, path -> bytes."
-    globs = ['nbs/**/*.ipynb', f'{LIB}/**/*.py', 'nbs/llms.txt', 'README.md', 'index_files/*']
+    globs = ['nbs/**/*.ipynb', f'{LIB}/**/*.py', 'nbs/llms.txt', 'nbs/guides/*.png', 'README.md', 'index_files/*']
     def generated(f): return any(o == '__pycache__' or o.startswith('.ipynb_') for o in f.parts)
     files = [f for g in globs for f in root.glob(g) if not generated(f)]
     return {f.relative_to(root).as_posix(): f.read_bytes() for f in sorted(files)}
