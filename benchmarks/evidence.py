@@ -22,8 +22,8 @@ RECORD = Path(__file__).resolve().parents[1]/'results'/'benchmarks'/'evidence.js
 SIZE, HEAD, VALID = 112, 100, 13
 TINY = ('n02099601', 'n02123045', 'n01855672', 'n02279972', 'n02364673', 'n02403003', 'n02415577', 'n02437312',
         'n02504458', 'n01774750')
-DATASETS = dict(tinyimagenet20=('tinyimagenet/tinyimagenet20_500tr_50val.tar.gz', TINY),
-                food101_10=('food101_10/food101_10.tar', None), imagenet600=('imagenet_600.tar', None))
+DATASETS = dict(tinyimagenet20=('tinyimagenet/tinyimagenet20_500tr_50val.tar.gz', 'val', TINY),
+                food101_10=('food101_10/food101_10.tar', 'test', None), imagenet600=('imagenet_600.tar', None, None))
 VARIANTS = ('without evidence', 'evidence alone', 'without contrast', 'without gate', 'untrained default', 'Grad-CAM',
             'trained default', 'trained without evidence')
 OF_IMAGENET = 'without evidence', 'untrained default', 'Grad-CAM'
@@ -35,9 +35,9 @@ def images_and_cnn(dataset, root):
     from antehoc_nb.data.images import image_dls
     from antehoc_nb.tasks.classification import dataset_boxes
     from antehoc_nb.tasks.default import few_images, fit_head, pretrained_lite0
-    archive, classes = DATASETS[dataset]
-    if classes is None: classes = list(image_dls(root/archive, SIZE, 32, valid='val', verify=False).vocab)
-    dls = few_images(root/archive, list(map(str, classes)), HEAD, VALID, SIZE, 32, 0, 1)['valid']
+    archive, test, classes = DATASETS[dataset]
+    if classes is None: classes = list(image_dls(root/archive, SIZE, 32, valid=test, verify=False).vocab)
+    dls = few_images(root/archive, list(map(str, classes)), HEAD, VALID, SIZE, 32, 0, 1, test)['valid']
 
     def joined(loader): return [torch.cat([plain_tensor(part) for part in parts]) for parts in zip(*loader)]
     train, valid = joined(dls.train.new(shuffle=False, drop_last=False)), joined(dls.valid)

@@ -754,12 +754,15 @@ class _Probe:
 
 def _gradients(scores, zeros, numel):
     "The gradient of each score with respect to a row of zeros, (K,C); `numel` numbers are in the activation"
-    rows = torch.eye(len(scores), dtype=scores.dtype, device=scores.device)
     of_zeros = partial(torch.autograd.grad, scores, zeros, retain_graph=True, allow_unused=True)
-    try: found = [of_zeros(some, is_grads_batched=True)[0] for some in rows.split(min(128, max(1, 2**24 // numel)))]
+
+    def rows(some): return torch.nn.functional.one_hot(some.to(scores.device), len(scores)).to(scores.dtype)
+    numbers = torch.arange(len(scores))
+    chunks = numbers.split(min(128, max(1, 2**24 // numel)))
+    try: found = [of_zeros(rows(some), is_grads_batched=True)[0] for some in chunks]
     except RuntimeError: found = [None]  # an operation that cannot be batched, or a checkpoint
     if all(part is not None for part in found): return torch.cat(found).flatten(1)
-    found = [of_zeros(row)[0] for row in rows]
+    found = [of_zeros(rows(some)[0])[0] for some in numbers.split(1)]
     return torch.stack([torch.zeros_like(zeros) if part is None else part for part in found]).flatten(1)
 
 

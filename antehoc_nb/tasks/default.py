@@ -36,7 +36,7 @@ from ..train.archs import build_cnn, packaged_weights
 from ..train.learner import antehoc_learner
 
 # %% ../../nbs/tasks/59_default.ipynb #ce75e980
-def few_images(path: str | Path, # Folder or archive with train/<class>/ and val/<class>/
+def few_images(path: str | Path, # Folder or archive with train/<class>/ and test images in val/<class>/
                classes: list[str], # Their folders' names
                per_class: int, # Training images of each
                n_valid: int, # Validation images of each
@@ -44,9 +44,10 @@ def few_images(path: str | Path, # Folder or archive with train/<class>/ and val
                bs: int, # Batch size
                seed: int, # Picks training and validation images
                n_test: int | None = None, # Test images of each, the same for every seed; None: all that there are
+               test: str = 'val', # The folder of the test images
               ) -> dict[str, DataLoaders]: # 'valid' and 'test': the same training images, other images to score on
     "A few images of some classes. `ValueError` if a class has too few."
-    whole = image_dls(path, size, bs, valid='val', verify=False)
+    whole = image_dls(path, size, bs, valid=test, verify=False)
     vocab = [str(name) for name in whole.vocab]
 
     def items_of(dataset): return [(file, str(label)) for file, label in dataset.items if str(label) in classes]
