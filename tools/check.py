@@ -32,7 +32,7 @@ def run(*cmd, cwd=ROOT, quiet=False, **env):
 
 
 def sync(root, quiet=False):
-    """Clean the notebooks, export the modules, make README.md, the map of the site and the pictures of guides, in `root`.
+    """Clean the notebooks, export the modules; make README.md, the map of the site and the guides' pictures, in `root`.
 
     Cleaning gives a new cell the id that its export carries."""
     return (run('nbdev_clean', cwd=root, quiet=quiet) and run('nbdev_export', cwd=root, quiet=quiet)
