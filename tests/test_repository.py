@@ -261,12 +261,12 @@ def test_results_page_has_the_numbers_of_the_records(record):
 
 def test_readme_has_the_numbers_of_the_records():
     "Computed apart from the page: the one table of the README, and what it says of costs."
-    from antehoc_nb.tasks.default import GRAD_CAM, default_choice, default_table
-    tables = [default_table(default_choice.read(name, 'cpu', ROOT/'results'), 'pretrained')
-              for name in ('two-classes', 'ten-classes')]
+    results = json.loads((ROOT/'results/benchmarks/evidence.json').read_text())['results']
     readme = (ROOT/'README.md').read_text(encoding='utf-8')
-    for said, row in {'ours': 'auto', 'Grad-CAM': GRAD_CAM}.items():
-        numbers = [f"{table['drop_at_20%'][row]:.1f} | {table['pointing'][row]:.2f}" for table in tables]
+    for said, row in {'ours, before training': 'untrained default', 'Grad-CAM': 'Grad-CAM'}.items():
+        animals, imagenet = (results[name][row] for name in ('tinyimagenet20', 'imagenet600'))
+        numbers = [f"{scores['drop']['20%']:.1f}" for scores in (animals, imagenet)]
+        numbers += [f'{value:.2f}' for value in (animals['pointing'], animals['grid'], animals['swap energy']['other'])]
         assert f"| {said} | {' | '.join(numbers)} |" in readme
     record = json.loads((ROOT/'results/benchmarks/explain-amd-epyc.json').read_text())
     ratios = [case['explain']['ratio'] for case in record['results']['cells'] if case['threads'] == 1]
