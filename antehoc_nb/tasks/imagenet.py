@@ -114,7 +114,7 @@ def divergence(y2: torch.Tensor, # Logits for the masked images, (B,K)
 
 # %% ../../nbs/tasks/60_imagenet.ipynb #ab4bf2cb
 CLASS_AGNOSTIC = 'ante-hoc, class-agnostic'  # its weight network comes with the library
-UNTRAINED = 'ante-hoc, untrained'  # class-specific, by the evidence for each class alone: `imagenet_model()`
+UNTRAINED = 'ante-hoc, untrained'  # class-specific, the average times the evidence: `imagenet_model()`
 IMAGENET_NETS = {  # row of the tables -> settings of its weight network
     CLASS_AGNOSTIC: dict(weight_net='auto', class_specific=False, int_loss='divergence', keep_best=False),
     CLASS_SPECIFIC: dict(weight_net='auto', class_specific=True, keep_best=False),
