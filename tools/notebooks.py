@@ -12,8 +12,8 @@ from nbdev.config import get_config
 from nbdev.test import test_nb
 
 NBS = Path(__file__).resolve().parents[1]/'nbs'
-LONGEST = ('45_explainers', '05_other_outputs', '56_captioner', '03_is_the_map_true', '02_trained_network', '36_outputs',
-           '55_landmarks', '53_concept_models', '11_two_pass', '04_find_a_shortcut')
+LONGEST = ('45_explainers', '05_other_outputs', '56_captioner', '03_is_the_map_true', '02_trained_network',
+           '36_outputs', '55_landmarks', '53_concept_models', '11_two_pass', '04_find_a_shortcut')
 
 
 def all_notebooks():
