@@ -126,7 +126,7 @@ def write_folder(folder, images, labels, probabilities, maps):
                            [str(digit) for digit in labels], [str(digit) for digit in range(10)])
 
 
-def judge(folder, tagged):
+def score(folder, tagged):
     "What the report says of a folder."
     from antehoc_nb.show.explain_many import read_explained
     from antehoc_nb.show.report import map_groups, sample_maps
@@ -143,7 +143,7 @@ def judge(folder, tagged):
 
 
 def run(seed, share, options):
-    "Train, explain, judge."
+    "Train, explain, score."
     import torch
 
     from antehoc_nb.data.photo_digits import PhotoDigits
@@ -160,7 +160,7 @@ def run(seed, share, options):
     for name in ('ours', 'gradcam'):
         with tempfile.TemporaryDirectory() as folder:
             written = write_folder(Path(folder), images, labels, found['probabilities'], found[name])
-            results[name] = judge(written, tagged)
+            results[name] = score(written, tagged)
             if options.report and name == 'ours':
                 from antehoc_nb.show.report import make_report
                 make_report(written, options.report, model)

@@ -468,7 +468,7 @@ def _late_layers(calls, outputs, images, size, last):
     return _with_layouts(_by_memory(blocks), outputs, _conv_sizes(calls), size)[0]
 
 # %% ../../nbs/core/01_layers.ipynb #9840ac4e
-def _judge_layers(cnn, sample):
+def _try_layers(cnn, sample):
     "All that could be recorded, why some of it can't be (name -> reason), and why blocks of a transformer can't be"
     image = as_inputs(sample)[0]
     calls, size = watch_calls(cnn, sample), tuple(image.shape[2:])
@@ -496,7 +496,7 @@ def candidate_layers(cnn: nn.Module, # Any network
     Where non-linearities are functions, which no hook can see, outputs of blocks and convolutions stand in,
     and the recorder rectifies them (`+relu`). Raises `ValueError` if there is neither a convolution nor a block of
     tokens, or none whose output holds the images' rows and columns."""
-    found, faults, block_faults = _judge_layers(cnn, sample)
+    found, faults, block_faults = _try_layers(cnn, sample)
     kind = type(cnn).__name__
     if found and len(faults) == len(found):
         layer, fault = next(iter(faults.items()))
@@ -637,7 +637,7 @@ def layer_table(cnn: nn.Module, # Any network
     # channels, height, width, stage, seen (% of the multiply-adds that come before), chosen (✓, or why it can't be)
     "The candidates as a table, with the ones that `eta` would choose marked."
     import pandas as pd  # imported here: it would double the time that importing the core takes
-    found, faults, _ = _judge_layers(cnn, sample)
+    found, faults, _ = _try_layers(cnn, sample)
     good = [layer for layer in found if layer.name not in faults]
     chosen = {layer.name for layer in _evenly_spaced(good, min(8, len(good)) if eta is None else eta)}
     notes = faults | dict.fromkeys(chosen, '✓')

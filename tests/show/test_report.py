@@ -588,8 +588,8 @@ def test_a_planted_tag_is_found(tmp_path):
     assert called['digit with tag'] > .9 and called['other digits with tag'] > called['other digits'] + .5
     found = planted_tag.explain(model, images, with_gradcam=False)
     folder = planted_tag.write_folder(tmp_path, images, labels, found['probabilities'], found['ours'])
-    judged = planted_tag.judge(folder, tagged)
-    assert judged['rank'] == 1 and judged['candidates'] >= 1 and judged['tagged_in_group'] > .8
+    scored = planted_tag.score(folder, tagged)
+    assert scored['rank'] == 1 and scored['candidates'] >= 1 and scored['tagged_in_group'] > .8
 
 
 @pytest.fixture(params=[400, 1400])
