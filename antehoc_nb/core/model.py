@@ -41,8 +41,8 @@ from antehoc_nb.core.utils import (
     own_sizes, plain_tensor, rgb_images, train_functions, trial_copy, unknown_name, usual_mode, whole_or_not_at_all,
 )
 from antehoc_nb.core.weight_net import (
-    class_numbers, contrast, count_classes, evidence_gate, gives_logits, in_deviations, interpretation_map, modulate,
-    weight_nets,
+    EVIDENCE_EXPONENT, class_numbers, contrast, count_classes, evidence_gate, gives_logits, in_deviations,
+    interpretation_map, modulate, weight_nets,
 )
 
 # %% ../../nbs/core/07_model.ipynb #cell0006
@@ -895,7 +895,8 @@ def interpret(self: AntehocModel,
     aligned, read = self._align(recorded, size, target)
     specific = dict(target=target) if self.class_specific else {}
     logits = self.weight_net(aligned.to(dtype), *[part.to(dtype) for part in read], **specific)
-    i_map, weights = interpretation_map(aligned, logits, self.scale, size)
+    exponent = 1. if self.evidence is None else EVIDENCE_EXPONENT
+    i_map, weights = interpretation_map(aligned, logits, self.scale, size, exponent)
     return i_map, weights, aligned
 
 

@@ -6,12 +6,12 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from antehoc_nb.core.attention import noise_like_photographs
+from antehoc_nb.core.attention import minmax, noise_like_photographs
 from antehoc_nb.core.geometry import resize
 from antehoc_nb.core.interpretation_loss import two_pass_step
 from antehoc_nb.core.layers import channel_gradients
 from antehoc_nb.core.model import AntehocModel
-from antehoc_nb.core.weight_net import contrast, evidence_gate
+from antehoc_nb.core.weight_net import EVIDENCE_EXPONENT, contrast, evidence_gate
 from antehoc_nb.train.archs import small_cnn
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -187,6 +187,20 @@ def test_contrast_takes_off_what_else_is_seen():
     assert contrast(directions, 5) is directions
 
 
+def test_the_map_is_a_power_of_the_blend():
+    "Eq. 1 with its power: the soft attention maps times the gate, blended, and wider than that without another order"
+    model = AntehocModel(with_linear_head(), X).eval()
+    model.recording = True
+    model(X)
+    found, weights, sams = model.interpret(model.take_recorded(), (16, 16), torch.tensor([0, 3, 1]))
+    blend = (weights * sams).sum(1, keepdim=True)
+    wanted = minmax(blend.clamp_min(1e-6) ** EVIDENCE_EXPONENT)
+    torch.testing.assert_close(found, wanted)
+    narrow = minmax(blend)
+    assert (found >= narrow - 1e-3).all() and found.mean() > narrow.mean()
+    assert torch.equal(found.flatten(1).argmax(1), narrow.flatten(1).argmax(1))
+
+
 @pytest.mark.parametrize('offset', [-50., -3., 0., 3., 50.])
 def test_the_gate_is_never_flat(offset):
     "Also where there is evidence against the class everywhere"
@@ -194,4 +208,4 @@ def test_the_gate_is_never_flat(offset):
     gate = evidence_gate(evidence)
     assert 0 <= gate.min() and gate.max() <= 1
     assert gate.argmax() == 15 or offset == 50.  # far above, all places count alike
-    if offset < 0: assert gate.amax() == pytest.approx(1 - torch.tensor(-.5).exp().item())
+    if offset < 0: assert gate.amax() == pytest.approx(1 - torch.tensor(-.25).exp().item())
