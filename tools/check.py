@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -82,9 +83,9 @@ def lint():
     return run('ruff', 'check', LIB, *others)
 
 
-def pages():
+def pages(quiet=False):
     "The pages of the site, as far as Python alone can make and check them: see tools/pages.py"
-    return run(sys.executable, 'tools/pages.py')
+    return run(sys.executable, 'tools/pages.py', quiet=quiet)
 
 
 def notebooks(workers=2, *args, quiet=False):
@@ -99,11 +100,24 @@ def tests(workers=2, *args):
     return run(sys.executable, '-m', 'pytest', '-n', workers, '--dist', 'worksteal', *args)
 
 
-def slow():
-    "The slow cells beside the slow tests: one long notebook would leave a core idle"
+def beside(step, other):
+    "The results of a step, and of another beside it, which keeps the cores busy while the first begins and ends"
     with ThreadPoolExecutor() as pool:
-        cells = pool.submit(notebooks, 1, '--slow', quiet=True)
-        return tests(2, '-m', 'slow') & cells.result()
+        of_other = pool.submit(other)
+        return step(), of_other.result()
+
+
+def slow():
+    "The slow cells beside the slow tests; of the cells, only what went wrong is printed"
+    of_tests, of_cells = beside(partial(tests, 2, '-m', 'slow'), partial(notebooks, 1, '--slow', quiet=True))
+    return of_tests and of_cells
+
+
+def tests_and_pages():
+    "The pages beside the tests; of the pages, only what went wrong is printed"
+    of_tests, of_pages = beside(tests, partial(pages, quiet=True))
+    if not of_pages: print('FAILED: pages; what is wrong with them stands above', flush=True)
+    return of_tests and of_pages
 
 
 STEPS = {'ruff': lint, 'in-step': in_step, 'pages': pages, 'notebooks': notebooks, 'tests': tests}
@@ -118,6 +132,9 @@ def main():
     args = p.parse_args()
     if args.fix: raise SystemExit(0 if sync(ROOT) else 1)
     steps = SLOW if args.slow else {name: STEPS[name] for name in args.only}
+    if {'pages', 'tests'} <= {*steps}:
+        for name in ('pages', 'tests'): del steps[name]
+        steps['tests and pages'] = tests_and_pages
     failed, begun = [], time.time()
     for i, (name, step) in enumerate(steps.items(), 1):
         print(f'\n=== {name} ({i} of {len(steps)})', flush=True)

@@ -7,9 +7,10 @@ wheel. Exits with 1 if a notebook fails.
 import argparse
 from pathlib import Path
 
+import nbdev.test
+from execnb.shell import CaptureShell
 from fastcore.parallel import parallel
 from nbdev.config import get_config
-from nbdev.test import test_nb
 
 NBS = Path(__file__).resolve().parents[1]/'nbs'
 LONGEST = ('45_explainers', '05_other_outputs', '56_captioner', '03_is_the_map_true', '02_trained_network',
@@ -23,15 +24,26 @@ def all_notebooks():
     return sorted((path for path in sorted(NBS.rglob('*.ipynb')) if not is_hidden(path)), key=place)
 
 
+class PlainShell(CaptureShell):
+    "Draws figures at their own resolution, not at twice: nobody looks at them"
+    def __init__(self, path=None):
+        super().__init__(path, mpl_format='png')
+        self._run("set_matplotlib_formats('png', bbox_inches=None)")  # uncropped
+
+
+nbdev.test.CaptureShell = PlainShell  # which `test_nb` makes
+
+
 def has_slow_cells(path): return '"#| slow' in path.read_text(encoding='utf-8')
 
 
 def run(paths, workers, slow=False):
     "Run notebooks; True if all went well."
+    import fastai.vision.all  # noqa: F401  nearly every notebook needs it: the workers, forked from here, have it
     config = get_config()
     flags = dict(skip_flags=config.tst_flags.split(), force_flags=['slow'] if slow else [])
-    results = parallel(test_nb, paths, n_workers=workers, pause=.01, basepath=config.config_path, do_print=True,
-                       **flags)
+    results = parallel(nbdev.test.test_nb, paths, n_workers=workers, pause=.01, basepath=config.config_path,
+                       do_print=True, **flags)
     by_time = sorted(zip(paths, results), key=lambda pair: -pair[1][1])
     for path, (_, seconds) in by_time: print(f'{seconds:4.0f} s  {path.relative_to(NBS)}')
     failed = [path.name for path, (passed, _) in by_time if not passed]

@@ -25,7 +25,8 @@ WIDTH = 78  # columns of code on a page
 KEYS = {'title', 'description', 'output-file', 'toc', 'order', 'image', 'categories'}
 SEARCHED = ('pretrained', 'own images', 'ResNet50')  # what people look for, each to be found on some page
 # `nbdev_proc_nbs` would look for Quarto first and, finding none, install it
-MAKE = 'from nbdev.quarto import refresh_quarto_yml; from nbdev.serve import proc_nbs; ' \
+# The library comes first, so that the workers, forked from there, have it.
+MAKE = 'import antehoc_nb.all; from nbdev.quarto import refresh_quarto_yml; from nbdev.serve import proc_nbs; ' \
        'refresh_quarto_yml(); proc_nbs(n_workers={workers})'
 
 

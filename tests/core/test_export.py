@@ -90,15 +90,7 @@ def test_the_graph_gives_what_explain_gives(pair):
 
 @pytest.mark.parametrize('strict', [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_export(pair, strict):
-    check_export(*pair, strict)
-
-
-@pytest.mark.slow
-def test_strict_export():
-    check_export(*make_pair('small_cnn', True), strict=True)
-
-
-def check_export(model, graph, strict):
+    model, graph = pair
     inputs = arguments(model)
     any_batch = torch.export.Dim('batch', max=1000)
     program = torch.export.export(graph, inputs, dynamic_shapes=({0: any_batch},) * len(inputs), strict=strict)
@@ -372,15 +364,16 @@ def test_a_file_says_nothing_about_this_machine(files):
 
 
 @pytest.mark.slow
-def test_int8(tmp_path):
-    model = make_model()
-    plain, small = model.export(tmp_path/'a.onnx'), model.export(tmp_path/'b.onnx', int8=list(photographs(8)))
+def test_int8(files, tmp_path):
+    folder, models = files
+    model, plain = models['specific'], folder/'specific.onnx'
+    small = model.export(tmp_path/'b.onnx', int8=list(photographs(8)))
     assert small.stat().st_size < .6 * plain.stat().st_size
     moved = load_exported(small).facts['int8']
     assert moved['images'] == 8 and 0 < moved['map'] < .1 and 0 < moved['prediction'] < .2
     found, expected = load_exported(small)(photographs(), target=2), model.explain(list(photographs()), target=2)
     assert 0 < np.abs(found.map - expected.map.numpy()).mean() < .1
-    assert sorted(file.name for file in tmp_path.iterdir()) == ['a.onnx', 'b.onnx']
+    assert sorted(file.name for file in tmp_path.iterdir()) == ['b.onnx']
 
 
 # What can't be right
