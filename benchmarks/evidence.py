@@ -31,10 +31,13 @@ OF_IMAGENET = 'without evidence', 'untrained default', 'Grad-CAM'
 
 def images_and_cnn(dataset, root):
     "Training and validation images with their classes, boxes if they are known, and the CNN"
+    from fastai.torch_core import set_seed
+
     from antehoc_nb.core.utils import plain_tensor
     from antehoc_nb.data.images import image_dls
     from antehoc_nb.tasks.classification import dataset_boxes
     from antehoc_nb.tasks.default import few_images, fit_head, pretrained_lite0
+    set_seed(0)  # training images are mirrored and shifted
     archive, test, classes = DATASETS[dataset]
     if classes is None: classes = list(image_dls(root/archive, SIZE, 32, valid=test, verify=False).vocab)
     dls = few_images(root/archive, list(map(str, classes)), HEAD, VALID, SIZE, 32, 0, 1, test)['valid']
@@ -159,6 +162,7 @@ def run(dataset, options, results):
     for name in OF_IMAGENET if is_imagenet else VARIANTS:
         if name in results: continue
         start = time.time()
+        torch.manual_seed(0)  # of the weight networks
         model = AntehocModel(cnn, x[:2], **normalisation)
         plain = AntehocModel(cnn, x[:2], evidence=False, **normalisation)
         explain = variant(name, model, plain, train, options)
