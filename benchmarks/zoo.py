@@ -187,8 +187,9 @@ def _report(connection, network, seconds, gigabytes):
     connection.send(found)
 
 
-def try_one(network, seconds, gigabytes):
-    "`check` in a process of its own, a copy of this one; what the record says."
+def try_one(network, seconds, gigabytes, patience=4):
+    """`check` in a process of its own, a copy of this one; what the record says. `seconds` are those of one core; a
+    process that does not compute, or gets too little of a core, is ended after `patience` times as many."""
     context = multiprocessing.get_context('fork')
     here, there = context.Pipe(duplex=False)
     process = context.Process(target=_report, args=(there, network, seconds, gigabytes))
@@ -197,7 +198,7 @@ def try_one(network, seconds, gigabytes):
     there.close()
     found = dict(network=network, ok=False, reason=f'more than {seconds:g} s')
     try:
-        if here.poll(4 * seconds): found = here.recv()
+        if here.poll(patience * seconds): found = here.recv()
         else: process.kill()
         process.join()
     except EOFError:
@@ -258,6 +259,7 @@ def main():
     parser.add_argument('--again', action='store_true', help='try again what failed')
     parser.add_argument('--seconds', type=float, default=300, help='limit for each network, of one core')
     parser.add_argument('--gigabytes', type=float, default=16, help='limit of address space for each network')
+    parser.add_argument('--patience', type=float, default=50, help='times those seconds, on a busy machine')
     options = parser.parse_args()
     commit = clean_commit()
     record = json.loads(RECORD.read_text()) if RECORD.exists() else dict(networks=[])
@@ -265,7 +267,7 @@ def main():
     if 'order' not in record: record['order'] = every_network()
     import_all()
     for network in options.networks or still_to_try(record['order'], known, options.again):
-        found = try_one(network, options.seconds, options.gigabytes)
+        found = try_one(network, options.seconds, options.gigabytes, options.patience)
         known[network] = found | dict(commit=commit, versions=versions())
         print(network, 'ok' if found['ok'] else found['reason'], flush=True)
         write(record, known)
