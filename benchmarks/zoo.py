@@ -70,7 +70,7 @@ def small_hugging_face(name):
         'ConvNextV2': dict(hidden_sizes=[16, 32, 32, 64], depths=[1, 1, 2, 1]),
         'ResNet': dict(embedding_size=16, hidden_sizes=[16, 32], depths=[2, 2], layer_type='basic'),
         'MobileNetV2': dict(depth_multiplier=.35),
-        'EfficientNet': dict(width_coefficient=.5, depth_coefficient=.5),
+        'EfficientNet': dict(width_coefficient=.5, depth_coefficient=.5, hidden_dim=640),
         'PoolFormer': dict(hidden_sizes=[16, 32, 32, 64], depths=[1, 1, 1, 1]),
         'Pvt': dict(hidden_sizes=[16, 32, 32, 64], depths=[1, 1, 1, 1], num_attention_heads=[1, 2, 2, 4]),
         'Segformer': dict(hidden_sizes=[16, 32, 32, 64], depths=[1, 1, 1, 1], num_attention_heads=[1, 2, 2, 4]),
