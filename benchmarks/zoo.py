@@ -1,14 +1,17 @@
 """Which networks of torchvision, timm and Hugging Face can be explained: a small member of every family.
 
 Each is built with random weights, wrapped, explained, trained for one step beside a plain copy, saved and loaded. A
-process of its own does that, with a limit of time and memory. Results are kept as they come, so that a run that was
-stopped goes on: python benchmarks/zoo.py; and what failed is tried again by: python benchmarks/zoo.py --again
+process of its own does that, with a limit of time and memory. Results are kept as they come, each with the commit that
+it was tried at, so that a run that was stopped goes on: python benchmarks/zoo.py; and what failed is tried again, after
+what is new, by: python benchmarks/zoo.py --again
 """
 import argparse
 import importlib
 import json
+import math
 import multiprocessing
 import resource
+import signal
 import tempfile
 import time
 import warnings
@@ -67,7 +70,7 @@ def small_hugging_face(name):
         'ConvNextV2': dict(hidden_sizes=[16, 32, 32, 64], depths=[1, 1, 2, 1]),
         'ResNet': dict(embedding_size=16, hidden_sizes=[16, 32], depths=[2, 2], layer_type='basic'),
         'MobileNetV2': dict(depth_multiplier=.35),
-        'EfficientNet': dict(width_coefficient=.5, depth_coefficient=.5),
+        'EfficientNet': dict(width_coefficient=.5, depth_coefficient=.5, hidden_dim=640),
         'PoolFormer': dict(hidden_sizes=[16, 32, 32, 64], depths=[1, 1, 1, 1]),
         'Pvt': dict(hidden_sizes=[16, 32, 32, 64], depths=[1, 1, 1, 1], num_attention_heads=[1, 2, 2, 4]),
         'Segformer': dict(hidden_sizes=[16, 32, 32, 64], depths=[1, 1, 1, 1], num_attention_heads=[1, 2, 2, 4]),
@@ -128,24 +131,32 @@ def train_a_step(cnn, model, x):
     optimizer.step()
 
 
+def same_weights(cnn, other):
+    "Whether weights and buffers of two networks are the same to the bit, NaN too."
+    import torch
+    one, two = cnn.state_dict(), other.state_dict()
+    return one.keys() == two.keys() and all(torch.equal(one[name].nan_to_num(), two[name].nan_to_num()) for name in one)
+
+
 def check(network):
     "Everything that is tried with one network; what the record says of it. An error is the reason why it fails."
     import torch
 
     from antehoc_nb.core.layers import layer_layout
     from antehoc_nb.core.model import AntehocModel
-    from antehoc_nb.core.utils import output_tensors, weights_digest
+    from antehoc_nb.core.utils import output_tensors
     torch.set_num_threads(1)
     cnn, plain = build(network), build(network)
     name = network.partition('/')[2]
-    x, before = images_for(cnn, name), weights_digest(cnn)
+    assert same_weights(cnn, plain), 'the same seed builds another network'
+    x = images_for(cnn, name)
     found = dict(network=network, kind=type(cnn).__name__, parameters=sum(p.numel() for p in cnn.parameters()),
                  size=list(x.shape[2:]))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter('always')
         model = AntehocModel(cnn, x if name in SIZES else None)
     found['warnings'] = [str(warning.message) for warning in caught if 'AntehocModel' in str(warning.message)]
-    assert weights_digest(cnn) == before, 'the network changed when the model was made'
+    assert same_weights(cnn, plain), 'the network changed when the model was made'
     found |= dict(layers=list(model.layers), unseen=round(model.unseen, 3), grids=sum(map(bool, model.grids)),
                   layouts=sorted({layer_layout(layer).suffix or 'image' for layer in model.layers}))
     explanation = model.explain(x)
@@ -156,7 +167,7 @@ def check(network):
     assert same, 'the prediction is not that of the plain network'
     train_a_step(plain, None, x)
     train_a_step(cnn, model, x)
-    assert weights_digest(cnn) == weights_digest(plain), 'the network trains otherwise than the plain one'
+    assert same_weights(cnn, plain), 'the network trains otherwise than the plain one'
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter('ignore')
         model.eval().save_pretrained(folder)
@@ -165,9 +176,10 @@ def check(network):
     return found | dict(ok=True)
 
 
-def _report(connection, network, gigabytes):
+def _report(connection, network, seconds, gigabytes):
     "In a process of its own: `check`, or why it fails."
     resource.setrlimit(resource.RLIMIT_AS, (int(gigabytes * 2**30),) * 2)
+    resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(seconds), resource.RLIM_INFINITY))
     warnings.simplefilter('ignore')
     try: found = check(network)
     except Exception as e:
@@ -175,45 +187,90 @@ def _report(connection, network, gigabytes):
     connection.send(found)
 
 
-def try_one(network, seconds, gigabytes):
-    "`check` in a process of its own, a copy of this one; what the record says."
+def try_one(network, seconds, gigabytes, patience=4):
+    """`check` in a process of its own, a copy of this one; what the record says. `seconds` are those of one core; a
+    process that does not compute, or gets too little of a core, is ended after `patience` times as many."""
     context = multiprocessing.get_context('fork')
     here, there = context.Pipe(duplex=False)
-    process = context.Process(target=_report, args=(there, network, gigabytes))
-    start = time.time()
+    process = context.Process(target=_report, args=(there, network, seconds, gigabytes))
+    start, before = time.time(), resource.getrusage(resource.RUSAGE_CHILDREN)
     process.start()
     there.close()
     found = dict(network=network, ok=False, reason=f'more than {seconds:g} s')
     try:
-        if here.poll(seconds): found = here.recv()
-    except EOFError: found['reason'] = f'the process ended, probably for more than {gigabytes:.0f} GB'
-    if process.is_alive(): process.kill()
-    process.join()
-    return found | dict(seconds=round(time.time() - start, 1))
+        if here.poll(patience * seconds): found = here.recv()
+        else: process.kill()
+        process.join()
+    except EOFError:
+        process.join()
+        if process.exitcode != -signal.SIGXCPU:
+            found['reason'] = f'the process ended, probably for more than {gigabytes:.0f} GB'
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return found | dict(seconds=round(time.time() - start, 1), cpu_seconds=round(spent, 1))
+
+
+def outcome(entry):
+    "works, refused (by an error of this library that says why), too large (for the limits of time and memory) or fails"
+    if entry['ok']: return 'works'
+    reason = entry['reason']
+    if reason.startswith('ValueError: '): return 'refused'
+    return 'too large' if 'memory' in reason or ' GB' in reason or reason.startswith('more than') else 'fails'
+
+
+def task(network):
+    "What a network is for: classification or segmentation."
+    import torchvision
+    name = network.removeprefix('torchvision/')
+    segments = name in torchvision.models.list_models(module=torchvision.models.segmentation)
+    return 'segmentation' if segments else 'classification'
+
+
+def clean_commit():
+    "The commit of this code. `SystemExit` if it has changes that are not committed."
+    from antehoc_nb.evaluate.scoreboard import run_record
+    commit = run_record({}, 0, {})['commit']
+    if commit is None or commit['dirty']:
+        raise SystemExit('the record names a commit: run this in a git checkout, with all changes committed')
+    return commit['hash']
+
+
+def still_to_try(names, known, again):
+    "What is new; `again`: then what failed; then what was tried at a commit that the record does not name."
+    new = [name for name in names if name not in known]
+    failed = [name for name in names if name in known and not known[name]['ok']]
+    older = [name for name in names if name in known and known[name]['ok'] and 'commit' not in known[name]]
+    return [*new, *(failed if again else []), *older]
+
+
+def write(record, known):
+    "The record as far as it is, whole or not at all."
+    from antehoc_nb.evaluate.scoreboard import write_record
+    order = [*record['order'], *(name for name in known if name not in record['order'])]
+    entries = [known[name] for name in order if name in known]
+    record['networks'] = [entry | dict(outcome=outcome(entry), task=task(entry['network'])) for entry in entries]
+    if all('versions' in entry for entry in entries): record.pop('versions', None)
+    write_record(record, RECORD)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('networks', nargs='*', help='library/name; none: all')
+    parser.add_argument('networks', nargs='*', help='library/name; none: all that are still to be tried')
     parser.add_argument('--again', action='store_true', help='try again what failed')
-    parser.add_argument('--seconds', type=float, default=600, help='limit for each network')
+    parser.add_argument('--seconds', type=float, default=300, help='limit for each network, of one core')
     parser.add_argument('--gigabytes', type=float, default=16, help='limit of address space for each network')
+    parser.add_argument('--patience', type=float, default=50, help='times those seconds, on a busy machine')
     options = parser.parse_args()
+    commit = clean_commit()
     record = json.loads(RECORD.read_text()) if RECORD.exists() else dict(networks=[])
     known = {entry['network']: entry for entry in record['networks']}
-    names = options.networks or record.get('order') or every_network()
-    if not options.networks: record['order'] = names
+    if 'order' not in record: record['order'] = every_network()
     import_all()
-    for network in names:
-        if network in known and not options.networks and (known[network]['ok'] or not options.again): continue
-        known[network] = try_one(network, options.seconds, options.gigabytes)
-        print(network, 'ok' if known[network]['ok'] else known[network]['reason'], flush=True)
-        order = record.get('order', [])
-        record['networks'] = [known[name] for name in [*order, *(name for name in known if name not in order)]
-                              if name in known]
-        record['versions'] = versions()
-        RECORD.parent.mkdir(parents=True, exist_ok=True)
-        RECORD.write_text(json.dumps(record, indent=1) + '\n')
+    for network in options.networks or still_to_try(record['order'], known, options.again):
+        found = try_one(network, options.seconds, options.gigabytes, options.patience)
+        known[network] = found | dict(commit=commit, versions=versions())
+        print(network, 'ok' if found['ok'] else found['reason'], flush=True)
+        write(record, known)
     tried = record['networks']
     print(f'{sum(entry["ok"] for entry in tried)} of {len(tried)} work')
 

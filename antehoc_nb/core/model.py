@@ -39,6 +39,7 @@ from .masking import masked
 from antehoc_nb.core.utils import (
     as_inputs, cnn_builders, eval_mode, frozen, import_extra, in_channels, map_tensors, noise_images, own_seed,
     own_sizes, plain_tensor, rgb_images, train_functions, trial_copy, unknown_name, usual_mode, whole_or_not_at_all,
+    with_versions,
 )
 from antehoc_nb.core.weight_net import (
     EVIDENCE_EXPONENT, class_numbers, contrast, count_classes, evidence_gate, gives_logits, in_deviations,
@@ -1336,7 +1337,9 @@ def load_state_dict(self: AntehocModel,
                     strict: bool = True, # Whether the names must agree
                     assign: bool = False, # As of `nn.Module`
                    ): # Names that are missing, and names that are not expected
-    "As of `nn.Module`. `RuntimeError` for weights that do not fit, with a hint if they are the CNN's alone."
+    """As of `nn.Module`, also for weights that lost the versions of their modules, as in a file of safetensors.
+
+    `RuntimeError` for weights that do not fit, with a hint if they are the CNN's alone."""
     parts = 'cnn.', 'weight_net.', 'border_', 'evidence'
     names = [name.removeprefix('module.') for name in state_dict]
     is_plain = strict and names and not any(name.startswith(parts) for name in names)
@@ -1344,7 +1347,7 @@ def load_state_dict(self: AntehocModel,
         raise RuntimeError('these are the weights of a CNN alone, without those of a weight network: load them with '
                            'model.cnn.load_state_dict(state), or before the model is made (of a fastai learner: '
                            'learn.load(file), then AntehocModel(learn) or learn.add_cb(TwoPass()))')
-    return nn.Module.load_state_dict(self, state_dict, strict=strict, assign=assign)
+    return nn.Module.load_state_dict(self, with_versions(state_dict, self), strict=strict, assign=assign)
 
 # %% ../../nbs/core/07_model.ipynb #a4604324
 def _where(folder):

@@ -17,6 +17,7 @@ import json
 import os
 import stat
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -116,9 +117,11 @@ def plain_tensor(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def in_channels(cnn: nn.Module) -> int: # 3 for RGB; also 3 for a network without convolutions
-    "How many channels the images of a CNN have: the input channels of its first convolution."
+    """How many channels the images of a CNN have: the input channels of its first convolution. If these are more than 4,
+    pixels may have become channels on the way there, so the CNN is tried: RGB counts if it takes that alone."""
     for module in cnn.modules():
-        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)): return module.in_channels
+        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+            return module.in_channels if module.in_channels <= 4 else _taken_channels(cnn, module.in_channels)
     return 3
 
 
@@ -504,6 +507,18 @@ def trial_copy(network: nn.Module): # Any network
             with torch.no_grad():
                 for tensor, value in zip(tensors, before): tensor.copy_(value)
 
+# %% ../../nbs/core/00_utils.ipynb #a145a2ff
+def _taken_channels(cnn, of_convolution):
+    "How many channels the CNN takes, of those that its first convolution has, 3, 1 and 4; the convolution's if none"
+    parameter = next(cnn.parameters())
+    with trial_copy(cnn) as trial, frozen(trial), torch.no_grad():
+        for size in [*own_sizes(cnn), (128, 128), (224, 224)]:
+            for channels in (of_convolution, 3, 1, 4):
+                try: trial(parameter.new_zeros(1, channels, *size))
+                except Exception: continue
+                return channels
+    return of_convolution
+
 # %% ../../nbs/core/00_utils.ipynb #cell0012
 def own_seed(build: Callable, # A function without arguments that draws random numbers on the CPU
              salt: int = 0x5eed, # Another number gives another stream
@@ -529,6 +544,16 @@ def tensor_digest(*tensors: torch.Tensor) -> str: # 16 hexadecimal digits
     digest = hashlib.sha256()
     for tensor in tensors: digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+# %% ../../nbs/core/00_utils.ipynb #4bea35c1
+def with_versions(weights: Mapping[str, torch.Tensor], # By name
+                  network: nn.Module, # That they are for
+                 ) -> Mapping[str, torch.Tensor]: # The same weights; a new mapping, if they said no versions
+    "Weights with the versions of a network's modules, unless they have versions of their own."
+    if getattr(weights, '_metadata', None) is not None: return weights
+    versioned = OrderedDict(weights)
+    versioned._metadata = getattr(network.state_dict(), '_metadata', None)
+    return versioned
 
 # %% ../../nbs/core/00_utils.ipynb #cell0018
 def check_config(out: Path, # Folder of the run

@@ -29,7 +29,8 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock
 
 from antehoc_nb.core.utils import (
-    Registry, cnn_builders, import_extra, in_channels, own_seed, train_functions, unknown_name
+    Registry, cnn_builders, import_extra, in_channels, own_seed, train_functions, unknown_name,
+    with_versions,
 )
 
 # %% ../../nbs/train/10_archs.ipynb #cell0005
@@ -194,7 +195,7 @@ def _take_weights(network, weights, head, arch, file):
     _check_same(expected, came, arch, file)
     counters = {name for name in weights if name.endswith('num_batches_tracked') and not name.startswith(head)}
     taken = {name: value for name, value in weights.items() if name in came or name in counters}
-    network.load_state_dict(taken, strict=False)
+    network.load_state_dict(with_versions(taken, network), strict=False)
 
 
 def _last_layer(network):

@@ -6,7 +6,7 @@ from torch import nn
 
 from antehoc_nb.core.layers import candidate_layers, choose_layers, parse_layer
 from antehoc_nb.core.model import AntehocModel
-from antehoc_nb.core.utils import output_tensors
+from antehoc_nb.core.utils import in_channels, noise_images, output_tensors, with_versions
 
 pytestmark = [pytest.mark.usefixtures('one_thread'), pytest.mark.filterwarnings('ignore:explain')]  # noise is no image
 QUICK = 'resnet18', 'mobilenet_v3_small', 'convnext_atto'
@@ -105,3 +105,65 @@ def test_choice_does_not_depend_on_the_sample(library, name):
     (nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 2)), 'cnn: no 2-d convolution was run in Sequential')])
 def test_networks_without_convolutions_are_refused(cnn, message):
     with pytest.raises(ValueError, match=message): AntehocModel(cnn, torch.rand(2, 3, 32, 32))
+
+
+class Versioned(nn.Sequential):
+    "As torchvision's MNASNet: weights of an unknown version are refused."
+    _version = 2
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
+        if local_metadata.get('version') not in (1, 2): raise ValueError('which version?')
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+
+def versioned():
+    inner = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), Versioned(nn.Conv2d(6, 8, 3), nn.ReLU()))
+    return nn.Sequential(inner, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
+
+
+def test_weights_without_versions_load(tmp_path):
+    "A file of safetensors does not hold the versions of modules."
+    model = AntehocModel(versioned(), eta=2).eval()
+    x = noise(2, 48, 48)
+    loaded = AntehocModel.from_pretrained(model.save_pretrained(tmp_path), cnn=versioned())
+    assert torch.equal(loaded.explain(x).map, model.explain(x).map)
+    model.load_state_dict(dict(loaded.state_dict()))
+    with pytest.raises(ValueError, match='which version?'): versioned().load_state_dict(dict(model.cnn.state_dict()))
+
+
+def test_the_versions_of_weights_are_kept():
+    network = versioned()
+    weights = network.state_dict()
+    weights._metadata['0.3']['version'] = 1
+    assert with_versions(weights, network)._metadata['0.3'] == dict(version=1)
+    found = with_versions(dict(weights), network)
+    assert found._metadata['0.3'] == dict(version=2) and [*found] == [*weights]
+
+
+class SpaceToDepth(nn.Module):
+    "As TResNet begins: blocks of pixels become channels."
+    def forward(self, x): return torch.cat([x[:, :, i::4, j::4] for i in range(4) for j in range(4)], 1)
+
+
+@pytest.mark.parametrize('first, convolution, channels', [
+    (nn.PixelUnshuffle(2), 12, 3), (nn.PixelUnshuffle(2), 4 * 4, 4), (SpaceToDepth(), 48, 3), (SpaceToDepth(), 16, 1),
+    (nn.Identity(), 10, 10), (nn.Identity(), 1, 1), (nn.Linear(7, 7), 9, 9)])  # the last takes nothing that is tried
+def test_channels_of_images(tmp_path, first, convolution, channels):
+    def build():
+        return nn.Sequential(first, nn.Conv2d(convolution, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(),
+                             nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
+    cnn = build().train()
+    assert in_channels(cnn) == channels and noise_images(cnn).shape == (2, channels, 128, 128) and cnn.training
+    if isinstance(first, nn.Linear): return
+    model = AntehocModel(cnn, eta=2)
+    x = torch.rand(2, channels, 48, 32, generator=torch.Generator().manual_seed(0))
+    loaded = AntehocModel.from_pretrained(model.save_pretrained(tmp_path), cnn=build())
+    e = loaded.explain(x)
+    assert torch.equal(e.map, model.eval().explain(x).map) and e.map.shape == (2, 1, 48, 32) and e.map.std() > 0
+
+
+def test_finding_the_channels_changes_nothing():
+    cnn = nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(12, 4, 3), nn.BatchNorm2d(4), nn.Dropout()).train()
+    before, stream = [value.clone() for value in cnn.state_dict().values()], torch.get_rng_state()
+    assert in_channels(cnn) == 3
+    assert all(map(torch.equal, cnn.state_dict().values(), before)) and torch.equal(torch.get_rng_state(), stream)

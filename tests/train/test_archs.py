@@ -218,7 +218,7 @@ def test_a_pretrained_network_names_what_it_sees():
 
 @pytest.mark.parametrize('arch, head, suffix', [
     ('resnet18', 'fc.', '.pt'), ('squeezenet1_1', 'classifier.', '.safetensors'), ('xresnet18', '11.', '.pth'),
-    ('timm/resnet10t', 'fc.', '.safetensors')])
+    ('timm/resnet10t', 'fc.', '.safetensors'), ('mnasnet0_5', 'classifier.', '.safetensors')])
 def test_weights_of_a_file(tmp_path, arch, head, suffix):
     "Of the library's network, of another number of classes, or of the CNN with fastai's head; to the bit"
     if arch == 'xresnet18': network = xresnet18()
