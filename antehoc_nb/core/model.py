@@ -815,7 +815,7 @@ class LayerMaps(NamedTuple):
 
 class Recorded(list):
     "`LayerMaps` of each layer, with the scores of the same forward pass"
-    scores: torch.Tensor | None = None # Of the classes, (B,K), detached, if the evidence for the other classes is subtracted
+    scores: torch.Tensor | None = None # Of the classes, (B,K), detached, if the evidence for others is subtracted
 
 
 @patch
@@ -963,7 +963,7 @@ def find_target(self: AntehocModel,
                 **kwargs, # The CNN's keyword arguments
                ) -> torch.Tensor: # Classes (B,), or several of each image, (B,Q) with -1 where there is none; or as
     # `draw_targets` gives them
-    "Target classes as numbers; for None the predicted ones. If the CNN has a method `find_target`, that is called."
+    "Target classes as numbers; for None the predicted ones. A CNN's own method `find_target` is called instead."
     if self.cnn_finds_targets: return self.cnn.find_target(target, out, *others, **kwargs)
     out = plain_tensor(self.explained(out))
     if self.task == 'segmentation': return self._find_region(target, out)
