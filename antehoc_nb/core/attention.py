@@ -69,7 +69,7 @@ def channel_mean(f: torch.Tensor) -> torch.Tensor: # (B,C,h,w) -> (B,1,h,w)
 def take_off_border(strength: torch.Tensor, # (B,n,h,w)
                     border: torch.Tensor | float, # The border response, (1,n,h,w); 0. if there is none
                    ) -> torch.Tensor: # (B,n,h,w)
-    "The difference; a strength that is the same everywhere stays as it is."
+    "The strength minus the border response; a constant strength stays as it is."
     if not isinstance(border, torch.Tensor): return strength
     lowest, highest = strength.amin((-2, -1), keepdim=True), strength.amax((-2, -1), keepdim=True)
     return torch.where(highest - lowest <= 1e-6 * highest.abs(), strength, strength - border)

@@ -500,7 +500,7 @@ def _numbers(model, n, number):
 
 
 def _keep_border_current(model, x, others, numbers):
-    "Measure the border responses of a CNN that learns every 2,000 images, from the first on"
+    "Of a CNN that learns, measure border responses and evidence every 2,000 images, from the first on"
     if numbers is None or not model.cnn_learns or numbers[0] % 2000 >= len(x): return
     model.calibrate((x[:2], *(other[:2] if isinstance(other, torch.Tensor) else other for other in others)))
 

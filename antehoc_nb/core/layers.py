@@ -226,7 +226,7 @@ class Layout:
 
     @property
     def left_out(self) -> int:
-        "How many tokens before the first place of the image belong to none."
+        "How many tokens, such as a class token, come before those of the image."
         return int(self.suffix.partition('-')[2] or 0)
 
     def view(self,
@@ -243,7 +243,7 @@ class Layout:
                 view: torch.Tensor, # (B,C,h,w)
                 tensor: torch.Tensor, # What `view` was made of
                ) -> torch.Tensor: # Of this layout
-        "What `view` undid, with the tokens of `tensor` that are no places of the image."
+        "`tensor` with `view` at the places of the image; its other tokens stay as they are."
         if not self.suffix: return view
         if self.suffix == '@last': return view.movedim(1, 3)
         return torch.cat([tensor[:, :self.left_out], view.flatten(2).mT], 1)

@@ -71,8 +71,8 @@ class Explanation:
     target: torch.Tensor | None = None # Target classes, (B,), words, (B,Q) with -1 for none, pixels of a class,
     # (B,h,w) with -1 elsewhere, or directions of embeddings, (B,D); None: class-agnostic
     photos: list | None = None # The images at their own size, as PIL images, if the explanation was made from such
-    vocab: tuple[str, ...] = () # Names of the classes, if the model knows them
-    meta: dict | None = None # What the model knows of its output: task, activation, threshold
+    vocab: tuple[str, ...] = () # Names of the classes, if they are known
+    meta: dict | None = None # Facts about the output: task, activation, threshold
     output: Any = None # Which of the CNN's outputs is explained, as of `explained_output`
 
     @property
@@ -762,8 +762,8 @@ def _class_scores(out, explained):
 def measure_evidence(self: AntehocModel,
                      sample, # Input like the ones to come, (B,C,H,W); a tuple if the CNN takes several
                     ) -> None:
-    """Measure the mean gradient of each class's score with respect to a layer, with four images of noise. It changes
-    when the CNN does. A model without class-specific maps is left alone."""
+    """Measure the mean gradient of each class's score with respect to the channels of a layer, with four images of
+    noise. It changes when the CNN does. Nothing is measured for a model without class-specific maps."""
     if not self.class_specific or not self.modulates or self.cnn_finds_targets: return
     noise, others = self._noise_batch(_first_images(sample, 4), 4)
     found = None
@@ -795,7 +795,7 @@ def _gradients_at(self: AntehocModel, cnn, layer, noise, others):
 def calibrate(self: AntehocModel,
               sample, # Input like the ones to come, (B,C,H,W); a tuple if the CNN takes several
              ) -> None:
-    "Measure again what depends on the CNN's weights: the border responses, and the evidence for each class."
+    "Measure again what depends on the CNN's weights: the border responses, and the gradients for the evidence."
     self.measure_border(sample)
     if self.evidence is not None: self.measure_evidence(sample)
 
@@ -816,7 +816,7 @@ class LayerMaps(NamedTuple):
 
 class Recorded(list):
     "`LayerMaps` of each layer, with the scores of the same forward pass"
-    scores: torch.Tensor | None = None # Of the classes, (B,K), detached, if maps of them are set off against each other
+    scores: torch.Tensor | None = None # Of the classes, (B,K), detached, if the evidence for others is subtracted
 
 
 @patch
@@ -846,7 +846,7 @@ def layer_maps(self: AntehocModel,
 
 @patch
 def _scores_of(self: AntehocModel, out):
-    "The scores of the classes, if the evidence for the target is set off against that for others"
+    "The scores of the classes, if the evidence for the others is subtracted"
     if out is None or self.evidence is None or self.task != 'single-label': return None
     scores = self.explained(out)
     return plain_tensor(scores.detach()) if gives_logits(scores) else None
@@ -965,7 +965,7 @@ def find_target(self: AntehocModel,
                 **kwargs, # The CNN's keyword arguments
                ) -> torch.Tensor: # Classes (B,), or several of each image, (B,Q) with -1 where there is none; or as
     # `draw_targets` gives them
-    "Target classes as numbers; for None what is predicted. A CNN with a `find_target` of its own decides."
+    "Target classes as numbers; for None the predicted ones. A CNN's own method `find_target` is called instead."
     if self.cnn_finds_targets: return self.cnn.find_target(target, out, *others, **kwargs)
     out = plain_tensor(self.explained(out))
     if self.task == 'segmentation': return self._find_region(target, out)

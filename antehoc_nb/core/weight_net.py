@@ -233,10 +233,11 @@ def class_numbers(target, # One class per image, or one for all: numbers, or nam
 # %% ../../nbs/core/04_weight_net.ipynb #8c1f6450
 def contrast(target: torch.Tensor, # Classes, (B,), or several each, (B,Q) with -1 for none; or shares of all, (B,K)
              classes: int, # K
-             scores: torch.Tensor | None = None, # Of all classes, (B,K), for targets (B,); None: no other class counts
-             share: float = .5, # How much the others count
+             scores: torch.Tensor | None = None, # Of all classes, (B,K), for targets (B,); None: the others get 0
+             share: float = .5, # How much of the others' evidence is subtracted
             ) -> torch.Tensor: # (B,K)
-    "How much each class counts in the direction of a target: the target 1, the others less than 0, by probability."
+    """The coefficient of each class in the evidence for a target: 1 for the target, less than 0 for the others, in the
+    ratio of their probabilities."""
     if target.is_floating_point(): return target
     several = target[:, None] if target.ndim == 1 else target
     known = (several >= 0).float()
@@ -252,7 +253,8 @@ def evidence_gate(evidence: torch.Tensor, # (B,1,h,w), in standard deviations of
                  ) -> torch.Tensor: # (B,1,h,w) in [0,1)
     """A factor for soft attention maps: 0 where there is no evidence, near 1 where it is strong.
 
-    Where it is below 1 everywhere, it is lifted so that it reaches 1: the map then shows where it is least absent."""
+    Evidence below 1 everywhere is raised so that its highest value is 1: the map of a class that is not in the image
+    shows where least speaks against it."""
     highest = evidence.amax((2, 3), keepdim=True)
     return 1 - (-F.relu(evidence + (1 - highest).clamp_min(0)) / softness).exp()
 

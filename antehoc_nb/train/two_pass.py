@@ -721,7 +721,7 @@ def _begin_fit(self: TwoPass):
 
 @patch
 def _measure_border(self: TwoPass):
-    "Measure the border responses of the CNN as it is now."
+    "Measure border responses and evidence with the current CNN."
     if self._border_sample is None: self._border_sample = sample_inputs(self.learn.dls)
     self.antehoc.calibrate(to_device(self._border_sample, self.antehoc.mean.device))
 
