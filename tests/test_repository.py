@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from IPython.core.inputtransformer2 import TransformerManager
 
 import antehoc_nb
 
@@ -195,6 +196,15 @@ def test_imports_stand_alone(nb):
     later = [c for c in cells(nb)[6:] if c['cell_type'] == 'code']
     later = [c for c in later if '#| export' not in source(c) and 'nbdev_export(' not in source(c)]
     assert not [c['id'] for c in later if len(set(kinds(c))) > 1]
+
+
+def test_cells_that_testing_leaves_out_are_python():
+    "Such as those that install the package on Colab."
+    left_out = [(nb, cell) for nb in NOTEBOOKS for cell in cells(nb) if cell['cell_type'] == 'code'
+                and re.search(r'^#\| *(eval: false|notest|slow)', source(cell), flags=re.M)]
+    assert left_out
+    for nb, cell in left_out:
+        ast.parse(TransformerManager().transform_cell(source(cell)), f'{nb.name}, cell {cell["id"]}')
 
 
 @pytest.mark.parametrize('nb', NOTEBOOKS, ids=lambda o: o.relative_to(NBS).as_posix())

@@ -315,7 +315,7 @@ def plain_average(
     x: torch.Tensor, # Images, (B,C,H,W), normalised as the CNN expects
     target=None, # Not used
 ) -> torch.Tensor: # (B,1,H,W) in [0,1]
-    "Control: the mean of the soft attention maps of the tapped layers, which is what the weight network starts from."
+    "Control: the mean of the recorded layers' soft attention maps. An untrained class-agnostic map is equal to it."
     average = model.explain(x).sams[:, :model.eta].mean(1, keepdim=True)
     return minmax(resize(average, x.shape[2:]))
 

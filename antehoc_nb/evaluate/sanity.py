@@ -49,7 +49,7 @@ def randomised(
     model: torch.nn.Module, # Any model; it is not changed
     layers, # Names of the layers to re-initialise
     seed: int = 0, # Of the new parameters
-    x: torch.Tensor | None = None, # Images, (N,C,H,W): an `AntehocModel` measures its border responses again
+    x: torch.Tensor | None = None, # Images, (N,C,H,W): an `AntehocModel` measures border and evidence again
 ) -> torch.nn.Module: # A copy of `model`
     "A copy of `model` with some layers re-initialised by their own `reset_parameters`; global random numbers stay"
     model = deepcopy(model)

@@ -282,7 +282,7 @@ def target_number(
     target: str | int | None, # target class, by name or number
     size: tuple[int, int], # (H,W) of the images
 ) -> int | None: # number of the target class
-    """What a target class is called by the model, found with a black image before any other is read.
+    """The number of a target class, looked up with a black image before any other is read.
 
     `ValueError` for a model whose output has no words for a table, or a target class that it does not have."""
     _check_channels(model)

@@ -359,7 +359,7 @@ def find_target(self: Captioner,
                ) -> torch.Tensor: # (B,T-1), in the place of each word; -1 where there is no target
     """The target words of a map, as numbers; `None` stands for all words of the caption.
 
-    `TypeError` for what are no words, `ValueError` for unknown ones, a target without words, or not one per image."""
+    `TypeError` for anything but words, `ValueError` for unknown ones, a target without words, or not one per image."""
     given = target is not None
     if not given: target = out if tokens is None else tokens
     if isinstance(target, str): target = [target] * len(out)

@@ -148,7 +148,7 @@ VARIANTS = {'grad-cam, not aligned': partial(grad_cam, aligned=False),
             'plain average of layers': plain_average}  # scored beside the methods
 CLASS_SPECIFIC = 'ante-hoc, class-specific'  # given the class that the CAMs are given
 WRONG_TARGET = 'ante-hoc, wrong target'  # the control: the same network, given the next class in the list
-_EXCLUDED = (WRONG_TARGET, *CONTROLS, *VARIANTS)  # compete with nobody for being significantly best
+_EXCLUDED = (WRONG_TARGET, *CONTROLS, *VARIANTS)  # left out of the marks of significance
 OURS = 'ante-hoc', CLASS_SPECIFIC
 SCORED = dict(explainers=(*MAIN_EXPLAINERS, CLASS_SPECIFIC, WRONG_TARGET, *VARIANTS, *CONTROLS),
               metrics=('faithfulness', 'insertion_deletion', 'localisation'))  # the last where boxes are known

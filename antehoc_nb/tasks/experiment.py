@@ -44,7 +44,7 @@ from ..train.learner import Bf16, antehoc_learner, plain_learner
 
 # %% ../../nbs/tasks/50_experiment.ipynb #5fb6ecd9
 def dataset_items(dataset, # fastai's, or a `Subset` of one
-                 ) -> list: # Empty if it does not tell
+                 ) -> list: # Empty if they are not known
     "What a data set's images and labels are made from, such as paths and class names."
     if isinstance(dataset, torch.utils.data.Subset):
         items = dataset_items(dataset.dataset)
@@ -54,7 +54,7 @@ def dataset_items(dataset, # fastai's, or a `Subset` of one
 
 def fingerprint(dls, # fastai DataLoaders
                ) -> str: # 16 hexadecimal digits
-    "Tells training and validation images from others: by names, sizes and classes of files, or by pixels of arrays."
+    "Digest of the training and validation images: of names, sizes and classes of files, or of the pixels of arrays."
     digest = hashlib.sha256()
     for dataset in (dls.train_ds, dls.valid_ds):
         for item in dataset_items(dataset):
@@ -78,7 +78,7 @@ def seed_loaders(dls, # fastai DataLoaders
 
 def epoch_scores(learn: Learner, # Trained
                 ) -> list[dict[str, float]]: # One dictionary per epoch: the losses and metrics that fastai prints
-    "What the recorder noted of every epoch."
+    "Losses and metrics of every epoch."
     names = [str(name) for name in learn.recorder.metric_names[1:-1]]
     return [dict(zip(names, map(float, values))) for values in learn.recorder.values]
 
