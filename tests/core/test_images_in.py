@@ -269,6 +269,9 @@ def test_what_is_wrapped(model):
         assert message in str(e.value)
 
 
+NO_BATCH = 'sample: a {} is no batch of images; give a tensor (B,C,H,W), normalised as the CNN expects'
+
+
 @pytest.mark.parametrize('sample, error, message', [
     (X[:, :1], ValueError, 'sample: the images have 1 channel, the CNN takes 3; repeat the grey channel: '
                            'x.repeat(1, 3, 1, 1)'),
@@ -283,14 +286,10 @@ def test_what_is_wrapped(model):
     (X[:0], ValueError, 'sample: it is empty, (0, 3, 32, 32); give at least one image'),
     (holed(torch.nan), ValueError, 'sample: it has NaN or infinite pixels'),
     (holed(torch.inf), ValueError, 'sample: it has NaN or infinite pixels'),
-    (PIXELS, TypeError, 'sample: a ndarray is no batch of images; give a tensor (B,C,H,W), normalised as the CNN '
-                        'expects'),
-    (Image.fromarray(PIXELS), TypeError, 'sample: a Image is no batch of images; give a tensor (B,C,H,W), normalised as '
-                                         'the CNN expects'),
-    ('photo.jpg', TypeError, 'sample: a str is no batch of images; give a tensor (B,C,H,W), normalised as the CNN '
-                             'expects'),
-    (torch.utils.data.DataLoader(X), TypeError, 'sample: a DataLoader is no batch of images; give a tensor (B,C,H,W), '
-                                                'normalised as the CNN expects; take a batch of it: next(iter(loader))')])
+    (PIXELS, TypeError, NO_BATCH.format('ndarray')), (Image.fromarray(PIXELS), TypeError, NO_BATCH.format('Image')),
+    ('photo.jpg', TypeError, NO_BATCH.format('str')),
+    (torch.utils.data.DataLoader(X), TypeError, NO_BATCH.format('DataLoader') + '; take a batch of it: '
+                                                'next(iter(loader))')])
 def test_samples_that_cannot_be_right(sample, error, message):
     with pytest.raises(error) as e: AntehocModel(small_cnn(), sample)
     assert str(e.value) == message
@@ -301,7 +300,7 @@ def test_samples_that_cannot_be_right(sample, error, message):
                                   'layer_table(cnn, images) lists the names'),
     (dict(layers=[nn.ReLU()]), TypeError, "layers: a layer is given by its name, such as 'layer4.1', not by a ReLU; "
                                           'layer_table(cnn, images) lists the names'),
-    (dict(meta=['cat', 'dog']), TypeError, "meta: a list is given; give a dict, such as meta=dict(vocab=['cat', 'dog'])"),
+    (dict(meta=['cat']), TypeError, "meta: a list is given; give a dict, such as meta=dict(vocab=['cat', 'dog'])"),
     (dict(temperature='3'), ValueError, "temperature='3' must be above 0 and finite"),
     (dict(cells=True), ValueError, "cells=True: a number from 1, or 'pixels'")])
 def test_settings_of_the_wrong_kind(settings, error, message):
