@@ -564,9 +564,9 @@ def two_pass_step(model, # An `AntehocModel`; or such a model in `DistributedDat
     """Both passes for a batch, in a training loop of one's own: `(task_loss(out, y) + int_loss).backward()`.
 
     In evaluation mode (`model.eval()`) the loss is for validation: with a soft mask, and about the labels alone.
-    `TypeError` if `model` is no `AntehocModel`, or `x` or `label` no tensor; `ValueError` for images of other channels than the CNN takes, for
-    pixels from 0 to 255, and for labels that are no classes. Else errors as of `draw_targets`, `masked_input` and
-    `int_loss`."""
+    `TypeError` if `model` is no `AntehocModel`, or `x` or `label` no tensor; `ValueError` for images of other channels
+    than the CNN takes, for pixels from 0 to 255, and for labels that are no classes. Else errors as of `draw_targets`,
+    `masked_input` and `int_loss`."""
     wrapped, model = model, getattr(model, 'module', model)
     if not hasattr(model, 'take_recorded'):
         raise TypeError(f'two_pass_step: model is a {type(model).__name__}; wrap it first: AntehocModel(cnn, images)')

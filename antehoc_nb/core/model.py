@@ -37,8 +37,8 @@ from .interpretation_loss import class_shares, describe_outputs, explained_outpu
 from .layers import channel_gradients, choose_layers, unseen_share
 from .masking import masked
 from antehoc_nb.core.utils import (
-    as_inputs, as_normalisation, cnn_builders, eval_mode, frozen, import_extra, in_channels, map_tensors, noise_images, own_seed,
-    own_sizes, plain_tensor, rgb_images, train_functions, trial_copy, unknown_name, usual_mode, whole_or_not_at_all,
+    as_inputs, as_normalisation, cnn_builders, eval_mode, frozen, import_extra, in_channels, map_tensors, noise_images,
+    own_seed, own_sizes, plain_tensor, rgb_images, train_functions, trial_copy, unknown_name, usual_mode, whole_or_not_at_all,
 )
 from antehoc_nb.core.weight_net import (
     class_numbers, contrast, count_classes, evidence_gate, gives_logits, in_deviations, interpretation_map, modulate,
@@ -666,7 +666,8 @@ def _choose_cells(self: AntehocModel, cells):
     "How many cells the map has along the shorter side of the image; None: it has pixels"
     if cells is None: cells = getattr(weight_nets[self.weight_net_name], 'cells', None)
     elif cells == 'pixels': cells = None
-    elif not isinstance(cells, int) or isinstance(cells, bool) or cells < 1: raise ValueError(f"cells={cells!r}: a number from 1, or 'pixels'")
+    elif not isinstance(cells, int) or isinstance(cells, bool) or cells < 1:
+        raise ValueError(f"cells={cells!r}: a number from 1, or 'pixels'")
     self.cells = cells
 
 

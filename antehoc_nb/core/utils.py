@@ -183,7 +183,8 @@ def as_normalisation(mean: float | Sequence[float] | np.ndarray | torch.Tensor |
     if len(lengths) > 1 or (both[1] <= 0).any(): raise ValueError(f'{given}: {hint}')
     if not all(values.isfinite().all() for values in both): raise ValueError(f'{given}: give finite numbers')
     n = max(lengths, default=1)
-    if channels and n not in (1, channels): raise ValueError(f'{given}: the images have {channels} channels; give {channels} of each')
+    if channels and n not in (1, channels):
+        raise ValueError(f'{given}: the images have {channels} channels; give {channels} of each')
     return tuple(values.expand(n).clone().float().view(1, -1, 1, 1) for values in both)
 
 # %% ../../nbs/core/00_utils.ipynb #432da0ec

@@ -40,7 +40,9 @@ from antehoc_nb.core.interpretation_loss import (
 from ..core.attention import soft_attentions
 from ..core.masking import Mask, as_mask, check_fill
 from ..core.model import ACTIVATIONS, AntehocModel
-from ..core.utils import as_normalisation, frozen, in_channels, output_tensors, plain_tensor, train_functions, unknown_name
+from antehoc_nb.core.utils import (
+    as_normalisation, frozen, in_channels, output_tensors, plain_tensor, train_functions, unknown_name,
+)
 from ..core.weight_net import weight_nets
 import antehoc_nb.core.export  # noqa: F401  gives AntehocModel export and push_to_hub
 import antehoc_nb.train.archs  # noqa: F401  knows the names of CNNs, for saving and loading
