@@ -38,7 +38,8 @@ from .layers import channel_gradients, choose_layers, unseen_share
 from .masking import masked
 from antehoc_nb.core.utils import (
     as_inputs, as_normalisation, cnn_builders, eval_mode, frozen, import_extra, in_channels, map_tensors, noise_images,
-    own_seed, own_sizes, plain_tensor, rgb_images, train_functions, trial_copy, unknown_name, usual_mode, whole_or_not_at_all,
+    own_seed, own_sizes, plain_tensor, rgb_images, train_functions, trial_copy, unknown_name, usual_mode,
+    whole_or_not_at_all,
 )
 from antehoc_nb.core.weight_net import (
     class_numbers, contrast, count_classes, evidence_gate, gives_logits, in_deviations, interpretation_map, modulate,
