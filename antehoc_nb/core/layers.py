@@ -539,7 +539,12 @@ def _choose(cnn, sample, eta):
 
 
 def _check_names(cnn, layers):
-    "`ValueError` for a repeated name, none at all, or one that the CNN does not have"
+    """`ValueError` for a repeated name, none at all, or one that the CNN does not have; `TypeError` for what is no
+    name"""
+    strange = next((layer for layer in layers if not isinstance(layer, str)), None)
+    if strange is not None:
+        raise TypeError(f"layers: a layer is given by its name, such as 'layer4.1', not by a {type(strange).__name__}; "
+                        'layer_table(cnn, images) lists the names')
     if len(set(layers)) < len(layers) or not layers:
         raise ValueError(f'layers={list(layers)}: name at least one layer, each only once')
     modules = dict(cnn.named_modules())

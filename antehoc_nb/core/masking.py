@@ -18,11 +18,16 @@ from .utils import Registry, unknown_name
 def check_fill(fill: str | float | Sequence[float], # As for `masked`
                channels: int | None = None, # How many the images have, if it is known
               ) -> torch.Tensor | None: # A colour in [0,1], (1,) or (C,); None for 'mean' and 'blur'
-    "The fill's colour. `ValueError` for another word, a value outside [0,1], or another number of channels."
-    if isinstance(fill, str) and fill not in ('black', 'mean', 'blur'):
+    """The fill's colour. `ValueError` for another word, a value outside [0,1], or another number of channels;
+    `TypeError` for what is neither a word nor a colour."""
+    is_word = isinstance(fill, str)
+    if is_word and fill not in ('black', 'mean', 'blur'):
         raise ValueError(unknown_name('fill', fill, ['black', 'mean', 'blur']) + ' (a colour in [0,1] will do too)')
-    if fill in ('mean', 'blur'): return None
-    colour = torch.as_tensor(0. if fill == 'black' else fill, dtype=torch.float32).flatten()
+    if is_word and fill != 'black': return None
+    try: colour = torch.as_tensor(0. if is_word else fill, dtype=torch.float32).flatten()
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"fill={fill!r}: give 'black', 'mean', 'blur' or a colour in [0,1], one number or one for each "
+                        'channel') from None
     if not ((colour >= 0) & (colour <= 1)).all(): raise ValueError(f'fill={fill}: a colour must lie in [0,1]')
     if len(colour) not in (1, channels or len(colour)):
         raise ValueError(f'fill={fill}: give one number, or one for each of the {channels} channels')

@@ -37,9 +37,9 @@ from .interpretation_loss import class_shares, describe_outputs, explained_outpu
 from .layers import channel_gradients, choose_layers, unseen_share
 from .masking import masked
 from antehoc_nb.core.utils import (
-    as_inputs, cnn_builders, eval_mode, frozen, import_extra, in_channels, map_tensors, noise_images, own_seed,
-    own_sizes, plain_tensor, rgb_images, train_functions, trial_copy, unknown_name, usual_mode, whole_or_not_at_all,
-    with_versions,
+    as_inputs, as_normalisation, cnn_builders, eval_mode, frozen, import_extra, in_channels, map_tensors, noise_images,
+    own_seed, own_sizes, plain_tensor, rgb_images, train_functions, trial_copy, unknown_name, usual_mode,
+    whole_or_not_at_all, with_versions,
 )
 from antehoc_nb.core.weight_net import (
     EVIDENCE_EXPONENT, class_numbers, contrast, count_classes, evidence_gate, gives_logits, in_deviations,
@@ -384,13 +384,31 @@ def _find_network(cnn, n_out):
     return cnn, facts
 
 # %% ../../nbs/core/07_model.ipynb #cell0008
-def _check_settings(temperature, mean, std, soft_attention):
-    if not 0 < temperature < math.inf: raise ValueError(f'temperature={temperature} must be above 0 and finite')
-    if (mean is None) != (std is None): raise ValueError('mean and std go together: give both or neither')
-    if mean is not None and (len(mean) != len(std) or min(std) <= 0):
-        raise ValueError(f'mean={list(mean)}, std={list(std)}: '
-                         'give as many of each as the images have channels, std above 0')
+def _check_settings(temperature, soft_attention):
+    if isinstance(temperature, str) or not 0 < temperature < math.inf:
+        raise ValueError(f'temperature={temperature!r} must be above 0 and finite')
     soft_attentions[soft_attention]  # raises the error for an unknown name
+
+
+def _check_meta(meta):
+    "`TypeError` for what is no dict"
+    if meta is None or isinstance(meta, Mapping): return
+    raise TypeError(f"meta: a {type(meta).__name__} is given; give a dict, such as meta=dict(vocab=['cat', 'dog'])")
+
+
+def _check_sample(images):
+    "Errors for a sample that is no batch of images as a CNN takes them"
+    if not isinstance(images, torch.Tensor):
+        hint = '; take a batch of it: next(iter(loader))' if hasattr(images, 'dataset') else ''
+        raise TypeError(f'sample: a {type(images).__name__} is no batch of images; give a tensor (B,C,H,W), normalised '
+                        f'as the CNN expects{hint}')
+    if images.ndim != 4 or not images.is_floating_point():
+        hint = '; add a batch dimension with x[None]' if images.ndim == 3 else ''
+        if images.dtype == torch.uint8: hint = '; divide pixels from 0 to 255 by 255, and normalise'
+        raise ValueError(f'sample: images (B,C,H,W) in floating point are needed, got {tuple(images.shape)} of '
+                         f'{images.dtype}{hint}')
+    if not images.numel(): raise ValueError(f'sample: it is empty, {tuple(images.shape)}; give at least one image')
+    if not images.isfinite().all(): raise ValueError('sample: it has NaN or infinite pixels')
 
 
 def _cause(error): return (str(error).splitlines() or [type(error).__name__])[0]
@@ -432,17 +450,12 @@ def as_cnn_takes(sample, cnn):
     return (images.to(weight.dtype) if floats else images, *others)
 
 
-def _per_channel(values, default, device):
-    "Numbers as a tensor (1,C,1,1)"
-    values = [default] if values is None else values
-    return torch.tensor(values, dtype=torch.float32, device=device).view(1, -1, 1, 1)
-
-
 class AntehocModel(nn.Module):
     """A CNN with a weight network that explains it (paper, section 2). Calling it is calling the CNN.
 
     Raises `ValueError` if the CNN has no usable convolutions or does not take the sample, `eta` exceeds the layers
-    found, or a name of a layer, soft attention or weight network is not known."""
+    found, or a name of a layer, soft attention or weight network is not known; `TypeError` for a network, a sample or
+    facts of the wrong kind."""
     @torch.inference_mode(False)  # weights made in that mode could never be trained
     def __init__(self,
                  cnn: nn.Module, # Any CNN; its first argument is the image batch (B,C,H,W). Or a fastai learner; or
@@ -458,8 +471,9 @@ class AntehocModel(nn.Module):
                  class_specific: bool | None = None, # A map for each class? None: if the weight network can, and the
                  # CNN gives logits (B,K). False: one map of the whole output, as regression needs it
                  scale: bool = True, # Min-max scale the map to [0,1]
-                 mean: Sequence[float] | None = None, # Per channel, if images are normalised: (pixel - mean) / std
-                 std: Sequence[float] | None = None, # Per channel
+                 mean: Sequence[float] | None = None, # Per channel, if images are normalised: (pixel - mean) / std.
+                 # Also an array, a tensor (C,) or (1,C,1,1), or one number
+                 std: Sequence[float] | None = None, # The same
                  meta: dict | None = None, # JSON-able facts to save along, such as the classes' names,
                  # dict(vocab=['cat', 'dog'])
                  grids: Sequence | None = None, # Where the layers' cells are (see `layer_grids`); None: run the CNN
@@ -476,13 +490,15 @@ class AntehocModel(nn.Module):
                 ):
         super().__init__()
         _check_classes(classes)
+        _check_meta(meta)
         cnn, facts = _find_network(cnn, classes or len((meta or {}).get('vocab') or ()))
         if facts:
             sample = facts['sample'] if sample is None else sample
             mean, std = (facts['mean'], facts['std']) if mean is None and std is None else (mean, std)
             meta = facts['meta'] | (meta or {})
             class_specific = facts['class_specific'] if class_specific is None else class_specific
-        _check_settings(temperature, mean, std, soft_attention)
+        _check_settings(temperature, soft_attention)
+        mean, std = as_normalisation(mean, std)
         self.cnn = cnn
         self.soft_attention = soft_attention
         self.temperature = temperature
@@ -492,10 +508,11 @@ class AntehocModel(nn.Module):
         self.cnn_finds_targets = callable(getattr(cnn, 'find_target', None)) and hasattr(cnn, 'n_words')
         self._warned = set()  # what this model has warned about
         device = next(cnn.parameters(), torch.empty(0)).device
-        self.register_buffer('mean', _per_channel(mean, 0., device), persistent=False)
-        self.register_buffer('std', _per_channel(std, 1., device), persistent=False)
+        self.register_buffer('mean', mean.to(device), persistent=False)
+        self.register_buffer('std', std.to(device), persistent=False)
         with self._trial(sample) as sample:
             self._choose_layers(sample, eta, layers, grids)
+            if sample is not False: as_normalisation(mean, std, as_inputs(sample)[0].shape[1])
             self._choose_weight_net(weight_net, sample, channels, classes, class_specific)
             self._choose_cells(cells)
             self.weight_net = self._build_weight_net().to(device)
@@ -521,9 +538,14 @@ def _trial(self: AntehocModel, sample):
     with trial_copy(cnn) as self.cnn:
         try:
             if sample is None: sample = _noise_for(self.cnn)
-            else: sample = as_cnn_takes(sample, cnn)
+            else:
+                _check_sample(as_inputs(sample)[0])
+                sample = as_cnn_takes(sample, cnn)
             yield sample
         except AssertionError as e: raise _size_error(cnn, sample, e) from e
+        except RuntimeError as e:
+            if sample[0].shape[1] == in_channels(cnn) or 'channels' not in str(e): raise
+            raise self.wrong_channels(sample[0], 'sample') from e
         finally: self.cnn = cnn
 
 
@@ -645,7 +667,8 @@ def _choose_cells(self: AntehocModel, cells):
     "How many cells the map has along the shorter side of the image; None: it has pixels"
     if cells is None: cells = getattr(weight_nets[self.weight_net_name], 'cells', None)
     elif cells == 'pixels': cells = None
-    elif not isinstance(cells, int) or cells < 1: raise ValueError(f"cells={cells!r}: a number from 1, or 'pixels'")
+    elif not isinstance(cells, int) or isinstance(cells, bool) or cells < 1:
+        raise ValueError(f"cells={cells!r}: a number from 1, or 'pixels'")
     self.cells = cells
 
 
@@ -676,14 +699,13 @@ def _prepare_border(self: AntehocModel, border, sample):
 
 
 @patch
-def _noise_batch(self: AntehocModel, sample, at_least=16):
-    "Images of noise, normalised, in batches as long as the sample, and the CNN's other arguments"
-    x, *others = as_inputs(sample)
-    n = len(x) * math.ceil(at_least / len(x))
+def _noise(self: AntehocModel, sample):
+    "At least 16 images of noise, normalised: batches as long as the sample, joined"
+    x, *_ = as_inputs(sample)
+    n = len(x) * math.ceil(16 / len(x))
     noise = noise_like_photographs(n, x.shape[1], tuple(x.shape[2:])).to(self.mean.device)
-    if has_other_units(self.mean, self.std): noise = (4 * noise - 2).to(x)  # two standard deviations, as in `pixels`
-    else: noise = ((noise - self.mean) / self.std).to(x)
-    return noise.split(len(x)), others
+    if has_other_units(self.mean, self.std): return (4 * noise - 2).to(x)  # two standard deviations, as in `pixels`
+    return ((noise - self.mean) / self.std).to(x)
 
 
 @patch
@@ -691,8 +713,14 @@ def measure_border(self: AntehocModel,
                    sample, # Input like the ones to come, (B,C,H,W); a tuple if the CNN takes several
                   ) -> None:
     "Measure the border response of each layer with 16 images of noise. It changes when the CNN does."
-    if not self.corrects_border: return
-    noise, others = self._noise_batch(sample)
+    if self.corrects_border: self._measure_border_with(self._noise(sample), sample)
+
+
+@patch
+def _measure_border_with(self: AntehocModel, noise, sample):
+    "The same, with images of noise as `_noise` gives them"
+    x, *others = as_inputs(sample)
+    noise = noise.split(len(x))
     strength = soft_attentions.option(self.soft_attention, 'strength')
     cells = self.map_cells(noise[0].shape[2:])
 
@@ -762,18 +790,30 @@ def _class_scores(out, explained):
 def measure_evidence(self: AntehocModel,
                      sample, # Input like the ones to come, (B,C,H,W); a tuple if the CNN takes several
                     ) -> None:
-    """Measure the mean gradient of each class's score with respect to the channels of a layer, with four images of
-    noise. It changes when the CNN does. Nothing is measured for a model without class-specific maps."""
-    if not self.class_specific or not self.modulates or self.cnn_finds_targets: return
-    noise, others = self._noise_batch(_first_images(sample, 4), 4)
+    """Measure the mean gradient of each class's score with respect to a layer, with four images of noise. It changes
+    when the CNN does. Where there is no gradient any more, it becomes 0, with a warning. A model without class-specific
+    maps is left alone."""
+    if self.class_specific and self.modulates and not self.cnn_finds_targets:
+        self._measure_evidence_with(self._noise(sample), sample)
+
+
+@patch
+def _measure_evidence_with(self: AntehocModel, noise, sample):
+    "The same, with images of noise as `_noise` gives them"
+    x, *others = _first_images(sample, 4)
+    noise = noise[:len(x) * math.ceil(4 / len(x))].split(len(x))
     found = None
     layers = range(self.eta)[::-1] if self.evidence_layer is None else [self.evidence_layer]
     with trial_copy(self.cnn) as cnn, frozen(cnn):
         for layer in layers:
             found = self._gradients_at(cnn, layer, noise, others)
             if found is not None: break
-    if found is None: return
-    self.evidence_layer, self.evidence = layer, found
+    if found is not None: self.evidence_layer, self.evidence = layer, found
+    elif self.evidence is not None:
+        self.evidence = torch.zeros_like(self.evidence)
+        self._warn_once('no gradient', f'AntehocModel: the scores of the CNN have no finite gradient with respect to '
+                        f'{self.layers[layer]!r} any more, so maps of classes do without the evidence for the class; '
+                        'look at the CNN: its training may have diverged', level=5)
 
 
 @patch
@@ -796,8 +836,10 @@ def calibrate(self: AntehocModel,
               sample, # Input like the ones to come, (B,C,H,W); a tuple if the CNN takes several
              ) -> None:
     "Measure again what depends on the CNN's weights: the border responses, and the gradients for the evidence."
-    self.measure_border(sample)
-    if self.evidence is not None: self.measure_evidence(sample)
+    if not self.corrects_border and self.evidence is None: return
+    noise = self._noise(sample)
+    if self.corrects_border: self._measure_border_with(noise, sample)
+    if self.evidence is not None: self._measure_evidence_with(noise, sample)
 
 # %% ../../nbs/core/07_model.ipynb #4de22cee
 @patch(as_prop=True)

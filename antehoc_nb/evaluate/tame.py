@@ -29,7 +29,7 @@ from ..core.attention import minmax
 from ..core.layers import ActivationRecorder, candidate_layers, choose_layers
 from ..core.masking import check_fill, masked
 from ..core.model import AntehocModel
-from ..core.utils import eval_mode, frozen, own_seed, plain_tensor, weights_digest
+from ..core.utils import as_normalisation, eval_mode, frozen, own_seed, plain_tensor, weights_digest
 from ..core.weight_net import class_numbers
 from ..train.two_pass import normalisation, sample_inputs
 
@@ -88,9 +88,11 @@ class TAME(nn.Module):
         self.cnn = cnn
         self.layers = tuple(layers)
         self.fusion = FeatureFusion(channels, classes)
-        self.config = dict(layers=list(layers), channels=list(channels), classes=classes, fill=fill, mean=mean, std=std)
-        self.register_buffer('mean', torch.tensor(mean or [0.]).view(1, -1, 1, 1), persistent=False)
-        self.register_buffer('std', torch.tensor(std or [1.]).view(1, -1, 1, 1), persistent=False)
+        mean, std = as_normalisation(mean, std)
+        self.register_buffer('mean', mean, persistent=False)
+        self.register_buffer('std', std, persistent=False)
+        self.config = dict(layers=list(layers), channels=list(channels), classes=classes, fill=fill,
+                           mean=mean.flatten().tolist(), std=std.flatten().tolist())
 
     def maps(
         self,

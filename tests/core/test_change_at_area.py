@@ -260,6 +260,14 @@ def test_validation_and_what_is_not_trained():
     with pytest.raises(ValueError, match="unknown mask 'hard'"): two_pass_step(model, x, mask='hard')
     with pytest.raises(TypeError, match='two_pass_step: model is a Sequential; wrap it first: AntehocModel'):
         two_pass_step(small_cnn(), x)
+    for wrong, message in (
+            (dict(x=(x, y)), 'two_pass_step: x is a tuple; give a tensor of images (B,C,H,W); take the images and '
+                             'labels out of the batch: x, y = batch'),
+            (dict(x=x.numpy()), 'two_pass_step: x is a ndarray; give a tensor of images (B,C,H,W)'),
+            (dict(label=y.numpy()), 'two_pass_step: label is a ndarray; give a tensor: torch.as_tensor(label)'),
+            (dict(label=y.tolist()), 'two_pass_step: label is a list; give a tensor: torch.as_tensor(label)')):
+        with pytest.raises(TypeError) as e: two_pass_step(model, **dict(x=x, label=y) | wrong)
+        assert str(e.value) == message
 
 
 @pytest.mark.parametrize('weight_net', ['paper', 'auto'])

@@ -209,3 +209,45 @@ def test_the_gate_is_never_flat(offset):
     assert 0 <= gate.min() and gate.max() <= 1
     assert gate.argmax() == 15 or offset == 50.  # far above, all places count alike
     if offset < 0: assert gate.amax() == pytest.approx(1 - torch.tensor(-.25).exp().item())
+
+
+def test_calibration_makes_its_noise_once(monkeypatch):
+    "And measures what making the model and measuring each by itself do."
+    made, own = [], noise_like_photographs
+    monkeypatch.setattr('antehoc_nb.core.model.noise_like_photographs', lambda *args: made.append(args) or own(*args))
+    for x in (X[:1], torch.rand(3, 3, 17, 19)):
+        model = AntehocModel(with_linear_head(), x)
+        before = {name: value.clone() for name, value in model.named_buffers() if not name.startswith('cnn.')}
+        made.clear()
+        model.calibrate(x)
+        assert len(made) == 1 and {'evidence', 'border_0', 'units'} < {*before}
+        after = {name: value.clone() for name, value in model.named_buffers() if name in before}
+        model.measure_border(x)
+        model.measure_evidence(x)
+        for name, value in model.named_buffers():
+            if name in before and not name.startswith('border') and name != 'units':
+                assert torch.equal(value, before[name]), name
+            if name in after: assert torch.equal(value, after[name]), name
+        made.clear()
+        AntehocModel(with_linear_head(), x, border=False, evidence=False).calibrate(x)
+        assert not made
+
+
+@pytest.mark.parametrize('spoil', ['nan', 'zero'])
+def test_evidence_of_an_earlier_cnn_is_not_kept(spoil):
+    "A CNN that diverged, or whose scores have become constant, has no gradients."
+    model = AntehocModel(with_linear_head(), X)
+    good = model.cnn[6].weight.detach().clone()
+    with torch.no_grad(): model.cnn[6].weight.fill_(float('nan') if spoil == 'nan' else 0.)
+    with pytest.warns(UserWarning) as caught: model.calibrate(X)
+    assert [str(warning.message) for warning in caught] == [
+        "AntehocModel: the scores of the CNN have no finite gradient with respect to '3' any more, so maps of classes "
+        'do without the evidence for the class; look at the CNN: its training may have diverged']
+    assert not model.evidence.any() and model.evidence.shape == (4, 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        model.calibrate(X)  # it was said
+    if spoil == 'zero': assert torch.equal(model.explain(X, target=0).map, model.explain(X, target=1).map)
+    with torch.no_grad(): model.cnn[6].weight.copy_(good)
+    model.calibrate(X)  # it comes back with the gradients
+    assert torch.equal(model.evidence, AntehocModel(with_linear_head(), X).evidence)

@@ -269,6 +269,56 @@ def test_what_is_wrapped(model):
         assert message in str(e.value)
 
 
+NO_BATCH = 'sample: a {} is no batch of images; give a tensor (B,C,H,W), normalised as the CNN expects'
+
+
+@pytest.mark.parametrize('sample, error, message', [
+    (X[:, :1], ValueError, 'sample: the images have 1 channel, the CNN takes 3; repeat the grey channel: '
+                           'x.repeat(1, 3, 1, 1)'),
+    (X[:, [0, 1, 2, 0]], ValueError, 'sample: the images have 4 channels, the CNN takes 3; drop the alpha channel: '
+                                     'x[:, :3]'),
+    (X.permute(0, 2, 3, 1), ValueError, 'sample: the images have 32 channels, the CNN takes 3; the channels seem to '
+                                        'come last: x.permute(0, 3, 1, 2)'),
+    (X[0], ValueError, 'sample: images (B,C,H,W) in floating point are needed, got (3, 32, 32) of torch.float32; add a '
+                       'batch dimension with x[None]'),
+    ((X * 255).to(torch.uint8), ValueError, 'sample: images (B,C,H,W) in floating point are needed, got (2, 3, 32, 32) '
+                                            'of torch.uint8; divide pixels from 0 to 255 by 255, and normalise'),
+    (X[:0], ValueError, 'sample: it is empty, (0, 3, 32, 32); give at least one image'),
+    (holed(torch.nan), ValueError, 'sample: it has NaN or infinite pixels'),
+    (holed(torch.inf), ValueError, 'sample: it has NaN or infinite pixels'),
+    (PIXELS, TypeError, NO_BATCH.format('ndarray')), (Image.fromarray(PIXELS), TypeError, NO_BATCH.format('Image')),
+    ('photo.jpg', TypeError, NO_BATCH.format('str')),
+    (torch.utils.data.DataLoader(X), TypeError, NO_BATCH.format('DataLoader') + '; take a batch of it: '
+                                                'next(iter(loader))')])
+def test_samples_that_cannot_be_right(sample, error, message):
+    with pytest.raises(error) as e: AntehocModel(small_cnn(), sample)
+    assert str(e.value) == message
+
+
+@pytest.mark.parametrize('settings, error, message', [
+    (dict(layers=[0]), TypeError, "layers: a layer is given by its name, such as 'layer4.1', not by a int; "
+                                  'layer_table(cnn, images) lists the names'),
+    (dict(layers=[nn.ReLU()]), TypeError, "layers: a layer is given by its name, such as 'layer4.1', not by a ReLU; "
+                                          'layer_table(cnn, images) lists the names'),
+    (dict(meta=['cat']), TypeError, "meta: a list is given; give a dict, such as meta=dict(vocab=['cat', 'dog'])"),
+    (dict(temperature='3'), ValueError, "temperature='3' must be above 0 and finite"),
+    (dict(cells=True), ValueError, "cells=True: a number from 1, or 'pixels'")])
+def test_settings_of_the_wrong_kind(settings, error, message):
+    with pytest.raises(error) as e: AntehocModel(small_cnn(), X, **settings)
+    assert str(e.value) == message
+
+
+def test_colours_of_every_kind(model):
+    half = torch.full((2, 1, 32, 32), .5)
+    grey = model.mask(X, half, .5)
+    for fill in (np.full(3, .5), np.float32(.5), torch.full((1, 3, 1, 1), .5), (.5, .5, .5)):
+        assert torch.equal(model.mask(X, half, fill), grey)
+    for fill in (None, {}, ['red']):
+        with pytest.raises(TypeError) as e: model.mask(X, half, fill)
+        assert str(e.value) == (f"fill={fill!r}: give 'black', 'mean', 'blur' or a colour in [0,1], one number or one "
+                                'for each channel')
+
+
 def test_names_need_the_module_that_knows_them():
     code = ("from antehoc_nb.core.model import AntehocModel\n"
             "from torch.nn import Identity\n"

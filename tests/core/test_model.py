@@ -8,6 +8,7 @@ import threading
 import tracemalloc
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,7 +18,7 @@ from workers import explain_elsewhere, small_cnn
 
 from antehoc_nb.core.attention import soft_attentions
 from antehoc_nb.core.model import AntehocModel, Explanation
-from antehoc_nb.core.utils import eval_mode
+from antehoc_nb.core.utils import as_normalisation, eval_mode
 from antehoc_nb.core.weight_net import interpretation_map, weight_nets
 
 FEW = settings(max_examples=15)
@@ -412,3 +413,58 @@ def test_one_image_of_many():
 def test_bad_arguments(kwargs, message):
     with pytest.raises(ValueError, match=message):
         AntehocModel(small_cnn(), torch.rand(2, 3, 32, 32), **dict(eta=2) | kwargs)
+
+
+THREE, RGB = [.5, .4, .3], (1, 3, 1, 1)
+ONE_EACH = 'give a number for each channel, such as {}=[0.5, 0.5, 0.5]'
+
+
+@pytest.mark.parametrize('mean', [
+    THREE, tuple(THREE), np.array(THREE), np.array(THREE).reshape(RGB), np.float32(THREE)[None], torch.tensor(THREE),
+    torch.tensor(THREE).view(RGB), torch.tensor(THREE).view(3, 1, 1), torch.tensor(THREE, dtype=torch.float64),
+    torch.tensor(THREE, requires_grad=True), [torch.tensor(value) for value in THREE]], ids=str)
+@pytest.mark.parametrize('std', [.2, torch.tensor(.2), [.2] * 3], ids=str)
+def test_normalisation_of_every_kind(mean, std):
+    means, stds = as_normalisation(mean, std, 3)
+    assert torch.equal(means, torch.tensor(THREE).view(RGB)) and torch.equal(stds, torch.full(RGB, .2))
+    assert not means.requires_grad and means.dtype == torch.float32
+
+
+def test_a_model_takes_normalisation_as_tensors():
+    x, as_tensors = torch.rand(2, 3, 32, 32), [torch.tensor(values).view(RGB) for values in (THREE, [.2] * 3)]
+    model = AntehocModel(small_cnn(), x, mean=as_tensors[0], std=as_tensors[1])
+    assert torch.equal(model.mean, as_tensors[0]) and torch.equal(model.std, as_tensors[1])
+    assert model.config['mean'] == pytest.approx(THREE) and model.explain(x).map.isfinite().all()
+
+
+def test_one_number_is_for_all_channels():
+    model = AntehocModel(small_cnn(), torch.rand(2, 3, 32, 32), mean=.5, std=np.float64(.5))
+    assert model.mean.shape == model.std.shape == (1, 1, 1, 1)
+    given = torch.tensor(THREE)
+    model = AntehocModel(small_cnn(), torch.rand(2, 3, 32, 32), mean=given, std=.2)
+    given.zero_()  # is the caller's own
+    assert model.mean.flatten().tolist() == pytest.approx(THREE)
+
+
+@pytest.mark.parametrize('mean, std, error, message', [
+    (THREE, None, ValueError, 'mean and std go together: give both or neither'),
+    ([.5] * 2, [.2] * 2, ValueError, 'mean=[0.5, 0.5], std=[0.2, 0.2]: the images have 3 channels; give 3 of each'),
+    ([.5] * 4, [1.] * 4, ValueError, 'mean=[0.5, 0.5, 0.5, 0.5], std=[1.0, 1.0, 1.0, 1.0]: the images have 3 channels; '
+                                     'give 3 of each'),
+    (THREE, [.2], ValueError, 'mean=[0.5, 0.4, 0.3], std=[0.2]: give as many of each as the images have channels, '
+                              'std above 0'),
+    (.5, 0, ValueError, 'mean=[0.5], std=[0.0]: give as many of each as the images have channels, std above 0'),
+    (THREE, torch.tensor([.2, .2, -.2]), ValueError, 'mean=[0.5, 0.4, 0.3], std=[0.2, 0.2, -0.2]: give as many of '
+                                                     'each as the images have channels, std above 0'),
+    ([float('nan')] * 3, .2, ValueError, 'mean=[nan, nan, nan], std=[0.2]: give finite numbers'),
+    (.5, np.inf, ValueError, 'mean=[0.5], std=[inf]: give finite numbers'),
+    (torch.rand(2, 3), .2, ValueError, 'mean: its shape is (2, 3); ' + ONE_EACH.format('mean')),
+    (.5, torch.rand(1, 3, 8, 8), ValueError, 'std: its shape is (1, 3, 8, 8); ' + ONE_EACH.format('std')),
+    ([], [], ValueError, 'mean: its shape is (0,); ' + ONE_EACH.format('mean')),
+    ('imagenet', 'imagenet', TypeError, "mean='imagenet': " + ONE_EACH.format('mean')),
+    (THREE, dict(r=.2), TypeError, "std={'r': 0.2}: " + ONE_EACH.format('std')),
+    ([None] * 3, .2, TypeError, 'mean=[None, None, None]: ' + ONE_EACH.format('mean')),
+    ([[.5], THREE], .2, TypeError, 'mean=[[0.5], [0.5, 0.4, 0.3]]: ' + ONE_EACH.format('mean'))], ids=str)
+def test_normalisation_that_is_none(mean, std, error, message):
+    with pytest.raises(error) as caught: AntehocModel(small_cnn(), torch.rand(2, 3, 32, 32), mean=mean, std=std)
+    assert str(caught.value) == message

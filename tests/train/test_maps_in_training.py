@@ -212,6 +212,27 @@ def test_the_line_that_says_so():
         'untrained 20.0 on 64 validation images); that of epoch 1 is kept')
 
 
+BOTH = 'the trained map and the untrained one both keep nearly all of the output'
+BETTER, NO_BETTER = (f'the trained map is {word} than the untrained one' for word in ('better', 'no better'))
+
+
+@pytest.mark.parametrize('drop, untrained, kept, verdict', [
+    (.14, .11, 'last', BOTH), (.99, .2, 'last', BOTH), (.3, 7, 'last', BETTER),
+    (15.34, 15.26, 'untrained', NO_BETTER),  # worse, and the same in print
+    (15.26, 15.34, 'untrained', NO_BETTER),  # better, and the same in print
+    (15.2, 15.34, 'last', BETTER),
+    (1.2, .4, 'untrained', NO_BETTER)])
+def test_what_is_said_is_what_is_printed(drop, untrained, kept, verdict):
+    "'Better' stands beside a lower number, and where it does not, the trained map is not used."
+    two_pass = Scripted([(drop, untrained)], (drop, drop, untrained))
+    learn = Learner(scenes(n=16), small_cnn(), cbs=two_pass)
+    text, _ = output_of(partial(run_loudly, learn, 1))
+    names = dict(last='the last weight network', untrained='the untrained one')
+    line = (f'{verdict} (average drop at 20 % of the pixels {drop:.1f}, untrained {untrained:.1f} '
+            f'on 16 validation images); {names[kept]} is kept')
+    assert str(two_pass.best) == line and (f'TwoPass: {line}. Try more epochs' in text) == (kept == 'untrained')
+
+
 def test_untrained_is_what_there_was_before_the_first_fit(tmp_path):
     two_pass = Scripted([(30, 50), (20, 20, 50), (60, 50)], (60, 60, 50))  # the two fits of fine_tune
     learn = Learner(scenes(n=32), small_cnn(), path=tmp_path, cbs=two_pass)
