@@ -3,7 +3,8 @@
 Scenes of photo-digits: 60 % of the training images of the digit 3 get a small tag in the lower right corner, and a CNN
 is trained on them with its weight network. The maps of all training images are made, by the weight network and by
 Grad-CAM, and grouped as in `antehoc report`. The same is done without the tag. One run of one seed is one command; runs
-are added to the record. All CNNs start from one that was trained on other scenes without the tag.
+are added to the record. All CNNs start from one that was trained on other scenes without the tag. The search is repeated
+on samples of each class, for the number of images that it needs.
 """
 import argparse
 import json
@@ -15,6 +16,7 @@ import numpy as np
 
 RECORD = Path(__file__).resolve().parents[1]/'results'/'benchmarks'/'planted-tag.json'
 DIGIT, SHARE, SIZE = 3, .6, 48
+CLASS_SIZES, DRAWS = (20, 40, 60, 80), 3  # images of each class that the search is repeated on, and how often
 PATTERN = np.kron(np.array([[1, 0, 1], [0, 1, 0], [1, 0, 1]], bool), np.ones((3, 3), bool))
 
 
@@ -126,11 +128,28 @@ def write_folder(folder, images, labels, probabilities, maps):
                            [str(digit) for digit in labels], [str(digit) for digit in range(10)])
 
 
+def by_class_size(explained, tagged):
+    "Of samples of each class: in how many the tag is the first candidate, and how many other candidates there are."
+    from antehoc_nb.show.report import map_groups, sample_maps
+    found = {}
+    for size in CLASS_SIZES:
+        first = others = 0
+        for draw in range(DRAWS):
+            sample = sample_maps(explained, size, draw)
+            groups = [group for group in map_groups(sample, draw) if group.candidate]
+            planted = [bool(tagged[sample.rows[group.members]].mean() > .5) for group in groups]
+            first += planted[:1] == [True]
+            others += planted.count(False)
+        found[str(size)] = dict(draws=DRAWS, first=first, other_candidates=others)
+    return found
+
+
 def score(folder, tagged):
     "What the report says of a folder."
     from antehoc_nb.show.explain_many import read_explained
     from antehoc_nb.show.report import map_groups, sample_maps
-    sample = sample_maps(read_explained(folder))
+    explained = read_explained(folder)
+    sample = sample_maps(explained)
     groups = map_groups(sample)
     shares = [float(tagged[sample.rows[group.members]].mean()) for group in groups]
     rank = next((i + 1 for i, share in enumerate(shares) if share > .5), None)
@@ -139,7 +158,7 @@ def score(folder, tagged):
     return dict(candidates=sum(group.candidate for group in groups), groups=len(groups), rank=rank,
                 score=found and found.score, tagged_in_group=found and shares[rank - 1],
                 tags_found=found and float(tagged[sample.rows[found.members]].sum() / tagged.sum()),
-                highest_other_score=max(rest, default=None))
+                highest_other_score=max(rest, default=None), by_class_size=by_class_size(explained, tagged))
 
 
 def run(seed, share, options):
