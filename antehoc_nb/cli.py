@@ -435,7 +435,8 @@ def explain(
                                            min=0)] = None,
     target: Annotated[str, _option('The class that the maps are about, by name or number, for a model with a '
                                    'class-specific weight network. Default: the predicted one.')] = '',
-    bs: Annotated[int, _option('Images at a time.', min=1)] = 32,
+    bs: Annotated[int | None, _option('Images at a time. Default: 32; with --maps on a CPU fewer, if they are large.',
+                                      min=1)] = None,
     device: _Device = '',
     threshold: Annotated[float, _option('Where the map is cut into concept regions, in (0,1].')] = 0.8,
     arrays: Annotated[bool, _option('Write an NPZ file with all numbers of every image too.')] = False,
@@ -463,7 +464,7 @@ def explain(
             output.say(f'{len(files):,} images get three files each; --maps npz makes a table and a few files, faster')
         output.say(f'{len(files):,} image{"s" * (len(files) != 1)}, on {found_device}')
         say = None if quiet else lambda text: typer.echo(text, err=True)
-        n, before, failed = explain_files(net, files, out, bs, threshold, target_class, arrays=arrays, say=say)
+        n, before, failed = explain_files(net, files, out, bs or 32, threshold, target_class, arrays=arrays, say=say)
         for name, why in failed: typer.echo(f'antehoc: could not read {name} ({why})', err=True)
         done_before = f', {before} were done already' if before else ''
         sheet = f'; look at {out}/contact_sheet.png' if n + before else ''

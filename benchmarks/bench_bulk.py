@@ -6,7 +6,7 @@ files, with the same decoding, workers and batches.
 Sides take turns, in changing order: the plain loop, `explain_many` without maps, with them, and `explain_files`, which
 writes pictures. A ratio is throughput to that of the plain loop, 1 for as fast: the median of the turns' ratios, with
 quartiles. `cpu` is the same ratio in CPU time of the process and its workers, for a machine that others use too.
-Start-up (workers, checks, checksums) is included, so that more images come nearer 1. Nothing here is a test.
+Start-up (workers, checks, checksums: 0.15 s) is included, so that more images come nearer 1. Nothing here is a test.
 """
 import argparse
 import os
@@ -65,9 +65,10 @@ def plain_loop(model, folder, bs, workers):
     "Class and probability of every image."
     import torch
 
-    from antehoc_nb.show.explain_many import _find_source, _loader
+    from antehoc_nb.show.explain_many import _find_source, _loader, _usual_batch
     source, size = _find_source(folder), model.meta['size']
     device, found = model.mean.device, []
+    bs = bs or _usual_batch(device, size)
     loader = _loader(source, [0], len(source), bs, size, model.image_channels, workers, device)
     with torch.no_grad():
         for batch in loader:
@@ -89,7 +90,7 @@ def sides_of(model, folder, bs, workers, pictures):
 
     def files():
         out = Path(tempfile.mkdtemp(prefix='bench-bulk-'))
-        explain_files(model, [(path, path.name) for path in files_below(folder)], out/'out', bs=bs, say=None)
+        explain_files(model, [(path, path.name) for path in files_below(folder)], out/'out', bs=bs or 32, say=None)
         shutil.rmtree(out)
     sides = {'plain': lambda: plain_loop(model, folder, bs, workers), 'none': lambda: bulk('none'),
              'npz': lambda: bulk('npz')}
@@ -147,7 +148,7 @@ def parse_options():
     parser.add_argument('--size', nargs='+', type=int, default=[128, 224])
     parser.add_argument('--threads', nargs='+', type=int, default=[1, 2])
     parser.add_argument('--workers', type=int, default=1, help='decoding processes')
-    parser.add_argument('--bs', type=int, default=32)
+    parser.add_argument('--bs', type=int, help='images at a time, in all sides (default: that of explain_many)')
     parser.add_argument('--reps', type=int, default=5, help='turns of each side')
     parser.add_argument('--device', default='cpu')
     parser.add_argument('--pictures', action='store_true', help='measure explain_files too, which is slow')

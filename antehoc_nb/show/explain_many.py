@@ -597,9 +597,9 @@ def _batches(source, shards, shard_size, bs):
 
 
 def _loader(source, shards, shard_size, bs, size, channels, workers, device):
-    "The decoded batches of some shards"
+    "The decoded batches of some shards; two, or 64 images, are waiting for the network at most"
     decoder = _Decoder(source.reader(), size, channels)
-    ahead = dict(prefetch_factor=2) if workers else {}
+    ahead = dict(prefetch_factor=max(2, math.ceil(64 / bs / workers))) if workers else {}
     return torch.utils.data.DataLoader(
         decoder, batch_size=None, sampler=_Sampler(partial(_batches, source, shards, shard_size, bs)),
         num_workers=workers, collate_fn=_as_it_is, pin_memory=device.type == 'cuda', worker_init_fn=_quiet_worker,
@@ -611,6 +611,16 @@ class _Sampler:
     def __init__(self, make): self.make = make
 
     def __iter__(self): return iter(self.make())
+
+
+_MOST_IMAGES = 32  # at a time
+_PIXELS_FOR_CPU = 400_000  # at a time: 8 images of 224 x 224
+
+
+def _usual_batch(device, size):
+    "Images at a time: on a CPU so few that the activations of a layer stay in its cache"
+    if device.type != 'cpu': return _MOST_IMAGES
+    return min(_MOST_IMAGES, max(1, round(_PIXELS_FOR_CPU / math.prod(size))))
 
 
 def _usual_workers(device):
@@ -761,10 +771,13 @@ def _processes(model):
 def _settings(model, name, source, maps, table, threshold, target, shard):
     "What `explain.json` says, and whether it fits the model"
     size = tuple(model.image_batch(Image.new('RGB', (8, 8)))[0].shape[2:])
-    number = target_number(model, target, size)
+    with ThreadPoolExecutor(1) as pool:  # a checksum leaves Python's lock alone
+        digest = pool.submit(weights_digest, model)
+        number = target_number(model, target, size)
+        digest = digest.result()
     vocab = [str(label) for label in model.meta.get('vocab') or ()]
     target = None if number is None else vocab[number] if vocab else number
-    meta = dict(format=FORMAT, antehoc_nb=antehoc_nb.__version__, model=name, model_digest=weights_digest(model),
+    meta = dict(format=FORMAT, antehoc_nb=antehoc_nb.__version__, model=name, model_digest=digest,
                 classes=vocab or None, task=model.meta.get('task') or 'single-label', root=source.root,
                 source=source.kind, size=size, map_size=None if maps == 'none' else _stored_size(size), maps=maps,
                 threshold=threshold, target=target, table=table, n=len(source), shard=shard,
@@ -838,7 +851,7 @@ def explain_many(
     table: str = 'csv', # form of the table: 'csv' or 'parquet'
     threshold: float = .8, # where the maps are cut into regions, in (0,1]
     target: str | int | None = None, # target class of class-specific maps; None: the predicted one
-    bs: int = 32, # images at a time
+    bs: int | None = None, # images at a time; None: 32, on a CPU fewer if they are large
     workers: int | None = None, # decoding processes, 0 or more; None: by the number of cores
     shard: int = 1024, # images in a file of maps
     say: Callable | None = print_line, # prints a line of progress where there is no terminal; None: no output
@@ -909,7 +922,9 @@ def _explain_shards(model, source, out, meta, number, shards, bs, workers, say):
     if not shards: return
     device = model.mean.device
     workers = _usual_workers(device) if workers is None else workers
-    loader = _loader(source, shards, meta['shard'], bs, tuple(meta['size']), model.image_channels, workers, device)
+    size = tuple(meta['size'])
+    bs = _usual_batch(device, size) if bs is None else bs
+    loader = _loader(source, shards, meta['shard'], bs, size, model.image_channels, workers, device)
     _run(model, loader, _Writer(out, source, meta), number, _Progress(_images_of(shards, meta), say))
 
 

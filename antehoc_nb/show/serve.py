@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['MAX_BYTES', 'MAX_PIXELS', 'MAX_FILES', 'FORMATS', 'SHOWN_SIDES', 'PREDICTED', 'NOTHING', 'CAMS', 'HEADERS',
-           'LOOPBACK', 'open_upload', 'energy_picture', 'region_picture', 'PhotoPage', 'Answer', 'free_port', 'serve',
-           'write_space']
+           'LOOPBACK', 'open_upload', 'energy_picture', 'region_picture', 'PhotoPage', 'Answer', 'write_table',
+           'free_port', 'serve', 'write_space']
 
 # %% ../../nbs/show/70_serve.ipynb #0b5f364e
+import csv
 import importlib.metadata
 import importlib.util
 import json
@@ -308,6 +309,7 @@ def explain_batch(self: PhotoPage,
                   files: Sequence[str | Path] | None, # Image files, `MAX_FILES` at most
                   threshold: float = .8, # Of the concept regions, in (0,1]
                   progress: Callable = lambda done, desc=None: None, # Told how far it is, in [0,1]
+                  target: int = PREDICTED, # Class that the maps are about
                  ) -> tuple[str, list, list]: # Message; overlays with a text; rows of the table
     "Overlays and a table of several photographs. No error leaves it: the table says which files could not be read."
     files = list(files or ())
@@ -315,7 +317,7 @@ def explain_batch(self: PhotoPage,
     gallery, rows = [], []
     for number, file in enumerate(files):
         progress(number / len(files), desc=f'{number} of {len(files)}')
-        answer = self.explain(file, threshold=threshold)
+        answer = self.explain(file, target, threshold=threshold)
         name = Path(file).name
         if answer.overlay is None: rows.append([name, '', '', '', answer.message.removeprefix(f'{name}: ')])
         else:
@@ -326,6 +328,20 @@ def explain_batch(self: PhotoPage,
     bad = len(rows) - len(gallery)
     read = f'{len(gallery)} photograph{"s" * (len(gallery) != 1)} explained'
     return read + (f', {bad} could not be read: see the table' if bad else ''), gallery, rows
+
+
+def write_table(rows: list, # Of `explain_batch`
+                file: str | Path, # CSV file to write
+               ) -> Path: # The file
+    "The table as a file for spreadsheets."
+    with open(file, 'w', newline='', encoding='utf-8-sig', errors='replace') as opened:
+        csv.writer(opened).writerows([HEADERS, *([_no_formula(cell) for cell in row] for row in rows)])
+    return Path(file)
+
+
+def _no_formula(cell):
+    "A cell that spreadsheets don't take for a formula; names of files come from outside"
+    return f"'{cell}" if isinstance(cell, str) and cell[:1] in ('=', '+', '-', '@', '\t', '\r') else cell
 
 # %% ../../nbs/show/70_serve.ipynb #bb7ceb39
 def _gradio():
@@ -428,17 +444,24 @@ def _several_photographs(self: PhotoPage, gr):
     "The second tab"
     files = gr.File(label=f'Photographs, {MAX_FILES} at most', file_count='multiple', file_types=_ENDINGS,
                     elem_id='photographs')
+    target = gr.Dropdown(list(self.targets.items()), value=PREDICTED, label='The maps are about',
+                         elem_id='batch-target', visible=len(self.targets) > 1)
     threshold = gr.Slider(.05, 1, .8, step=.05, label='Threshold of the concept regions')
     start = gr.Button('Explain', variant='primary')
     message = gr.Textbox(label='Result', interactive=False, elem_id='batch-message')
     gallery = gr.Gallery(label='Maps', columns=4, fit_columns=False, height='auto', object_fit='contain',
                          interactive=False, elem_id='maps')
     table = gr.Dataframe(headers=HEADERS, label='Table', interactive=False, wrap=True, elem_id='table')
+    download = gr.DownloadButton('The table as CSV', visible=False, elem_id='csv')
 
-    def explain_batch(files, threshold, progress=gr.Progress()):  # noqa: B008  Gradio finds it there
+    def explain_batch(files, threshold, target, progress=gr.Progress()):  # noqa: B008  Gradio finds it there
         "Overlays and a table of several photographs"
-        return self.explain_batch(files, threshold, progress)
-    start.click(explain_batch, [files, threshold], [message, gallery, table], api_name='explain_batch')
+        message, gallery, rows = self.explain_batch(files, threshold, progress, target)
+        with tempfile.TemporaryDirectory() as folder:  # Gradio takes a copy, which it deletes with the uploads
+            written = write_table(rows, Path(folder)/'maps.csv') if rows else None
+            yield message, gallery, rows, gr.DownloadButton(value=written and str(written), visible=bool(rows))
+    start.click(explain_batch, [files, threshold, target], [message, gallery, table, download],
+                api_name='explain_batch')
 
 # %% ../../nbs/show/70_serve.ipynb #5835d74c
 LOOPBACK = '127.0.0.1'

@@ -675,6 +675,16 @@ def test_progress_has_the_rate_and_the_time_that_is_left(monkeypatch, capsys):
     assert capsys.readouterr() == ('', '')
 
 
+def test_batches_left_alone_are_small_where_images_are_large(model, tmp_path):
+    usual, cpu, gpu = module._usual_batch, torch.device('cpu'), torch.device('cuda')
+    assert [usual(cpu, (side, side)) for side in (32, 128, 224, 600, 2000)] == [32, 24, 8, 1, 1]
+    assert usual(gpu, (600, 600)) == 32
+    images = fill(tmp_path/'in', 12)
+    explain_many(model, images, tmp_path/'out', shard=8, workers=0, say=None)
+    explain_many(model, images, tmp_path/'same', shard=8, workers=0, bs=32, say=None)
+    assert (tmp_path/'out/images.csv').read_bytes() == (tmp_path/'same/images.csv').read_bytes()
+
+
 def test_workers_left_alone_have_few_cores_beside_a_cpu(monkeypatch):
     monkeypatch.setattr(os, 'sched_getaffinity', lambda pid: range(32), raising=False)
     assert [module._usual_workers(torch.device(name)) for name in ('cpu', 'cuda')] == [8, 16]

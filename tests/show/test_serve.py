@@ -1,4 +1,5 @@
 """The web page: what it answers, what it refuses, what it is in a browser, and as a Space."""
+import csv
 import importlib.metadata
 import io
 import json
@@ -8,6 +9,7 @@ import struct
 import subprocess
 import sys
 import zlib
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -24,7 +26,7 @@ from antehoc_nb.core.model import AntehocModel
 from antehoc_nb.evaluate.explainers import explain_with
 from antehoc_nb.show import serve as module
 from antehoc_nb.show.plots import concept_regions
-from antehoc_nb.show.serve import NOTHING, PhotoPage, free_port, open_upload, serve, write_space
+from antehoc_nb.show.serve import NOTHING, PhotoPage, free_port, open_upload, serve, write_space, write_table
 from antehoc_nb.train.archs import build_cnn
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -308,7 +310,20 @@ def test_several_photographs(model, page, tmp_path):
     assert rows[0][2:4] == [len(concept_regions(model.explain(good[0]), .5)), rows[0][3]] and rows[0][3] > 0
     assert done == [0, 1 / 3, 2 / 3]
     assert page.explain_batch(None) == page.explain_batch([]) == ('', [], [])
+    _, gallery, rows = page.explain_batch(good[:1], .5, target=1)
+    wanted = page.explain(good[0], target=1, threshold=.5)
+    assert np.array_equal(gallery[0][0], wanted.overlay) and rows[0][2] == len(wanted.table)
     assert page.explain_batch([bad] * 51) == ('51 files; give 50 at most', [], [])
+
+
+def test_the_table_as_csv(tmp_path):
+    "Names of files come from outside: none becomes a formula, and none that is no text stops the rest"
+    names = ['=1+1.jpg', '+a.jpg', '-a.jpg', '@a.jpg', '\ta.jpg', 'a, "b".jpg', 'Bär.jpg', 'x\udcff.jpg']
+    written = write_table([[name, 'cat', 1, -.5, ''] for name in names], tmp_path/'maps.csv')
+    rows = [*csv.reader(written.read_text(encoding='utf-8-sig').splitlines())]
+    assert rows[0] == module.HEADERS
+    assert [row[0] for row in rows[1:]] == [f"'{name}" for name in names[:5]] + ['a, "b".jpg', 'Bär.jpg', 'x?.jpg']
+    assert {tuple(row[1:]) for row in rows[1:]} == {('cat', '1', '-0.5', '')}
 
 
 # --- opening the page
@@ -516,6 +531,15 @@ def test_in_a_browser(tab, page, photo, tmp_path):
     tab.wait_for_function('document.querySelector("#batch-message textarea").value.startsWith("1 photograph expl")')
     tab.wait_for_selector('#maps img')
     assert 'not an image that can be read' in tab.inner_text('#table')
+    shown = tab.get_attribute('#maps img', 'src')
+    with tab.expect_download() as download: tab.click('#csv')
+    table = Path(download.value.path()).read_text(encoding='utf-8-sig').splitlines()
+    assert table[0].startswith('image,prediction,regions') and len(table) == 3
+    tab.click('#batch-target input')
+    tab.get_by_role('option', name=other).click()
+    tab.get_by_role('button', name='Explain', exact=True).click()
+    tab.wait_for_function('before => { const found = document.querySelector("#maps img");'
+                          ' return found && found.src != before }', arg=shown)
 
 
 @pytest.mark.slow
