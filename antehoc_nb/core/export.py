@@ -109,16 +109,33 @@ def _trace(module, inputs, cnn, sides=None):
     batch = torch.export.Dim('batch', min=1, max=2**16)
     any_side = {axis: torch.export.Dim.DYNAMIC(min=low, max=high) for axis, (low, high) in zip((2, 3), sides or ())}
     shapes = {0: batch} | any_side, *[{0: batch}] * (len(inputs) - 1)
+    for_any = '' if sides is None else ' for images of any size, but perhaps for one, such as size=224'
     try:
-        with torch.no_grad(): return torch.export.export(module, inputs, dynamic_shapes=shapes)
+        with torch.no_grad(): program = torch.export.export(module, inputs, dynamic_shapes=shapes)
     except Exception as e:
         where = _module_of(e, cnn)
         in_module = f' in its module {where}' if where else ''
-        for_any = '' if sides is None else ' for images of any size, but perhaps for one, such as size=224'
         raise ValueError(f'export: the network cannot be exported{in_module}{for_any}: {_first_line(e)}') from e
+    if sides is None: return program
+    try: _check_conditions(program, inputs)
+    except AssertionError as e: raise ValueError(f'export: the network cannot be exported{for_any}: {e}') from e
+    return program
 
 
 _SIDES = 32, 2048  # pixels along a side of images, in a graph for any size
+
+
+def _check_conditions(program, inputs):
+    """`AssertionError` if a graph holds for some sizes alone, such as those that a stride divides. The exporter notes
+    such conditions and leaves them out of a file; here they are tried on sizes of every remainder up to 64"""
+    conditions = getattr(program.module(), '_guards_fn', None)
+    if conditions is None: return
+    images, *others = inputs
+    (low, high), (left, right) = _found_sides(program)
+    sizes = [(low + i, left + 7 * i % 64) for i in range(64)]
+    sizes += [(low, right), (high, left), (high, right), (low + 64, left + 64)]
+    pixel = images[:, :, :1, :1]
+    for height, width in sizes: conditions(pixel.expand(-1, -1, min(height, high), min(width, right)), *others)
 
 
 def _found_sides(program):
