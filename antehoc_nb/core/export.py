@@ -265,8 +265,8 @@ def _check_sides(self: MapModule, images):
     is_batch = images.ndim == 4 and images.shape[1] == self.channels
     if is_batch and all(low <= pixels <= high for pixels, (low, high) in zip(images.shape[2:], self.sides)): return
     (low, high), (left, right) = self.sides
-    raise ValueError(f'images: this graph takes (B,{self.channels},H,W) with H from {low} to {high} and W from {left} to '
-                     f'{right} pixels, got {tuple(images.shape)}')
+    raise ValueError(f'images: this graph takes (B,{self.channels},H,W) with H from {low} to {high} and W from {left} '
+                     f'to {right} pixels, got {tuple(images.shape)}')
 
 # %% ../../nbs/core/08_export.ipynb #14957845
 _FORMAT, _FORMAT_VERSION, _OPSET = 'antehoc_nb', 1, 18
@@ -276,7 +276,8 @@ def _file_facts(model, module):
     "What an exported file says about itself, name -> JSON"
     facts = dict(format_version=_FORMAT_VERSION, version=antehoc_nb.__version__,
                  labels=[str(name) for name in model.meta.get('vocab') or ()], classes=module.classes,
-                 channels=module.channels, size=list(module.size), sides=module.sides, mean=model.mean.flatten().tolist(),
+                 channels=module.channels, size=list(module.size), sides=module.sides,
+                 mean=model.mean.flatten().tolist(),
                  std=model.std.flatten().tolist(), activation=module.activation)
     return dict(format=_FORMAT) | {name: json.dumps(value) for name, value in facts.items()}
 
@@ -424,8 +425,8 @@ def _kind_of_file(path):
 @patch
 def export(self: AntehocModel,
            path: str | Path, # Of the file: 'model.onnx' or 'model.pt2'; its folder is made if it is not there
-           size: int | tuple[int, int] | str | None = None, # Of the images, (H,W) or the side; None: as `meta` knows it;
-           # 'any': of every size, where the CNN takes it. That graph is slower
+           size: int | tuple[int, int] | str | None = None, # Of the images, (H,W) or the side; None: as `meta` knows
+           # it; 'any': of every size, where the CNN takes it. That graph is slower
            activation: str = 'auto', # Of the prediction: 'softmax', 'sigmoid', 'none'; 'auto': the softmax for a
            # classifier (the map is class-specific, or there are as many labels as outputs)
            int8=None, # Images to set the ranges of 8-bit integers with, as `explain` takes them; None: floats

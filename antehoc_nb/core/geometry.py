@@ -229,7 +229,8 @@ def _pool_symbolic(activation, grid, cells):
     "`pool_cells` for blocks whose length the graph computes: twice the same cell where there is one in the middle"
     device, pooled_grid = activation.device, []
     for axis, wanted, axis_grid in zip((2, 3), cells, grid or (None, None)):
-        length, wanted = (torch.scalar_tensor(n, dtype=torch.int64, device=device) for n in (activation.shape[axis], wanted))
+        numbers = activation.shape[axis], wanted
+        length, wanted = (torch.scalar_tensor(n, dtype=torch.int64, device=device) for n in numbers)
         block = (length // ((17 * wanted + 19) // 20)).clamp_min(1)
         n_blocks, = as_lengths(length // block)
         first = length % block // 2 + block * torch.arange(n_blocks, device=device)

@@ -1303,7 +1303,7 @@ def _leave_out_zeros(path):
 def load_weights(model: nn.Module, # As it was when it was saved
                  path: str | Path, # A safetensors file
                 ) -> None:
-    "Load what `save_pretrained` stored. `RuntimeError` for weights that do not fit, `SafetensorError` for no such file."
+    "Load what `save_pretrained` stored. `RuntimeError` for weights that do not fit, `SafetensorError` for other files."
     with safe_open(path, 'pt') as file: zeros = json.loads((file.metadata() or {}).get('zeros', '[]'))
     if not zeros:
         load_model(model, str(path))
