@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
+from .geometry import is_symbolic
 from .layers import ActivationRecorder, hooks_run
 from .utils import Registry
 
@@ -118,11 +119,11 @@ def fit_border(border: torch.Tensor, # (1,1,h,w)
     "A border response for an activation of another size: cells keep their distance from the nearer border."
     for axis, wanted in zip((2, 3), size):
         cells = border.shape[axis]
-        if cells == wanted: continue
+        if not is_symbolic(wanted) and cells == wanted: continue
         nth = torch.arange(wanted, device=border.device)
         half = torch.full_like(nth, (cells - 1) // 2)
         from_start, from_end = torch.minimum(nth, half), torch.minimum(wanted - 1 - nth, half)
-        border = border.index_select(axis, torch.where(nth < wanted / 2, from_start, cells - 1 - from_end))
+        border = border.index_select(axis, torch.where(2 * nth < wanted, from_start, cells - 1 - from_end))
     return border
 
 # %% ../../nbs/core/03_attention.ipynb #cell0011

@@ -26,14 +26,17 @@ from .weight_net import class_numbers
 
 # %% ../../nbs/core/08_export.ipynb #5bc437a5
 def _image_size_of(model, size):
-    "(H,W) of the images that are exported for; `ValueError` if that is not known or no size"
+    "(H,W) of the images that are exported for, or usual; `ValueError` if that is not known or no size"
+    if isinstance(size, str) and size == 'any': return model.image_size
     if size is None: size = model.meta.get('size')
     if size is None:
-        raise ValueError('export: the model does not know the size of its images; give size=, such as size=224')
+        raise ValueError('export: the model does not know the size of its images; give size=, such as size=224, or '
+                         "size='any'")
     pair = (size, size) if isinstance(size, int) else size
     is_pair = isinstance(pair, (tuple, list)) and len(pair) == 2
     if not is_pair or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in pair):
-        raise ValueError(f'export: size={size!r} must be a number of pixels or (height, width), each above 0')
+        raise ValueError(f'export: size={size!r} must be a number of pixels or (height, width), each above 0, '
+                         "or 'any'")
     return tuple(pair)
 
 
@@ -45,8 +48,9 @@ def _example(model, size):
     return x.to(weight.dtype) if weight.is_floating_point() else x
 
 
-def _copy_for_size(model, x):
-    "A frozen copy in evaluation mode, with border responses for images like `x`, and what its CNN returns for them"
+def _copy_for_size(model, x, any_size):
+    """A frozen copy in evaluation mode, and what its CNN returns for images like `x`. Border responses are brought to
+    the size of `x`, unless the images may have any"""
     if model.cnn_finds_targets:
         raise ValueError('export: the CNN takes more than images (it finds its own targets, as a captioner does); '
                          'only networks of images alone are exported')
@@ -57,7 +61,7 @@ def _copy_for_size(model, x):
         with torch.no_grad(): out, recorded = model._run_and_record((x.clone(),), {})
     except Exception as e:
         raise ValueError(f'export: the network does not take images of size={size}: {_first_line(e)}') from e
-    if model.corrects_border:
+    if model.corrects_border and not any_size:
         for name, layer in zip(model._border_names, recorded):
             setattr(model, name, fit_border(model.get_buffer(name), layer.response.shape[2:]).contiguous())
     return model, out
@@ -99,15 +103,47 @@ def _module_of(error, cnn):
     return found
 
 
-def _trace(module, inputs, cnn):
-    "`torch.export` of a module for batches of any length; `ValueError` that says what could not be exported"
+def _trace(module, inputs, cnn, sides=None):
+    """`torch.export` of a module for batches of any length, and of images whose sides lie in some ranges; `ValueError`
+    that says what could not be exported"""
     batch = torch.export.Dim('batch', min=1, max=2**16)
+    any_side = {axis: torch.export.Dim.DYNAMIC(min=low, max=high) for axis, (low, high) in zip((2, 3), sides or ())}
+    shapes = {0: batch} | any_side, *[{0: batch}] * (len(inputs) - 1)
+    for_any = '' if sides is None else ' for images of any size, but perhaps for one, such as size=224'
     try:
-        with torch.no_grad(): return torch.export.export(module, inputs, dynamic_shapes=({0: batch},) * len(inputs))
+        with torch.no_grad(): program = torch.export.export(module, inputs, dynamic_shapes=shapes)
     except Exception as e:
         where = _module_of(e, cnn)
         in_module = f' in its module {where}' if where else ''
-        raise ValueError(f'export: the network cannot be exported{in_module}: {_first_line(e)}') from e
+        raise ValueError(f'export: the network cannot be exported{in_module}{for_any}: {_first_line(e)}') from e
+    if sides is None: return program
+    try: _check_conditions(program, inputs)
+    except AssertionError as e: raise ValueError(f'export: the network cannot be exported{for_any}: {e}') from e
+    return program
+
+
+_SIDES = 32, 2048  # pixels along a side of images, in a graph for any size
+
+
+def _check_conditions(program, inputs):
+    """`AssertionError` if a graph holds for some sizes alone, such as those that a stride divides. The exporter notes
+    such conditions and leaves them out of a file; here they are tried on sizes of every remainder up to 64"""
+    conditions = getattr(program.module(), '_guards_fn', None)
+    if conditions is None: return
+    images, *others = inputs
+    (low, high), (left, right) = _found_sides(program)
+    sizes = [(low + i, left + 7 * i % 64) for i in range(64)]
+    sizes += [(low, right), (high, left), (high, right), (low + 64, left + 64)]
+    pixel = images[:, :, :1, :1]
+    for height, width in sizes: conditions(pixel.expand(-1, -1, min(height, high), min(width, right)), *others)
+
+
+def _found_sides(program):
+    "Ranges of height and width for which a graph holds, which a network can have narrowed"
+    name = program.graph_signature.user_inputs[0]
+    images = next(node.meta['val'] for node in program.graph.nodes if node.name == name)
+    ranges = [program.range_constraints[pixels.node.expr] for pixels in images.shape[2:]]
+    return [(int(found.lower), int(found.upper)) for found in ranges]
 
 # %% ../../nbs/core/08_export.ipynb #f21051d7
 _activations = dict(none=lambda out: out, softmax=lambda out: out.float().softmax(1),
@@ -138,8 +174,13 @@ def _check_task(model):
                      'whole output, which can be exported')
 
 
+def _oblong(size):
+    "A size whose sides differ, so that a graph of them holds for sides that differ"
+    return size[0], size[1] + 32 if size[0] == size[1] else size[1]
+
+
 class MapModule(nn.Module):
-    """An `AntehocModel` as one graph of tensor operations, for images of one size.
+    """An `AntehocModel` as one graph of tensor operations, for images of one size, or of any.
 
     (images, target) -> (prediction, map, weights). Compiled, exported, run in threads or in inference mode, it gives
     what `explain` gives.
@@ -148,7 +189,8 @@ class MapModule(nn.Module):
     does not take, and for a network that can't be exported, with the module that is to blame."""
     def __init__(self,
                  model: AntehocModel, # It is copied: later training changes nothing here
-                 size: int | tuple[int, int] | None = None, # Of the images, (H,W) or the side; None: as `meta` knows it
+                 size: int | tuple[int, int] | str | None = None, # Of the images, (H,W) or the side, or 'any'; None: as
+                 # `meta` knows it
                  activation: str = 'none', # Of the prediction: 'none', 'softmax', 'sigmoid', or 'auto', which is the
                  # softmax for a classifier (the map is class-specific, or there are as many labels as outputs)
                  weights: bool = True, # Return the weights of the layers too
@@ -159,23 +201,28 @@ class MapModule(nn.Module):
             raise TypeError(f'model: a {type(model).__name__} has no maps; give an AntehocModel')
         _check_task(model)
         self.size = _image_size_of(model, size)
+        any_size = isinstance(size, str)
+        self.sides = [(min(_SIDES[0], *self.size), _SIDES[1])] * 2 if any_size else None
         self.channels = model.image_channels
         self.classes = model.classes if model.class_specific else None
         self.weights = weights
-        x = _example(model, self.size)
-        model, out = _copy_for_size(model, x)
+        x = _example(model, self.size if not any_size else _oblong(self.size))
+        model, out = _copy_for_size(model, x, any_size)
         self.activation = _choose_activation(model, activation, out)
         self.dtype = x.dtype
         self.register_buffer('mean', model.mean.clone())
         self.register_buffer('std', model.std.clone())
         self.run = _Explain(model)
-        if trace: self.run = self.traced(x).module(check_guards=False)
+        if trace:
+            program = self.traced(x)
+            if any_size: self.sides = _found_sides(program)
+            self.run = program.module(check_guards=False)
         self.training = False
 
     def traced(self, images):
         "`torch.export` of the model for normalised images, and for targets if they are an input"
         targets = () if self.classes is None else (torch.tensor([-1, 0, self.classes - 1], device=images.device),)
-        return _trace(self.run, (images, *targets), self.run.model.cnn)
+        return _trace(self.run, (images, *targets), self.run.model.cnn, self.sides)
 
     def forward(self,
                 images: torch.Tensor, # (B,C,H,W): uint8 pixels; or floats, normalised as the CNN expects
@@ -200,7 +247,8 @@ class MapModule(nn.Module):
 def _check(self: MapModule, images, target):
     "`ValueError` for images or targets of another form than the graph was recorded for"
     wanted = (self.channels, *self.size)
-    if images.ndim != 4 or tuple(images.shape[1:]) != wanted:
+    if self.sides is not None: self._check_sides(images)
+    elif images.ndim != 4 or tuple(images.shape[1:]) != wanted:
         raise ValueError(f'images: this graph takes (B,{", ".join(map(str, wanted))}), got {tuple(images.shape)}; '
                          'resize them, or make another MapModule with size=')
     if images.dtype != torch.uint8 and not images.is_floating_point():
@@ -210,6 +258,16 @@ def _check(self: MapModule, images, target):
     if target.ndim != 1 or target.dtype != torch.int64:
         raise ValueError(f'target: give class numbers (B,) of int64, got {tuple(target.shape)} of {target.dtype}')
 
+
+@patch
+def _check_sides(self: MapModule, images):
+    "`ValueError` for images that a graph of any size does not hold for"
+    is_batch = images.ndim == 4 and images.shape[1] == self.channels
+    if is_batch and all(low <= pixels <= high for pixels, (low, high) in zip(images.shape[2:], self.sides)): return
+    (low, high), (left, right) = self.sides
+    raise ValueError(f'images: this graph takes (B,{self.channels},H,W) with H from {low} to {high} and W from {left} '
+                     f'to {right} pixels, got {tuple(images.shape)}')
+
 # %% ../../nbs/core/08_export.ipynb #14957845
 _FORMAT, _FORMAT_VERSION, _OPSET = 'antehoc_nb', 1, 18
 
@@ -218,7 +276,8 @@ def _file_facts(model, module):
     "What an exported file says about itself, name -> JSON"
     facts = dict(format_version=_FORMAT_VERSION, version=antehoc_nb.__version__,
                  labels=[str(name) for name in model.meta.get('vocab') or ()], classes=module.classes,
-                 channels=module.channels, size=list(module.size), mean=model.mean.flatten().tolist(),
+                 channels=module.channels, size=list(module.size), sides=module.sides,
+                 mean=model.mean.flatten().tolist(),
                  std=model.std.flatten().tolist(), activation=module.activation)
     return dict(format=_FORMAT) | {name: json.dumps(value) for name, value in facts.items()}
 
@@ -245,9 +304,9 @@ class _TensorsOnly(nn.Module):
     def forward(self, images, target=None): return self.module(images, target)
 
 
-def _check_inputs(module, n, turn=0):
+def _check_inputs(module, n, turn=0, size=None):
     "Pixels of `n` random images, and target classes if there are such, of which `turn` chooses others"
-    pixels = (noise_like_photographs(n, module.channels, module.size) * 255).round().to(torch.uint8)
+    pixels = (noise_like_photographs(n, module.channels, size or module.size) * 255).round().to(torch.uint8)
     if module.classes is None: return (pixels,)
     choices = [[-1, 0, module.classes - 1], [module.classes // 2, -1, 1], [module.classes - 1, module.classes // 2, 0]]
     return pixels, torch.tensor(choices[turn][:n])
@@ -259,7 +318,8 @@ def _write_pt2(program, path, facts):
 
 def _read_pt2(path):
     "A function from arrays to arrays, and what the file says about itself"
-    names = 'format', 'format_version', 'version', 'labels', 'classes', 'channels', 'size', 'mean', 'std', 'activation'
+    names = ('format', 'format_version', 'version', 'labels', 'classes', 'channels', 'size', 'sides', 'mean', 'std',
+             'activation')
     extra = {f'antehoc_{name}': '' for name in names}
     try: module = torch.export.load(path, extra_files=extra).module(check_guards=False)
     except Exception as e: raise ValueError(f'{path} is not a .pt2 file, or is cut short: {_first_line(e)}') from e
@@ -332,10 +392,17 @@ def _decided(prediction):
     return best[:, 1] - best[:, 0] > 1e-4
 
 
+def _sizes_to_compare(module):
+    "Three sizes of images: if any may be given, the usual one, an odd and oblong one, and the smallest"
+    if module.sides is None: return [module.size] * 3
+    odd = [max(low, pixels * part // 4 | 1) for pixels, part, (low, _) in zip(module.size, (3, 5), module.sides)]
+    return [module.size, tuple(odd), tuple(low for low, _ in module.sides)]
+
+
 def _compare(run, module, path):
     "`ValueError` if a file gives something else than the model"
-    for n, turn in ((3, 0), (1, 1), (3, 2)):
-        inputs = _check_inputs(module, n, turn)
+    for n, turn, size in zip((3, 1, 3), range(3), _sizes_to_compare(module)):
+        inputs = _check_inputs(module, n, turn, size)
         with torch.no_grad(): expected = [found.float().numpy() for found in module(*inputs)]
         *outputs, i_map = [found.astype(np.float32) for found in run(*(tensor.numpy() for tensor in inputs))]
         alike = slice(None)  # where two classes are equally likely, rounding decides which one the map is about
@@ -358,7 +425,8 @@ def _kind_of_file(path):
 @patch
 def export(self: AntehocModel,
            path: str | Path, # Of the file: 'model.onnx' or 'model.pt2'; its folder is made if it is not there
-           size: int | tuple[int, int] | None = None, # Of the images, (H,W) or the side; None: as `meta` knows it
+           size: int | tuple[int, int] | str | None = None, # Of the images, (H,W) or the side; None: as `meta` knows
+           # it; 'any': of every size, where the CNN takes it. That graph is slower
            activation: str = 'auto', # Of the prediction: 'softmax', 'sigmoid', 'none'; 'auto': the softmax for a
            # classifier (the map is class-specific, or there are as many labels as outputs)
            int8=None, # Images to set the ranges of 8-bit integers with, as `explain` takes them; None: floats
@@ -374,7 +442,9 @@ def export(self: AntehocModel,
     if kind == '.onnx': _import_onnx()
     model = _copy_to_cpu(self)
     module = MapModule(model, size, activation, weights=False, trace=False)
-    program = _trace(_TensorsOnly(module), _check_inputs(module, 3), module.run.model.cnn)
+    example = _check_inputs(module, 3, size=None if module.sides is None else _oblong(module.size))
+    program = _trace(_TensorsOnly(module), example, module.run.model.cnn, module.sides)
+    if module.sides is not None: module.sides = _found_sides(program)
     facts = _file_facts(model, module)
     with whole_or_not_at_all(path) as unfinished:
         if kind == '.pt2': _write_pt2(program, unfinished, facts)
@@ -415,17 +485,31 @@ class ExportedModel:
         self._run = run
         self.facts = facts # What the file says about itself: labels, size, mean, std, activation, classes, version
         self.labels = tuple(facts['labels'])
-        self.size = tuple(facts['size']) # (H,W) that it was exported for
+        self.size = tuple(facts['size']) # (H,W) that it was exported for, or that is usual
+        sides = facts.get('sides') # (lowest, highest) of height and width if any size may be given; None: one size
+        self.sides = None if sides is None else tuple(map(tuple, sides))
 
     def __call__(self,
                  images, # As `explain` takes them: paths, PIL images, arrays, uint8 tensors (B,C,H,W), or a list
                  target=None, # Of a class-specific map: classes by number or name, for each image or all; None: what
                  # is predicted
+                 size: tuple[int, int] | None = None, # (H,W) that the images are resized to, for a file that takes any;
+                 # None: `self.size`
                 ) -> Exported:
-        "Prediction and map. `ValueError` or `TypeError` for what is no image, or for a class that is not there."
-        pixels = _pixels(images, self.size, self.facts['channels'])
+        """Prediction and map. `ValueError` or `TypeError` for what is no image, a class that is not there, or a size
+        that the file does not take."""
+        if size is not None: self._check_size(size)
+        pixels = _pixels(images, size or self.size, self.facts['channels'])
         *outputs, i_map = self._run(pixels, *self._targets(target, len(pixels)))
         return Exported(outputs[0] if len(outputs) == 1 else tuple(outputs), i_map)
+
+    def _check_size(self, size):
+        "`ValueError` for a size that the file does not take"
+        sides = self.sides or [(pixels, pixels) for pixels in self.size]
+        is_pair = isinstance(size, (tuple, list)) and len(size) == 2
+        if is_pair and all(low <= pixels <= high for pixels, (low, high) in zip(size, sides)): return
+        ranges = [f'{low}' if low == high else f'{low} to {high}' for low, high in sides]
+        raise ValueError(f'size={size!r}: this file takes images of (H,W) with H {ranges[0]} and W {ranges[1]}')
 
     def _targets(self, target, n):
         "Class numbers as an array, if they are an input"
@@ -439,7 +523,8 @@ class ExportedModel:
     def __repr__(self):
         height, width = self.size
         what = 'class-agnostic' if self.facts['classes'] is None else f'{self.facts["classes"]} classes'
-        return f'ExportedModel({height} x {width}, {what}, antehoc_nb {self.facts["version"]})'
+        size = f'{height} x {width}' if self.sides is None else f'any size, usually {height} x {width}'
+        return f'ExportedModel({size}, {what}, antehoc_nb {self.facts["version"]})'
 
 
 def load_exported(path: str | Path, # A file that `model.export` wrote

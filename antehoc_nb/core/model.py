@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ACTIVATIONS', 'TASKS', 'MAP_COLOURS', 'has_other_units', 'Explanation', 'as_cnn_takes', 'AntehocModel', 'LayerMaps',
-           'Recorded', 'pixel_batch']
+           'Recorded', 'pixel_batch', 'load_weights']
 
 # %% ../../nbs/core/07_model.ipynb #cell0002
 import json
@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import load_model, save_model
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
 
 import antehoc_nb
@@ -32,7 +32,7 @@ from antehoc_nb.core.attention import (
     channel_rms, fit_border, largest_value, noise_like_photographs, record_sams, soft_attentions, spatial_softmax,
     standardise, take_off_border,
 )
-from .geometry import layer_grids, pool_cells, resize, resize_maps
+from .geometry import as_lengths, is_symbolic, layer_grids, pool_cells, resize, resize_maps
 from .interpretation_loss import class_shares, describe_outputs, explained_output, main_class
 from .layers import channel_gradients, choose_layers, unseen_share
 from .masking import masked
@@ -678,8 +678,17 @@ def map_cells(self: AntehocModel,
              ) -> tuple[int, int] | None: # None: as many as pixels
     "Rows and columns of the map of an image, before it is enlarged."
     if self.cells is None: return None
+    if is_symbolic(*size): return as_lengths(*self._symbolic_cells(size))
     pitch = max(1., min(size) / self.cells)
     return tuple(max(1, round(pixels / pitch)) for pixels in size)
+
+
+@patch
+def _symbolic_cells(self: AntehocModel, size):
+    "The same for a size that is known when a graph runs, as tensors"
+    height, width = (torch.scalar_tensor(pixels, dtype=torch.float64, device=self.mean.device) for pixels in size)
+    pitch = (torch.minimum(height, width) / self.cells).clamp_min(1)
+    return [(pixels / pitch).round().to(torch.int64).clamp_min(1) for pixels in (height, width)]
 
 # %% ../../nbs/core/07_model.ipynb #7db802b5
 @patch
@@ -952,21 +961,22 @@ def _align(self: AntehocModel, recorded, size, target):
     with torch.autocast(responses[0].device.type, enabled=False):
         if self.reads_activations: of_layers += [rms, self.weight_net.read(activations, target)]
         joined = [torch.cat(maps, 1) if len(maps) > 1 else maps[0] for maps in zip(*of_layers)]
-        aligned = resize_maps(joined, size, grids, self.map_cells(size)).unflatten(1, (self.eta, -1))
+        cells = self.map_cells(size)
+        aligned = resize_maps(joined, size, grids, cells).unflatten(1, (self.eta, -1))
     response = aligned[:, :, 0]
     if self.corrects_border: response = take_off_border(response, aligned[:, :, 1])
     if not self.reads_activations: return self._soft_attention_maps(response), []
     n_before = len(of_layers) - 1
     read = in_deviations(aligned[:, :, n_before:], aligned[:, :, n_before - 1])
     views, change = (read[:, :, :-1], read[:, :, -1]) if self.modulates else (read, None)
-    evidence = self._evidence_of(recorded, size, target)
+    evidence = self._evidence_of(recorded, size, target, cells)
     if evidence is None: maps = self._soft_attention_maps(response, change)
     else: maps = self._soft_attention_maps(response, change + evidence) * evidence_gate(evidence)
     return maps, [views.flatten(1, 2), activations[-1].mean((2, 3))]
 
 
 @patch
-def _evidence_of(self: AntehocModel, recorded, size, target):
+def _evidence_of(self: AntehocModel, recorded, size, target, cells=None):
     "The evidence for the targets at the cells of the map, in deviations of the activation, (B,1,h,w); None without it"
     if self.evidence is None or target is None: return None
     layer = recorded[self.evidence_layer]
@@ -976,7 +986,7 @@ def _evidence_of(self: AntehocModel, recorded, size, target):
         direction = (shares.to(self.evidence) @ self.evidence).float()
         deviation = activation.flatten(1).std(1, correction=0).clamp_min(1e-6)[:, None, None]
         evidence = (direction[:, None] @ activation.flatten(2) / deviation).unflatten(2, activation.shape[2:])
-        return resize(evidence, size, layer.grid, self.map_cells(size))
+        return resize(evidence, size, layer.grid, cells or self.map_cells(size))
 
 
 @patch
@@ -1090,9 +1100,9 @@ def _warn_once(self: AntehocModel, key, message, level=5):
     warnings.warn(message, stacklevel=level)
 
 
-@patch
-def _image_size(self: AntehocModel):
-    "(H,W) of the images that the CNN takes"
+@patch(as_prop=True)
+def image_size(self: AntehocModel) -> tuple[int, int]:
+    "(H,W) that images are resized to: as `meta` says; else 224 x 224, with a warning."
     size = self.meta.get('size')
     if size: return (size, size) if isinstance(size, int) else tuple(size)
     normalised = (self.std != 1).any() or (self.mean != 0).any()
@@ -1141,7 +1151,7 @@ def image_batch(self: AntehocModel,
                          'give a normalised tensor (B,C,H,W)')
     self._check_units()
     photos = rgb_images(images)
-    x = pixel_batch(photos, self._image_size(), channels).to(self.mean.device)
+    x = pixel_batch(photos, self.image_size, channels).to(self.mean.device)
     x = (x.float() / 255 - self.mean.float()) / self.std.float()
     weight = next(self.cnn.parameters(), x)
     return x.to(weight.dtype) if weight.is_floating_point() else x, photos
@@ -1315,6 +1325,42 @@ def mask(self: AntehocModel,
     "`masked`, with this model's normalisation."
     return masked(plain_tensor(x), m, fill, self.mean, self.std)
 
+# %% ../../nbs/core/07_model.ipynb #68439e2f
+_LARGE = 2**14  # numbers in a tensor that is worth to be left out
+
+
+def _is_zero(tensor):
+    return tensor.is_floating_point() and tensor.numel() >= _LARGE and not (tensor.any() or tensor.signbit().any())
+
+
+def _leave_out_zeros(path):
+    "Write a file of weights again without its large tensors of zeros, and note their names in it"
+    tensors = load_file(path)
+    zeros = sorted(name for name, tensor in tensors.items() if _is_zero(tensor))
+    if not zeros: return
+    with safe_open(path, 'pt') as file: notes = file.metadata() or {}
+    kept = {name: tensor.clone() for name, tensor in tensors.items() if name not in zeros}
+    del tensors  # the file can be written again when nothing reads it
+    save_file(kept, path, metadata=notes | dict(zeros=json.dumps(zeros)))
+
+
+def load_weights(model: nn.Module, # As it was when it was saved
+                 path: str | Path, # A safetensors file
+                ) -> None:
+    "Load what `save_pretrained` stored. `RuntimeError` for weights that do not fit, `SafetensorError` for other files."
+    with safe_open(path, 'pt') as file: zeros = json.loads((file.metadata() or {}).get('zeros', '[]'))
+    if not zeros:
+        load_model(model, str(path))
+        return
+    here = model.state_dict()
+    if unknown := [name for name in zeros if name not in here]:
+        raise RuntimeError(f'unexpected weights: {", ".join(unknown)}')
+    places = {here[name].data_ptr() for name in zeros}
+    missing, unexpected = load_model(model, str(path), strict=False)
+    wrong = [*unexpected, *(name for name in missing if here[name].data_ptr() not in places)]
+    if wrong: raise RuntimeError(f'missing or unexpected weights: {", ".join(sorted(wrong))}')
+    for name in zeros: here[name].zero_()
+
 # %% ../../nbs/core/07_model.ipynb #cell0027
 def _is_channels_last(parameter):
     return (parameter.ndim == 4 and not parameter.is_contiguous()
@@ -1352,6 +1398,7 @@ def save_pretrained(self: AntehocModel,
     weights, config = whole_or_not_at_all(folder/'model.safetensors'), whole_or_not_at_all(folder/'config.json')
     with weights as weights_file, config as config_file:  # both are whole before one replaces an earlier one
         save_model(self, str(weights_file))
+        _leave_out_zeros(weights_file)
         usual_mode(weights_file)
         config_file.write_text(json.dumps(self.config, indent=1) + '\n')
     return folder
@@ -1424,7 +1471,7 @@ def _build_cnn(arch, **kwargs):
 
 
 def _load_weights(model, path):
-    try: load_model(model, str(path))
+    try: load_weights(model, path)
     except SafetensorError as e:
         raise ValueError(f'{path} is not a safetensors file, or is cut short ({e})') from e
     except RuntimeError as e: raise ValueError(f'{path} does not fit the CNN: {str(e).splitlines()[0]}') from e

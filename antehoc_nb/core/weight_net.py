@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .attention import minmax, standardise
-from .geometry import resize
+from .geometry import is_same_size, resize
 from .utils import Registry, unknown_name
 
 # %% ../../nbs/core/04_weight_net.ipynb #cell0005
@@ -294,9 +294,9 @@ def interpretation_map(sams: torch.Tensor, # Soft attention maps, (B,n,h,w) in [
                       ) -> tuple[torch.Tensor, torch.Tensor]: # Map, (B,1,H,W) in [0,1]; weights, (B,n,h,w)
     "Equation 1 of the paper: weights that sum to 1 over the maps at every place, and the weighted sum of the maps."
     weights = logits.float().softmax(1)
-    if weights.shape[2:] != sams.shape[2:]: weights = resize(weights, sams.shape[2:])
+    if not is_same_size(weights.shape[2:], sams.shape[2:]): weights = resize(weights, sams.shape[2:])
     blend = (weights * sams).sum(1, keepdim=True)
     if exponent != 1: blend = blend.clamp_min(1e-6) ** exponent  # the slope at 0 has no bound
-    if size is not None and blend.shape[2:] != tuple(size): blend = resize(blend, size)
+    if size is not None and not is_same_size(blend.shape[2:], size): blend = resize(blend, size)
     if scale: return minmax(blend), weights
     return blend.clamp(0, 1), weights  # rounding can lift a sum of convex weights just above 1

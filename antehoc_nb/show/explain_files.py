@@ -400,7 +400,7 @@ def explain_files(
     `ValueError` if `out` holds the explanations of another model, threshold or class, if an image would be overwritten,
     if the model's task has no table, or a target class is given for a class-agnostic weight network."""
     out, files = Path(out), {name: Path(path) for path, name in images}
-    table, size = out/'explanations.csv', tuple(model.meta.get('size') or (128, 128))
+    table, size = out/'explanations.csv', model.image_size
     target = target_number(model, target, size)
     settings = _settings(model, threshold, size, target)
     check_config(out, settings, 'explanations.json')

@@ -31,10 +31,10 @@ from fastai.learner import Learner
 from fastai.metrics import accuracy
 from fastai.torch_core import set_seed
 from fastcore.basics import patch
-from safetensors.torch import load_model, save_model
+from safetensors.torch import save_model
 from tqdm import tqdm
 
-from ..core.model import AntehocModel
+from ..core.model import AntehocModel, load_weights
 from ..core.utils import Registry, check_config, weights_digest
 from ..data.images import data_root
 from ..evaluate.scoreboard import read_record, run_record, write_record
@@ -279,7 +279,7 @@ def _load_weights(learn, run, config):
     "The weights that the finished parts ended with"
     model = learn.model.to(learn.dls.device)
     if config.get('channels_last'): model.to(memory_format=torch.channels_last)
-    try: load_model(model, str(run.weights))
+    try: load_weights(model, run.weights)
     except Exception as e:
         raise ValueError(f'{run.weights} is damaged, or of another model ({str(e).splitlines()[0]}); '
                          f'delete {run.out} to start over') from e

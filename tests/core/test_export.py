@@ -1,9 +1,11 @@
 """A model as one graph: what it gives in every compiler, exporter and runtime, and what it refuses."""
+import copy
 import json
 import subprocess
 import sys
 import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -115,15 +117,30 @@ def test_inductor():
     assert_same(found, explained(model, *arguments(model)), atol=1e-4)
 
 
-def test_inference_mode_threads_and_data_parallel():
-    model, graph = make_pair('small_cnn', True)
+def test_inference_mode_threads_and_data_parallel(pair):
+    model, graph = pair
     inputs = arguments(model)
     expected = explained(model, *inputs)
-    with torch.inference_mode(): assert_same(graph(*inputs), expected)
+    with torch.inference_mode():
+        assert_same(graph(*inputs), expected)
+        assert_same(explained(model, *inputs), expected)
+    replicas = graph, copy.deepcopy(graph)
     assert_same(nn.DataParallel(graph)(*inputs), expected)
+    halves = zip(*(tensor.chunk(2) for tensor in inputs))  # as on two GPUs: a replica and a thread for each half
+    with ThreadPoolExecutor(2) as pool: found = [*pool.map(lambda replica, half: replica(*half), replicas, halves)]
+    assert_same([*map(torch.cat, zip(*found))], expected)
+    check_threads(graph, inputs, expected)
+    check_threads(model.explain, inputs[:1], None if len(inputs) > 1 else expected)
+
+
+def check_threads(function, inputs, expected):
+    "That four threads at once get what one gets"
+    def tensors(found): return found if isinstance(found, tuple) else (found.pred, found.map, found.weights)
+
+    if expected is None: expected = tensors(function(*inputs))
     found = [None] * 4
 
-    def work(i): found[i] = [graph(*inputs) for _ in range(5)]
+    def work(i): found[i] = [tensors(function(*inputs)) for _ in range(3)]
     threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
     for thread in threads: thread.start()
     for thread in threads: thread.join()
@@ -162,6 +179,51 @@ def test_other_sizes_than_the_samples(size):
     height, width = size if isinstance(size, tuple) else (size, size)
     x = (torch.rand(2, 3, height, width) - .4) / .25
     assert_same(MapModule(model, size)(x), explained(model, x))
+
+
+ANY = ('small_cnn', True), ('resnet18', False), ('resnet18', True), ('convnext', True)
+OTHER_SIZES = (32, 32), (33, 47), (111, 64)
+
+
+def pixels_of(size, n=2):
+    return torch.randint(0, 256, (n, 3, *size), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('kind', ANY, ids=lambda kind: f'{kind[0]}-{"specific" if kind[1] else "agnostic"}')
+def test_images_of_any_size(kind, tmp_path):
+    "In the graph, and in a file, for sizes that were not recorded."
+    model = make_model(*kind)
+    graph = MapModule(model, 'any')
+    loaded = load_exported(model.export(tmp_path/'any.onnx', 'any'))
+    assert loaded.sides[0][0] == loaded.sides[1][0] == 32 and loaded.size == (SIZE, SIZE)
+    target = 2 if model.class_specific else None
+    for size in OTHER_SIZES:
+        pixels = pixels_of(size)
+        x = (pixels / 255 - model.mean) / model.std
+        targets = (torch.full((2,), 2),) if model.class_specific else ()
+        assert_same(graph(pixels, *targets), explained(model, x, *targets))
+        found, expected = loaded(pixels, target=target, size=size), model.explain(x, target=target)
+        np.testing.assert_allclose(found.prediction, expected.probabilities, atol=1e-5)
+        np.testing.assert_allclose(found.map, expected.map, atol=1e-3)
+    with pytest.raises(ValueError, match=r'takes \(B,3,H,W\) with H from 32 to 2048 and W from 32 to 2048 pixels, got'):
+        graph(torch.zeros(1, 3, 31, 64))
+    with pytest.raises(ValueError, match=r'size=\(8, 64\): this file takes images of \(H,W\) with H 32 to 2048'):
+        loaded(pixels_of((64, 64)), size=(8, 64))
+
+
+class Same(nn.Module):
+    "Pads by the remainder of a division of the image's size, as networks do that come from TensorFlow"
+    def forward(self, f): return nn.functional.pad(f, (0, 0, 0, 1)) if f.shape[2] % 3 else f
+
+
+def test_a_network_for_one_size_alone():
+    cnn = nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.ReLU(), Same(), nn.Conv2d(8, 8, 3), nn.ReLU(),
+                        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+    model = AntehocModel(cnn, torch.randn(2, 3, 32, 32), class_specific=False, meta=dict(size=[32, 32]))
+    with pytest.raises(ValueError, match='cannot be exported for images of any size, but perhaps for one, such as'):
+        MapModule(model, 'any')
+    assert_same(MapModule(model)(batch(2)[..., :32, :32]), explained(model, batch(2)[..., :32, :32]))
 
 
 @pytest.mark.parametrize('settings', [

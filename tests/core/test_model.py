@@ -13,6 +13,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file, save_model
 from torch import nn
 from workers import explain_elsewhere, small_cnn
 
@@ -277,6 +279,36 @@ def test_saved_and_loaded_to_the_bit(tmp_path_factory, eta, attention, weight_ne
     for name in ('pred', 'map', 'sams', 'weights', 'energy', 'binarised', 'mean', 'std', 'black'):
         assert torch.equal(getattr(a, name), getattr(b, name)), name
     assert n.config == m.config and a.layers == b.layers and not n.training
+
+
+def test_untrained_directions_are_not_stored(tmp_path):
+    "Large tensors of zeros are left out of the file; what is loaded is equal to the bit, also from a file with them."
+    m = AntehocModel(small_cnn(600), torch.randn(2, 3, 32, 32), meta=dict(size=[32, 32]))
+    name = 'weight_net.read.class_directions.weight'
+    with torch.no_grad(): m.cnn[6].weight.fill_(-0.)  # zeros with a sign are others
+    file = m.save_pretrained(tmp_path/'m')/'model.safetensors'
+    with safe_open(file, 'pt') as stored: assert {*m.state_dict()} - {*stored.keys()} == {name}
+
+    def loaded(): return AntehocModel.from_pretrained(tmp_path/'m', cnn=small_cnn(600)).state_dict()
+
+    def assert_loaded():
+        found = loaded()
+        for key, tensor in m.state_dict().items():
+            assert torch.equal(found[key], tensor) and torch.equal(found[key].signbit(), tensor.signbit()), key
+    assert_loaded()
+    small = file.stat().st_size
+    save_model(m, str(file))  # as files were written before
+    assert file.stat().st_size - small > .9 * m.state_dict()[name].nbytes
+    assert_loaded()
+    with torch.no_grad(): m.weight_net.read.class_directions.weight[5] = 1
+    m.save_pretrained(tmp_path/'m')
+    assert_loaded()
+    with torch.no_grad(): m.weight_net.read.class_directions.weight.zero_()
+    m.save_pretrained(tmp_path/'m')
+    with safe_open(file, 'pt') as stored: kept = {key: stored.get_tensor(key) for key in stored.keys()}
+    for left_out in ([name, 'more'], []):  # a name that is not there, and a tensor that is missing
+        save_file(kept, file, metadata=dict(zeros=json.dumps(left_out)))
+        with pytest.raises(ValueError, match='does not fit the CNN'): loaded()
 
 
 def test_saved_and_loaded_in_another_process(tmp_path):

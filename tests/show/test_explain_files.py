@@ -126,3 +126,15 @@ def test_lines_instead_of_a_bar_where_there_is_no_terminal(model, tmp_path, caps
     monkeypatch.setattr(module.time, 'time', lambda: next(clock))
     explain_files(model, images, tmp_path/'out', bs=2)
     assert capsys.readouterr() == ('', '2 of 4 images\n4 of 4 images\n')
+
+
+def test_without_a_size_images_are_resized_as_explain_does(tmp_path):
+    "A model that does not know its size has one answer for an image, by whatever way it comes."
+    model = AntehocModel(small_cnn(2), torch.rand(2, 3, 32, 32), eta=2, meta=dict(cnn=dict(arch='small_cnn', n_out=2)))
+    save(tmp_path/'photos'/'a.png')
+    with pytest.warns(UserWarning, match='does not know the size of its images, so they are resized to 224 x 224'):
+        explain_files(model.eval(), named(tmp_path/'photos'), tmp_path/'out', say=None, arrays=True)
+    expected = model.explain(tmp_path/'photos'/'a.png')
+    with np.load(tmp_path/'out'/'arrays'/'a.npz') as arrays:
+        assert arrays['map'].shape == (224, 224)
+        np.testing.assert_allclose(arrays['map'], expected.map[0, 0], atol=1e-5)
