@@ -168,9 +168,11 @@ def check(network):
     train_a_step(plain, None, x)
     train_a_step(cnn, model, x)
     assert same_weights(cnn, plain), 'the network trains otherwise than the plain one'
+    trained = model.eval().explain(x).map.isfinite().all()
+    assert trained, 'no map after a step of training'
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        model.eval().save_pretrained(folder)
+        model.save_pretrained(folder)
         loaded = AntehocModel.from_pretrained(folder, cnn=build(network))
         assert torch.equal(loaded.explain(x).map, model.explain(x).map), 'the loaded model gives another map'
     return found | dict(ok=True)

@@ -746,8 +746,9 @@ def _measure_border_with(self: AntehocModel, noise, sample):
         response = torch.stack(of_batches).mean(0)
         typical = response.abs().mean()
         is_usual = response.isfinite().all() and typical > 0
-        self.units[i] = 1 / typical if is_usual else 1.
-        setattr(self, name, response / typical if is_usual else torch.zeros_like(response))
+        unit = typical.clamp(1e-17, 1e17)  # a new network may give 1e-24 in evaluation mode, but 1 in training mode
+        self.units[i] = 1 / unit if is_usual else 1.
+        setattr(self, name, response / unit if is_usual else torch.zeros_like(response))
 
 
 @patch

@@ -134,7 +134,7 @@ def in_deviations(read: torch.Tensor, # Of each layer, projections and last its 
     "The projections, in units of the standard deviation of each activation over channels and places."
     mean_square = rms.square().mean((2, 3))[:, :, None, None, None]
     variance = mean_square - read[:, :, -1:].mean((3, 4), keepdim=True).square()
-    return read[:, :, :-1] / variance.clamp_min(1e-12).sqrt()
+    return read[:, :, :-1] / torch.maximum(variance, 1e-12 * mean_square).clamp_min(1e-30).sqrt()
 
 
 def modulate(standardised: torch.Tensor, # How strongly each layer responds, (B,eta,h,w), mean 0 and deviation 1

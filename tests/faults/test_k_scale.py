@@ -1,9 +1,10 @@
 """Activations and outputs of any scale give the same maps and losses."""
 import pytest
 import torch
+from torch import nn
 
 from antehoc_nb.core.attention import minmax, soft_attentions, standardise, take_off_border
-from antehoc_nb.core.interpretation_loss import mse
+from antehoc_nb.core.interpretation_loss import mse, two_pass_step
 from antehoc_nb.core.model import AntehocModel
 from antehoc_nb.core.weight_net import interpretation_map
 
@@ -76,3 +77,23 @@ def test_the_whole_model(cnn, scale):
     for network in (small,): network[1][0].weight.data /= scale  # so that all later layers respond as before
     a, b = (AntehocModel(network, x, eta=2, class_specific=False).explain(x).sams for network in (ordinary, small))
     assert torch.allclose(a, b, atol=1e-3)
+
+
+@pytest.mark.parametrize('scale', [1e-12, 1e-6, 1e6, 1e12])
+def test_activations_that_have_another_scale_in_training(scale):
+    "A new network with small weights fades in evaluation mode; in training mode, batch norm undoes that."
+    torch.manual_seed(0)
+
+    def block(*channels): return nn.Conv2d(*channels, 3, 2, 1, bias=False), nn.BatchNorm2d(channels[1]), nn.ReLU()
+    head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)
+    cnn = nn.Sequential(*block(3, 8), *block(8, 8), *block(8, 8), *head)
+    with torch.no_grad():
+        for weight in (cnn[0].weight, cnn[3].weight): weight.mul_(scale)
+    x = torch.rand(4, 3, 32, 32)
+    model = AntehocModel(cnn, x, layers=['2', '5', '8']).train()
+    assert model.units.max() <= 1.1e17 and model.units.min() >= .9e-17
+    _, loss = two_pass_step(model, x, torch.arange(4))
+    loss.backward()
+    gradients = [weight.grad for weight in model.weight_net.parameters() if weight.grad is not None]
+    assert loss.isfinite() and gradients and all(gradient.isfinite().all() for gradient in gradients)
+    assert model.eval().explain(x).map.isfinite().all()
