@@ -3,7 +3,8 @@
 `python tools/notebooks.py` runs all of them but the cells marked slow. Paths choose some; `--slow` runs the notebooks
 that have such cells, with these cells, but for `index.ipynb`: its slow cell is README's example, which CI runs with the
 wheel. `--save` runs all cells of the notebooks that are named, as Jupyter does, and saves their outputs: figures of 150
-dots per inch (`tools/matplotlibrc`), in 256 colours. Exits with 1 if a notebook fails.
+dots per inch (`tools/matplotlibrc`), the largest in 256 colours if they take too much space. Exits with 1 if a notebook
+fails.
 """
 import argparse
 import base64
@@ -19,6 +20,7 @@ from nbdev.config import get_config
 NBS = Path(__file__).resolve().parents[1]/'nbs'
 LONGEST = ('45_explainers', '05_other_outputs', '56_captioner', '03_is_the_map_true', '02_trained_network',
            '36_outputs', '55_landmarks', '53_concept_models', '11_two_pass', '04_find_a_shortcut')
+MOST_BYTES = 1_400_000  # of the figures of one notebook
 
 
 def all_notebooks():
@@ -65,6 +67,13 @@ def in_few_colours(png):
     return min(png, file.getvalue(), key=len)
 
 
+def make_small(figures):
+    "Take 256 colours for the largest figures, until those of a notebook take less than `MOST_BYTES`."
+    for data in sorted(figures, key=lambda data: -len(data['image/png'])):
+        if sum(len(data['image/png']) for data in figures) < MOST_BYTES: break
+        data['image/png'] = base64.b64encode(in_few_colours(base64.b64decode(data['image/png']))).decode()
+
+
 def save(path):
     "Run a notebook with all its cells, and save its outputs but for what went to standard error."
     import nbformat
@@ -76,8 +85,8 @@ def save(path):
     for cell in nb.cells:
         if cell.cell_type != 'code': continue
         cell.outputs = [output for output in cell.outputs if output.get('name') != 'stderr']
-        for data in (output.data for output in cell.outputs if 'image/png' in output.get('data', {})):
-            data['image/png'] = base64.b64encode(in_few_colours(base64.b64decode(data['image/png']))).decode()
+    make_small([output.data for cell in nb.cells if cell.cell_type == 'code' for output in cell.outputs
+                if 'image/png' in output.get('data', {})])
     nbformat.write(nb, path)
     print(f'{path.stat().st_size / 1e6:4.1f} MB  {path.relative_to(NBS)}', flush=True)
 

@@ -118,7 +118,7 @@ def plain_tensor(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def in_channels(cnn: nn.Module) -> int: # 3 for RGB; also 3 for a network without convolutions
-    """How many channels the images of a CNN have: the input channels of its first convolution. If these are more than 4,
+    """How many channels the images of a CNN have: the input channels of its first convolution. If these are over 4,
     pixels may have become channels on the way there, so the CNN is tried: RGB counts if it takes that alone."""
     for module in cnn.modules():
         if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):

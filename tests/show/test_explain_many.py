@@ -489,7 +489,7 @@ def test_a_missing_package_is_named(model, tmp_path, monkeypatch, package, sourc
     for name in [o for o in sys.modules if o.split('.')[0] == package]: monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setitem(sys.modules, package, None)
     table = 'parquet' if package == 'pyarrow' else 'csv'
-    with pytest.raises(ImportError, match=r'pip install antehoc_nb\[bulk\]'):
+    with pytest.raises(ImportError, match=r"pip install 'antehoc_nb\[bulk\]'"):
         explain_many(model, tmp_path/source, tmp_path/'out', table=table, **USUAL)
 
 

