@@ -122,7 +122,7 @@ def _trace(module, inputs, cnn, sides=None):
     return program
 
 
-_SIDES = 32, 2048  # pixels along a side of images, in a graph for any size
+_SIDES = 64, 2048  # pixels along a side of images, in a graph for any size; at 32, many last layers have one cell
 
 
 def _check_conditions(program, inputs):

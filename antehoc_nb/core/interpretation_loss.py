@@ -287,7 +287,7 @@ def interpretation_loss(model, # An `AntehocModel`
 
     Errors as of `masked_input` and `int_loss`."""
     x, *others = map_tensors(torch.Tensor.detach, (x, *others))
-    maps, *_ = model.interpret(recorded, x.shape[2:], target)
+    maps, *_ = model.interpret(recorded, x.shape[2:], target, exponent=1.)  # a narrower mask asks for more
     y2 = model.cnn(masked_input(x, maps, number, mask, fill, model.mean, model.std), *others)
     y1, y2 = (explained_output(y, model.output) for y in (y1, y2))
     return int_loss(y2, y1 if target is None else target, loss)

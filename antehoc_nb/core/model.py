@@ -939,6 +939,7 @@ def interpret(self: AntehocModel,
               recorded: list, # As `take_recorded` gives it
               size: tuple[int, int], # (H,W) of the image
               target: torch.Tensor | None = None, # Of a class-specific map: classes, (B,), or several each, (B,Q)
+              exponent: float | None = None, # Of the blend; None: `EVIDENCE_EXPONENT` with evidence, else 1
              ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: # Map (B,1,H,W); weights and SAMs (B,n,h,w)
     "Align the soft attention maps, weigh them and blend them (Eq. 1); differentiable in the weight network."
     if self.class_specific and target is None:
@@ -948,7 +949,7 @@ def interpret(self: AntehocModel,
     aligned, read = self._align(recorded, size, target)
     specific = dict(target=target) if self.class_specific else {}
     logits = self.weight_net(aligned.to(dtype), *[part.to(dtype) for part in read], **specific)
-    exponent = 1. if self.evidence is None else EVIDENCE_EXPONENT
+    if exponent is None: exponent = 1. if self.evidence is None else EVIDENCE_EXPONENT
     i_map, weights = interpretation_map(aligned, logits, self.scale, size, exponent)
     return i_map, weights, aligned
 

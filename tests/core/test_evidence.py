@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from antehoc_nb.core.attention import minmax, noise_like_photographs
 from antehoc_nb.core.geometry import resize
-from antehoc_nb.core.interpretation_loss import two_pass_step
+from antehoc_nb.core.interpretation_loss import int_loss, interpretation_loss, masked_input, two_pass_step
 from antehoc_nb.core.layers import channel_gradients
 from antehoc_nb.core.model import AntehocModel
 from antehoc_nb.core.weight_net import EVIDENCE_EXPONENT, contrast, evidence_gate
@@ -199,6 +199,19 @@ def test_the_map_is_a_power_of_the_blend():
     narrow = minmax(blend)
     assert (found >= narrow - 1e-3).all() and found.mean() > narrow.mean()
     assert torch.equal(found.flatten(1).argmax(1), narrow.flatten(1).argmax(1))
+
+
+def test_training_masks_with_the_blend_itself():
+    "Under the wider map the loss would be low whatever the weights are."
+    model, target = AntehocModel(with_linear_head(), X).eval(), torch.tensor([0, 3, 1])
+    model.recording = True
+    y1 = model(X)
+    recorded = model.take_recorded()
+    found = interpretation_loss(model, X, recorded, y1, torch.arange(3), loss='cross_entropy', target=target)
+    _, weights, sams = model.interpret(recorded, (32, 32), target)
+    mask = minmax(resize((weights * sams).sum(1, keepdim=True), (32, 32)))
+    y2 = model.cnn(masked_input(X, mask, torch.arange(3), 'soft', 'black', model.mean, model.std))
+    torch.testing.assert_close(found, int_loss(y2, target, 'cross_entropy'))
 
 
 @pytest.mark.parametrize('offset', [-50., -3., 0., 3., 50.])
