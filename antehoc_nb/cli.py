@@ -491,6 +491,13 @@ def _export_file(out, to):
     return out.with_suffix(f'.{kind}')
 
 
+def _export_size(size):
+    "A number of pixels, 'any' or None; `ValueError` for another word or number"
+    if size in (None, 'any'): return size
+    if size.isdecimal() and int(size): return int(size)
+    raise ValueError(f'--size {size}: give a number of pixels, such as 224, or any')
+
+
 def _calibration_images(folder):
     "The images for --int8, 100 at most"
     files, _ = _image_files(folder, folder/'.none')
@@ -503,7 +510,8 @@ def export(
         help='A folder that `antehoc train` or `save_pretrained` wrote (`.../model`, or the run above it).')],
     to: Annotated[ExportKind | None, _option('The kind of file. Default: as `--out` ends, or `onnx`.')] = None,
     out: Annotated[Path | None, _option('The file. Default: `model.onnx` or `model.pt2`.')] = None,
-    size: Annotated[int | None, _option('Side of the images in pixels. Default: as in training.', min=1)] = None,
+    size: Annotated[str | None, _option('Side of the images in pixels, or `any`: of every size, if the CNN takes it. '
+                                        'Default: as in training.')] = None,
     int8: Annotated[Path | None, _option('Compute the CNN in 8-bit integers, with ranges from these images: a folder, '
                                          'of which 100 are taken. For `onnx` only.')] = None,
     quiet: _Quiet = False,
@@ -512,7 +520,7 @@ def export(
     output = _Output(quiet, as_json)
     with _in_one_line(output):
         from antehoc_nb.core.export import load_exported
-        file = _export_file(out, to)
+        file, size = _export_file(out, to), _export_size(size)
         _check_out(file.parent)
         images = None if int8 is None else _calibration_images(int8)
         net = _load_model(model)
@@ -523,8 +531,9 @@ def export(
         if moved: output.say(f'8-bit integers move the map by {moved["map"]:.3f} on average, and leave the predicted '
                              f'class as it was for {moved["same_class"]:.0%} of {moved["images"]} images')
         height, width = facts['size']
+        sizes = f'any size, usually {height} x {width}' if facts.get('sides') else f'{height} x {width}'
         megabytes = file.stat().st_size / 1e6
-        output.end(f'wrote {file} ({megabytes:.1f} MB, images of {height} x {width})', _python_line(file),
+        output.end(f'wrote {file} ({megabytes:.1f} MB, images of {sizes})', _python_line(file),
                    file=str(file), **facts)
 
 

@@ -471,6 +471,10 @@ def test_export(among_runs, tmp_path):
     facts = json_of('export', 'specific', '--out', tmp_path/'small.onnx', '--int8', 'a/photos', '--size', 48)
     assert facts['size'] == [48, 48] and facts['labels'] == ['even', 'odd'] and facts['int8']['images'] == 24
     assert facts['file'] == str(tmp_path/'small.onnx') and (tmp_path/'small.onnx').stat().st_size > 1e5
+    said = antehoc('export', 'specific', '--out', tmp_path/'any.pt2', '--size', 'any')
+    assert 'images of any size, usually 32 x 32' in said
+    found = load_exported(tmp_path/'any.pt2')(images, size=(48, 40))
+    assert found.map.shape == (3, 1, 48, 40)
 
 
 def test_mistakes_of_export(among_runs, tmp_path):
@@ -478,6 +482,9 @@ def test_mistakes_of_export(among_runs, tmp_path):
 
     assert "--out x.tflite: the name must end in .onnx or .pt2" in says('specific', '--out', 'x.tflite')
     assert "--out x.onnx: the name must end in .pt2" in says('specific', '--out', 'x.onnx', '--to', 'pt2')
+    for size in ('0', '-3', 'all', '32.5'):
+        wanted = f'--size {size}: give a number of pixels, such as 224, or any'
+        assert wanted in says('specific', '--out', tmp_path/'x.onnx', f'--size={size}')
     assert 'plain was trained with --plain and has no maps' in says('plain')
     assert 'nowhere: no such model folder' in says('nowhere')
     assert 'only an .onnx file is made of integers' in says('specific', '--out', tmp_path/'x.pt2', '--int8', 'a/photos')
