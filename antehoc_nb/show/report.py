@@ -273,7 +273,7 @@ def find_groups(
     return np.argsort(by_size)[numbers]
 
 # %% ../../nbs/show/35_report.ipynb #26eb2ef6
-LEAST_RATIO = 3. # a group is a candidate if its maps are, surely, so many times as common as in the other classes
+LEAST_RATIO = 5. # a group is a candidate if its maps are, surely, so many times as common as in the other classes
 LEAST_SHARE = .05 # of the class
 LEAST_IMAGES = 20 # of a class
 
