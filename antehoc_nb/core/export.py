@@ -21,7 +21,7 @@ from torch import nn
 import antehoc_nb
 from .attention import fit_border, noise_like_photographs
 from .model import ACTIVATIONS, AntehocModel, pixel_batch
-from .utils import import_extra, output_tensors, rgb_images, whole_or_not_at_all
+from .utils import full_precision, import_extra, output_tensors, rgb_images, whole_or_not_at_all
 from .weight_net import class_numbers
 
 # %% ../../nbs/core/08_export.ipynb #5bc437a5
@@ -231,10 +231,10 @@ class MapModule(nn.Module):
                ) -> tuple: # Prediction (or each tensor of it), map (B,1,H,W), weights (B,n,h,w) if they are wanted
         self._check(images, target)
         if images.dtype == torch.uint8: images = ((images.float() / 255 - self.mean) / self.std).to(self.dtype)
-        if self.classes is None: *outputs, i_map, weights = self.run(images)
-        else:
-            if target is None: target = torch.full_like(images[:, 0, 0, 0], -1, dtype=torch.int64)
-            *outputs, i_map, weights = self.run(images, target)
+        if self.classes is not None and target is None:
+            target = torch.full_like(images[:, 0, 0, 0], -1, dtype=torch.int64)
+        with full_precision(images.device):
+            *outputs, i_map, weights = self.run(*(images,) if self.classes is None else (images, target))
         if self.activation != 'none': outputs[0] = _activations[self.activation](outputs[0])
         return (*outputs, i_map, weights) if self.weights else (*outputs, i_map)
 

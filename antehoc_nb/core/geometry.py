@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .layers import layer_layout, parse_layer, watch_calls
-from .utils import as_inputs
+from .utils import as_inputs, full_precision
 
 # %% ../../nbs/core/02_geometry.ipynb #cell0005
 _PADDINGS = nn.ZeroPad2d, nn.ConstantPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d
@@ -201,7 +201,7 @@ def resize(maps: torch.Tensor, # (B,C,h,w)
                      in zip(maps.shape[2:], size, cells or size, grid or (None, None)))
     if torch.compiler.is_compiling():  # a compiler can be wrong about the strides that a convolution returns
         maps = maps.clone(memory_format=torch.contiguous_format)
-    with torch.autocast(maps.device.type, enabled=False): return rows.T @ (maps.float() @ columns)
+    with full_precision(maps.device): return rows.T @ (maps.float() @ columns)
 
 
 def resize_maps(maps: Sequence[torch.Tensor], # eta maps, (B,1,h_i,w_i)

@@ -37,9 +37,9 @@ from .interpretation_loss import class_shares, describe_outputs, explained_outpu
 from .layers import channel_gradients, choose_layers, unseen_share
 from .masking import masked
 from antehoc_nb.core.utils import (
-    as_inputs, as_normalisation, cnn_builders, eval_mode, frozen, import_extra, in_channels, map_tensors, noise_images,
-    own_seed, own_sizes, plain_tensor, rgb_images, train_functions, trial_copy, unknown_name, usual_mode,
-    whole_or_not_at_all, with_versions,
+    as_inputs, as_normalisation, cnn_builders, eval_mode, frozen, full_precision, import_extra, in_channels, map_tensors,
+    noise_images, own_seed, own_sizes, plain_tensor, rgb_images, train_functions, trial_copy, unknown_name,
+    usual_mode, whole_or_not_at_all, with_versions,
 )
 from antehoc_nb.core.weight_net import (
     EVIDENCE_EXPONENT, class_numbers, contrast, count_classes, evidence_gate, gives_logits, in_deviations,
@@ -960,7 +960,7 @@ def _align(self: AntehocModel, recorded, size, target):
     responses, grids, activations, rms = zip(*recorded)
     of_layers = [responses]
     if self.corrects_border: of_layers.append([self._border(i, response) for i, response in enumerate(responses)])
-    with torch.autocast(responses[0].device.type, enabled=False):
+    with full_precision(responses[0].device):
         if self.reads_activations: of_layers += [rms, self.weight_net.read(activations, target)]
         joined = [torch.cat(maps, 1) if len(maps) > 1 else maps[0] for maps in zip(*of_layers)]
         cells = self.map_cells(size)
@@ -983,7 +983,7 @@ def _evidence_of(self: AntehocModel, recorded, size, target, cells=None):
     if self.evidence is None or target is None: return None
     layer = recorded[self.evidence_layer]
     activation = layer.activation.float()
-    with torch.autocast(activation.device.type, enabled=False):
+    with full_precision(activation.device):
         shares = contrast(target, self.classes, getattr(recorded, 'scores', None))
         direction = (shares.to(self.evidence) @ self.evidence).float()
         deviation = activation.flatten(1).std(1, correction=0).clamp_min(1e-6)[:, None, None]

@@ -20,7 +20,7 @@ import stat
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import fields, is_dataclass
 from functools import cache, lru_cache, partial
@@ -554,6 +554,12 @@ def _taken_channels(cnn, of_convolution):
                 except Exception: continue
                 return channels
     return of_convolution
+
+# %% ../../nbs/core/00_utils.ipynb #f92967f1
+def full_precision(device: torch.device): # Of the tensors in the block
+    "A context without autocast; one that does nothing while `torch.export` records a graph."
+    if torch.compiler.is_exporting(): return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 # %% ../../nbs/core/00_utils.ipynb #cell0012
 def own_seed(build: Callable, # A function without arguments that draws random numbers on the CPU

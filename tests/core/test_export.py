@@ -103,12 +103,20 @@ def test_compile_has_one_graph(pair):
     model, graph = pair
     torch._dynamo.reset()
     compiled = torch.compile(graph, backend='aot_eager', fullgraph=True)
-    assert_same(compiled(*arguments(model)), explained(model, *arguments(model)))
+    for n in (4, 3): assert_same(compiled(*arguments(model, n)), explained(model, *arguments(model, n)))
+
+
+def test_under_autocast(pair):
+    model, graph = pair
+    plain = graph(*arguments(model))
+    with torch.autocast('cpu', torch.bfloat16): found = graph(*arguments(model))
+    assert_same(found, plain, atol=0)
 
 
 @pytest.mark.slow
 def test_inductor():
     model, graph = make_pair('small_cnn', True)
+    torch._dynamo.reset()
     compiled = torch.compile(graph, fullgraph=True)
     try: found = compiled(*arguments(model))
     except Exception as e:

@@ -274,7 +274,7 @@ def test_interrupted_by_the_keyboard(model, interrupted):
     for _ in range(2):  # the first waits for the shard that is being written
         os.kill(process.pid, signal.SIGINT)
         time.sleep(.3)
-    process.join(20)
+    process.join(60)
     assert process.exitcode == 1
     assert not list((folder/'out'/'parts').glob('*.part'))
     assert explain_many(model, images, folder/'out', **USUAL).before >= 24
