@@ -1,7 +1,8 @@
 """Every check of the repository: ruff, files in step, pages, notebooks run, tests. Exits with 1 if any fails.
 
 `--fix` brings exported modules, notebooks, README.md and llms.txt in step instead of complaining; `--only` picks
-steps by name; `--slow` runs the slow cells of notebooks and the slow tests, which the other steps leave out.
+steps by name; `--slow` runs the slow cells of notebooks and the slow tests alone, which the steps leave out; `--all`
+runs the steps with them.
 """
 import argparse
 import difflib
@@ -113,11 +114,16 @@ def slow():
     return of_tests and of_cells
 
 
-def tests_and_pages():
+def tests_and_pages(tests):
     "The pages beside the tests; of the pages, only what went wrong is printed"
     of_tests, of_pages = beside(tests, partial(pages, quiet=True))
     if not of_pages: print('FAILED: pages; what is wrong with them stands above', flush=True)
     return of_tests and of_pages
+
+
+def with_slow():
+    "The steps, with the slow cells of the notebooks and the slow tests among the others"
+    return STEPS | {'notebooks': partial(notebooks, 2, '--all'), 'tests': partial(tests, 2, '-m', '')}
 
 
 STEPS = {'ruff': lint, 'in-step': in_step, 'pages': pages, 'notebooks': notebooks, 'tests': tests}
@@ -129,12 +135,14 @@ def main():
     p.add_argument('--fix', action='store_true', help='bring modules, notebooks and README.md in step, then stop')
     p.add_argument('--only', nargs='+', choices=STEPS, default=list(STEPS), help='run these steps only')
     p.add_argument('--slow', action='store_true', help='run the slow cells and tests, and nothing else')
+    p.add_argument('--all', action='store_true', help='run the steps with the slow cells and tests')
     args = p.parse_args()
     if args.fix: raise SystemExit(0 if sync(ROOT) else 1)
-    steps = SLOW if args.slow else {name: STEPS[name] for name in args.only}
+    every_step = with_slow() if args.all else STEPS
+    steps = SLOW if args.slow else {name: every_step[name] for name in args.only}
     if {'pages', 'tests'} <= {*steps}:
-        for name in ('pages', 'tests'): del steps[name]
-        steps['tests and pages'] = tests_and_pages
+        del steps['pages']
+        steps['tests and pages'] = partial(tests_and_pages, steps.pop('tests'))
     failed, begun = [], time.time()
     for i, (name, step) in enumerate(steps.items(), 1):
         print(f'\n=== {name} ({i} of {len(steps)})', flush=True)

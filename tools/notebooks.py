@@ -1,10 +1,10 @@
 """Run notebooks as `nbdev_test` does, side by side, those first that take longest: else one worker ends alone.
 
 `python tools/notebooks.py` runs all of them but the cells marked slow. Paths choose some; `--slow` runs the notebooks
-that have such cells, with these cells, but for `index.ipynb`: its slow cell is README's example, which CI runs with the
-wheel. `--save` runs all cells of the notebooks that are named, as Jupyter does, and saves their outputs: figures of 150
-dots per inch (`tools/matplotlibrc`), the largest in 256 colours if they take too much space. Exits with 1 if a notebook
-fails.
+that have such cells, with these cells; `--all` runs all notebooks so. `index.ipynb` is left as it is: its slow cell is
+README's example, which CI runs with the wheel. `--save` runs all cells of the notebooks that are named, as Jupyter
+does, and saves their outputs: figures of 150 dots per inch (`tools/matplotlibrc`), the largest in 256 colours if they
+take too much space. Exits with 1 if a notebook fails.
 """
 import argparse
 import base64
@@ -40,16 +40,20 @@ class PlainShell(CaptureShell):
 nbdev.test.CaptureShell = PlainShell  # which `test_nb` makes
 
 
-def has_slow_cells(path): return '"#| slow' in path.read_text(encoding='utf-8')
+def has_slow_cells(path): return path.name != 'index.ipynb' and '"#| slow' in path.read_text(encoding='utf-8')
+
+
+def run_one(path, slow, **kwargs):
+    "`test_nb` of nbdev: whether the notebook ran without an error, and the seconds"
+    return nbdev.test.test_nb(path, force_flags=['slow'] if slow and has_slow_cells(path) else [], **kwargs)
 
 
 def run(paths, workers, slow=False):
     "Run notebooks; True if all went well."
     import fastai.vision.all  # noqa: F401  nearly every notebook needs it: the workers, forked from here, have it
     config = get_config()
-    flags = dict(skip_flags=config.tst_flags.split(), force_flags=['slow'] if slow else [])
-    results = parallel(nbdev.test.test_nb, paths, n_workers=workers, pause=.01, basepath=config.config_path,
-                       do_print=True, **flags)
+    results = parallel(run_one, paths, slow=slow, n_workers=workers, pause=.01, basepath=config.config_path,
+                       do_print=True, skip_flags=config.tst_flags.split())
     by_time = sorted(zip(paths, results), key=lambda pair: -pair[1][1])
     for path, (_, seconds) in by_time: print(f'{seconds:4.0f} s  {path.relative_to(NBS)}')
     failed = [path.name for path, (passed, _) in by_time if not passed]
@@ -96,6 +100,7 @@ def main():
     p.add_argument('paths', nargs='*', type=Path, help='run these notebooks only')
     p.add_argument('--workers', type=int, default=2, help='how many run side by side')
     p.add_argument('--slow', action='store_true', help='run the notebooks with slow cells, and these cells')
+    p.add_argument('--all', action='store_true', help='run all notebooks, and their slow cells')
     p.add_argument('--save', action='store_true', help='run the notebooks that are named one by one, and save them')
     args = p.parse_args()
     paths = [path.resolve() for path in args.paths] or all_notebooks()
@@ -103,8 +108,8 @@ def main():
         if not args.paths: p.error('--save: name the notebooks')
         for path in paths: save(path)
         return
-    if args.slow: paths = [path for path in paths if has_slow_cells(path) and path.name != 'index.ipynb']
-    raise SystemExit(0 if run(paths, min(args.workers, len(paths)), args.slow) else 1)
+    if args.slow: paths = [path for path in paths if has_slow_cells(path)]
+    raise SystemExit(0 if run(paths, min(args.workers, len(paths)), args.slow or args.all) else 1)
 
 
 if __name__ == '__main__': main()

@@ -37,9 +37,9 @@ from .interpretation_loss import class_shares, describe_outputs, explained_outpu
 from .layers import channel_gradients, choose_layers, unseen_share
 from .masking import masked
 from antehoc_nb.core.utils import (
-    as_inputs, as_normalisation, cnn_builders, eval_mode, frozen, full_precision, import_extra, in_channels, map_tensors,
-    noise_images, own_seed, own_sizes, plain_tensor, rgb_images, train_functions, trial_copy, unknown_name,
-    usual_mode, whole_or_not_at_all, with_versions,
+    as_inputs, as_normalisation, cnn_builders, eval_mode, frozen, full_precision, import_extra, in_channels,
+    map_tensors, noise_images, own_seed, own_sizes, plain_tensor, rgb_images, train_functions, trial_copy,
+    unknown_name, usual_mode, whole_or_not_at_all, with_versions,
 )
 from antehoc_nb.core.weight_net import (
     EVIDENCE_EXPONENT, class_numbers, contrast, count_classes, evidence_gate, gives_logits, in_deviations,
