@@ -16,7 +16,8 @@ from hypothesis import settings
 torch.set_num_threads(1 if 'PYTEST_XDIST_WORKER' in os.environ else 2)  # beside another worker, one
 settings.register_profile('repeatable', derandomize=True, deadline=None, max_examples=25, database=None)
 settings.load_profile('repeatable')
-LONGEST = 'test_killed_run', 'test_two_processes', 'test_figure4', 'test_table3', 'test_table4'
+LONGEST = ('test_figure4', 'test_table3', 'test_a_planted_tag_is_found', 'test_inductor', 'test_exporting_',
+           'test_images_of_any_size', 'test_killed_run', 'test_two_processes', 'test_table4')
 
 
 def pytest_collection_modifyitems(items):

@@ -67,6 +67,7 @@ def test_runs_do_not_mix(folders):
     assert other + '(threshold: ' in antehoc('explain', 'antehoc-run', 'a/photos', '--threshold', .3, code=1)
 
 
+@pytest.mark.slow
 def test_changed_images_are_explained_again(folders):
     antehoc('train', 'a/photos', *TRAIN)
     assert '24 images explained' in antehoc('explain', 'antehoc-run', 'a/photos')
@@ -135,6 +136,7 @@ def test_a_class_by_name(among_runs, tmp_path):
     assert 'target: odd there, even now' in explain('specific', 'even', code=1)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_says_so_and_names_the_next_command(folders):
     run = 'a/photos', '--out', 'a run', *TRAIN
     assert antehoc('train', *run).endswith("next: antehoc explain 'a run' <your images>\n")
@@ -151,6 +153,7 @@ def test_a_run_goes_on_says_so_and_names_the_next_command(folders):
     assert facts['next'] == "antehoc explain 'a run' <your images>" and 'model/model.safetensors' in facts['files']
 
 
+@pytest.mark.slow
 def test_quiet_and_json(folders):
     def lines(*args):
         result = CliRunner().invoke(app, [*map(str, args)])
@@ -396,6 +399,7 @@ def test_the_demo_without_photographs(tmp_path, monkeypatch, capsys):
     assert not (tmp_path/'photographs.png').exists()
 
 
+@pytest.mark.slow
 def test_the_demo_again(demo, monkeypatch):
     validate_on_few(monkeypatch)
     output, out = demo
@@ -455,26 +459,22 @@ def test_too_few_steps_are_said(among_runs, tmp_path):
 
 
 @pytest.mark.slow
-def test_export(among_runs, tmp_path):
+def test_exporting_from_the_command_line(among_runs, tmp_path):
     from antehoc_nb.core.export import load_exported
     images = sorted(Path('a/photos/odd').iterdir())[:3]
-    for run, file, options in (('specific', 'a.onnx', ()), ('usual', 'b.pt2', ('--to', 'pt2'))):
-        said = antehoc('export', run, '--out', tmp_path/file, *options)
-        assert f'wrote {tmp_path/file} (' in said and 'images of 32 x 32' in said
-        model = AntehocModel.from_pretrained(Path(run)/'model')
-        found, expected = load_exported(tmp_path/file)(images), model.explain(images)
-        torch.testing.assert_close(torch.tensor(found.map), expected.map, atol=1e-3, rtol=0)
-        torch.testing.assert_close(torch.tensor(found.prediction), expected.probabilities, atol=1e-5, rtol=0)
+    said = antehoc('export', 'usual', '--out', tmp_path/'any.pt2', '--to', 'pt2', '--size', 'any')
+    assert f'wrote {tmp_path}/any.pt2 (' in said and 'images of any size, usually 32 x 32' in said
+    loaded, model = load_exported(tmp_path/'any.pt2'), AntehocModel.from_pretrained(Path('usual')/'model')
+    found, expected = loaded(images), model.explain(images)
+    torch.testing.assert_close(torch.tensor(found.map), expected.map, atol=1e-3, rtol=0)
+    torch.testing.assert_close(torch.tensor(found.prediction), expected.probabilities, atol=1e-5, rtol=0)
+    assert loaded(images, size=(48, 40)).map.shape == (3, 1, 48, 40)
     command = said.split('next: ')[1].replace('<your image>', str(images[0]))
     command = command.replace('python ', f'{sys.executable} ', 1)  # no environment need be active here
     assert subprocess.run(command, shell=True, capture_output=True, text=True, check=True).stdout.startswith('[[')
     facts = json_of('export', 'specific', '--out', tmp_path/'small.onnx', '--int8', 'a/photos', '--size', 48)
     assert facts['size'] == [48, 48] and facts['labels'] == ['even', 'odd'] and facts['int8']['images'] == 24
     assert facts['file'] == str(tmp_path/'small.onnx') and (tmp_path/'small.onnx').stat().st_size > 1e5
-    said = antehoc('export', 'specific', '--out', tmp_path/'any.pt2', '--size', 'any')
-    assert 'images of any size, usually 32 x 32' in said
-    found = load_exported(tmp_path/'any.pt2')(images, size=(48, 40))
-    assert found.map.shape == (3, 1, 48, 40)
 
 
 def test_mistakes_of_export(among_runs, tmp_path):

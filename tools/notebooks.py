@@ -1,10 +1,10 @@
 """Run notebooks as `nbdev_test` does, side by side, those first that take longest: else one worker ends alone.
 
-`python tools/notebooks.py` runs all of them but the cells marked slow. Paths choose some; `--slow` runs the notebooks
-that have such cells, with these cells; `--all` runs all notebooks so. `index.ipynb` is left as it is: its slow cell is
-README's example, which CI runs with the wheel. `--save` runs all cells of the notebooks that are named, as Jupyter
-does, and saves their outputs: figures of 150 dots per inch (`tools/matplotlibrc`), the largest in 256 colours if they
-take too much space. Exits with 1 if a notebook fails.
+`python tools/notebooks.py` runs all of them but the slow ones (`SLOW`) and the cells marked slow. Paths choose some;
+`--slow` runs the slow notebooks and those with slow cells, these cells too; `--all` runs all notebooks so. The slow
+cell of `index.ipynb` is left out: it is README's example, which CI runs with the wheel. `--save` runs all cells of the
+notebooks that are named, as Jupyter does, and saves their outputs: figures of 150 dots per inch (`tools/matplotlibrc`),
+the largest in 256 colours if they take too much space. Exits with 1 if a notebook fails.
 """
 import argparse
 import base64
@@ -18,8 +18,9 @@ from fastcore.parallel import parallel
 from nbdev.config import get_config
 
 NBS = Path(__file__).resolve().parents[1]/'nbs'
-LONGEST = ('45_explainers', '05_other_outputs', '56_captioner', '03_is_the_map_true', '02_trained_network',
-           '36_outputs', '55_landmarks', '53_concept_models', '11_two_pass', '04_find_a_shortcut')
+SLOW = ('45_explainers', '05_other_outputs', '56_captioner', '03_is_the_map_true', '53_concept_models', '55_landmarks',
+        '36_outputs', '04_find_a_shortcut', '08_add_your_own', '48_benchmark')  # half of the time; the longest first
+LONGEST = *SLOW, '11_two_pass', '02_trained_network', '01_your_photos'
 MOST_BYTES = 1_400_000  # of the figures of one notebook
 
 
@@ -99,7 +100,7 @@ def main():
     p = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     p.add_argument('paths', nargs='*', type=Path, help='run these notebooks only')
     p.add_argument('--workers', type=int, default=2, help='how many run side by side')
-    p.add_argument('--slow', action='store_true', help='run the notebooks with slow cells, and these cells')
+    p.add_argument('--slow', action='store_true', help='run the slow notebooks and slow cells')
     p.add_argument('--all', action='store_true', help='run all notebooks, and their slow cells')
     p.add_argument('--save', action='store_true', help='run the notebooks that are named one by one, and save them')
     args = p.parse_args()
@@ -108,7 +109,8 @@ def main():
         if not args.paths: p.error('--save: name the notebooks')
         for path in paths: save(path)
         return
-    if args.slow: paths = [path for path in paths if has_slow_cells(path)]
+    if args.slow: paths = [path for path in paths if path.stem in SLOW or has_slow_cells(path)]
+    elif not args.paths and not args.all: paths = [path for path in paths if path.stem not in SLOW]
     raise SystemExit(0 if run(paths, min(args.workers, len(paths)), args.slow or args.all) else 1)
 
 

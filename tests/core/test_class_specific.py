@@ -135,6 +135,7 @@ def test_a_class_specific_map_lies_on_its_class():
     assert max(share[False, colour] for colour in (RED, BLUE)) < .7, share
 
 
+@pytest.mark.slow
 def test_the_map_of_a_word_lies_on_what_it_names():
     "Every caption is 'red blue'; with one of the words as target, the map lies on the patch of that colour."
     tokens = torch.tensor([2, 4, 5, 3])
@@ -147,6 +148,7 @@ def test_the_map_of_a_word_lies_on_what_it_names():
     assert min(share.values()) > .8, share
 
 
+@pytest.mark.slow
 def test_what_no_choice_of_layers_can_show():
     "Both patches are bright in both layers: weights cannot separate them, maps modulated for a class can."
     share = {}
@@ -160,6 +162,7 @@ def test_what_no_choice_of_layers_can_show():
     assert max(share[net, colour] for net in ('paper', 'scalars', 'mean') for colour in (RED, BLUE)) < .65, share
 
 
+@pytest.mark.slow
 def test_a_modulated_map_leaves_out_what_does_not_count():
     "The blue patch is as bright in both layers as the red one, but does not count. Only a modulated map can darken it."
     share = {}
@@ -216,6 +219,7 @@ def test_labels_that_are_not_one_class_per_image(labels):
     quiet_fit(learn, 1, None, one_cycle=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('cbs, class_specific', [
     pytest.param([Bf16()], True, id='bf16-True'),
     pytest.param([GradientAccumulation(64)], False, id='accumulation-False'),
@@ -228,6 +232,7 @@ def test_training_in_half_precision_and_in_parts(cbs, class_specific):
     assert all(p.isfinite().all() for p in learn.model.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('class_specific', [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_resumed_run_gets_the_same_targets(tmp_path, class_specific):
     "Interrupted and resumed, the weights end the same to the bit."

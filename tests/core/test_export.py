@@ -25,7 +25,8 @@ from antehoc_nb.train.archs import small_cnn
 pytestmark = pytest.mark.usefixtures('one_thread')
 SIZE = 64
 CNNS = dict(small_cnn=lambda: small_cnn(4), resnet18=lambda: torchvision.models.resnet18(num_classes=4),
-            convnext=lambda: timm.create_model('convnext_atto', num_classes=4))
+            convnext=lambda: timm.create_model('convnext_atto', num_classes=4, depths=(1, 1, 2, 1),
+                                               dims=(16, 24, 32, 48)))
 
 
 def with_weights(model):
@@ -99,6 +100,7 @@ def test_export(pair, strict):
     for n in (3, 1): assert_same(program.module()(*arguments(model, n)), explained(model, *arguments(model, n)))
 
 
+@pytest.mark.slow
 def test_compile_has_one_graph(pair):
     model, graph = pair
     torch._dynamo.reset()
@@ -156,6 +158,7 @@ def check_threads(function, inputs, expected):
         for one in results: assert_same(one, expected)
 
 
+@pytest.mark.slow
 def test_the_graph_is_a_copy_in_evaluation_mode():
     model = make_model()
     expected = explained(model, *arguments(model))
@@ -180,7 +183,8 @@ def test_pixels_and_floats():
         assert_same(MapModule(model, activation=name, trace=False)(pixels)[:1], [found])
 
 
-@pytest.mark.parametrize('size', [(37, 80), pytest.param(48, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('size', [(37, 80), 48])
 def test_other_sizes_than_the_samples(size):
     "Border responses are brought to the size, also an odd and oblong one."
     model = make_model()
@@ -199,23 +203,29 @@ def pixels_of(size, n=2):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('kind', ANY, ids=lambda kind: f'{kind[0]}-{"specific" if kind[1] else "agnostic"}')
-def test_images_of_any_size(kind, tmp_path):
-    "In the graph, and in a file, for sizes that were not recorded."
+def test_images_of_any_size(kind):
+    "For sizes that were not recorded."
     model = make_model(*kind)
     graph = MapModule(model, 'any')
-    loaded = load_exported(model.export(tmp_path/'any.onnx', 'any'))
-    assert loaded.sides[0][0] == loaded.sides[1][0] == 64 and loaded.size == (SIZE, SIZE)
-    target = 2 if model.class_specific else None
+    targets = (torch.full((2,), 2),) if model.class_specific else ()
     for size in OTHER_SIZES:
         pixels = pixels_of(size)
-        x = (pixels / 255 - model.mean) / model.std
-        targets = (torch.full((2,), 2),) if model.class_specific else ()
-        assert_same(graph(pixels, *targets), explained(model, x, *targets))
-        found, expected = loaded(pixels, target=target, size=size), model.explain(x, target=target)
-        np.testing.assert_allclose(found.prediction, expected.probabilities, atol=1e-5)
-        np.testing.assert_allclose(found.map, expected.map, atol=1e-3)
+        assert_same(graph(pixels, *targets), explained(model, (pixels / 255 - model.mean) / model.std, *targets))
     with pytest.raises(ValueError, match=r'takes \(B,3,H,W\) with H from 64 to 2048 and W from 64 to 2048 pixels, got'):
         graph(torch.zeros(1, 3, 63, 64))
+
+
+@pytest.mark.slow
+def test_a_file_for_images_of_any_size(tmp_path):
+    model = make_model()
+    loaded = load_exported(model.export(tmp_path/'any.onnx', 'any'))
+    assert loaded.sides[0][0] == loaded.sides[1][0] == 64 and loaded.size == (SIZE, SIZE)
+    for size in OTHER_SIZES:
+        pixels = pixels_of(size)
+        found = loaded(pixels, target=2, size=size)
+        expected = model.explain((pixels / 255 - model.mean) / model.std, target=2)
+        np.testing.assert_allclose(found.prediction, expected.probabilities, atol=1e-5)
+        np.testing.assert_allclose(found.map, expected.map, atol=1e-3)
     with pytest.raises(ValueError, match=r'size=\(8, 64\): this file takes images of \(H,W\) with H 64 to 2048'):
         loaded(pixels_of((64, 64)), size=(8, 64))
 
@@ -225,6 +235,7 @@ class Same(nn.Module):
     def forward(self, f): return nn.functional.pad(f, (0, 0, 0, 1)) if f.shape[2] % 3 else f
 
 
+@pytest.mark.slow
 def test_a_network_for_one_size_alone():
     cnn = nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.ReLU(), Same(), nn.Conv2d(8, 8, 3), nn.ReLU(),
                         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
@@ -234,10 +245,11 @@ def test_a_network_for_one_size_alone():
     assert_same(MapModule(model)(batch(2)[..., :32, :32]), explained(model, batch(2)[..., :32, :32]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('settings', [
     dict(weight_net='paper'), dict(weight_net='mean', class_specific=False),
-    pytest.param(dict(weight_net='scalars', class_specific=False), marks=pytest.mark.slow), dict(cells='pixels'),
-    pytest.param(dict(border=False, soft_attention='softmax', scale=False), marks=pytest.mark.slow)])
+    dict(weight_net='scalars', class_specific=False), dict(cells='pixels'),
+    dict(border=False, soft_attention='softmax', scale=False)])
 def test_every_kind_of_weight_network(settings):
     model = make_model(**dict(class_specific=None) | settings)
     assert_same(MapModule(model)(batch(3)), explained(model, batch(3)))
@@ -324,6 +336,7 @@ def test_tables_of_an_export_are_not_kept_on_another_device(monkeypatch):
     assert type(table()) is torch.Tensor and table() is table()
 
 
+@pytest.mark.slow
 def test_explain_says_why_it_is_not_compiled_whole():
     model = make_model()
     torch._dynamo.reset()
@@ -473,6 +486,7 @@ def test_a_network_that_cannot_be_exported(tmp_path, kind):
     assert type(model.explain(torch.rand(2, 3, 32, 32)).map) is torch.Tensor
 
 
+@pytest.mark.slow
 def test_sizes(tmp_path):
     model = make_model(meta=dict(vocab=['ant', 'bee', 'cat', 'dog']))
     with pytest.raises(ValueError, match='give size=, such as size=224'): MapModule(model)

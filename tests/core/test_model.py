@@ -151,6 +151,7 @@ def resident():
     return int(Path('/proc/self/statm').read_text().split()[1])*4096
 
 
+@pytest.mark.slow
 def test_thousand_explanations_leave_memory_flat():
     m, x = small_model(), torch.rand(4, 3, 48, 48)
     for _ in range(25): m.explain(x)

@@ -129,6 +129,7 @@ def test_names_of_layers():
         with pytest.raises(ValueError, match=message): choose_layers(cnn, x, layers=[spec])
 
 
+@pytest.mark.slow
 def test_a_transformer_from_end_to_end(tmp_path):
     cnn, x = Transformer().train(), images(64, 64)
     model, plain = AntehocModel(cnn, x), Transformer().train()

@@ -36,6 +36,7 @@ def test_what_fails_is_said(zoo, monkeypatch, reason):
     assert not found['ok'] and found['reason'] == f'AssertionError: {reason}'
 
 
+@pytest.mark.slow
 def test_a_process_that_takes_too_long_is_ended(zoo, monkeypatch):
     monkeypatch.setattr(zoo, 'check', lambda network: __import__('time').sleep(60))
     assert zoo.try_one('timm/test_vit', seconds=.5, gigabytes=64)['reason'] == 'more than 0.5 s'

@@ -1,14 +1,11 @@
 "What the notebook 21_photo_digits does not show: properties over many settings."
-from functools import cache
 
 import numpy as np
-import pytest
 import torch
-from fastai.vision.all import ConvLayer, Learner, accuracy, nn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from antehoc_nb.data.photo_digits import TEST_DIGITS, PhotoDigits, photo_digits_dls, scene_material
+from antehoc_nb.data.photo_digits import TEST_DIGITS, PhotoDigits, scene_material
 
 SETTINGS = dict(
     size=st.integers(24, 130),
@@ -48,16 +45,3 @@ def test_no_global_randomness():
     numpy_state, torch_state = np.random.get_state()[1].copy(), torch.get_rng_state()
     PhotoDigits(3)
     assert (np.random.get_state()[1] == numpy_state).all() and torch.equal(torch.get_rng_state(), torch_state)
-
-
-@pytest.mark.slow
-def test_they_can_be_learned(one_thread):
-    "Four epochs, digits of writers that the CNN has not been trained on."
-    shapes = (3, 16, 2), (16, 32, 1), (32, 64, 2), (64, 64, 1), (64, 128, 2)
-    convolutions = [ConvLayer(n_in, n_out, stride=stride) for n_in, n_out, stride in shapes]
-    cnn = nn.Sequential(*convolutions, nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(128, 10))
-    dls = photo_digits_dls(10000, 1000, size=32, bs=64)
-    for dl in dls: dl.do_item = cache(dl.do_item)  # else each scene is made a tensor anew in each epoch
-    learn = Learner(dls, cnn, metrics=accuracy)
-    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(4, 6e-3)
-    assert learn.recorder.values[-1][-1] > .6

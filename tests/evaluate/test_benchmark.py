@@ -156,6 +156,7 @@ def test_interrupted_and_resumed(tmp_path):
         benchmark(net(5), loader(), dict(steady=left), **kw)
 
 
+@pytest.mark.slow
 def test_memory_is_flat():
     "No more tensors alive in the tenth batch than in the second"
     calls, alive = [], []

@@ -213,6 +213,7 @@ def test_score_cam_is_its_definition():
     torch.testing.assert_close(score_cam(cnn, x, y, bs=5), torch.cat(maps), atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 def test_resnet18_at_64_pixels():
     torch.manual_seed(0)
     net = torchvision.models.resnet18(num_classes=7).eval()
@@ -404,6 +405,7 @@ def test_tensors_are_freed(cam):
     assert seen and not alive and image() is None and m.grad_fn is None
 
 
+@pytest.mark.slow
 @each_cam
 def test_memory_is_flat(cam):
     cnn, (x, y) = tiny(), batch()
@@ -693,6 +695,7 @@ def test_fastai_tensors_and_half_precision_models():
     torch.testing.assert_close(grad_cam(tiny().double(), x.double(), y), grad_cam(tiny(), x, y), atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 def test_comparing_libraries_are_optional():
     code = '''
 import sys

@@ -125,6 +125,7 @@ def test_new_weights_are_drawn_as_the_layer_draws_them():
 # --- the test of maps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('part', ['cnn', 'weight_net', ''])
 def test_the_cascade_is_cumulative(part):
     m, x = model(), torch.randn(5, 3, 16, 16)

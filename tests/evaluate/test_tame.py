@@ -102,6 +102,7 @@ def test_the_cnn_is_untouched(training):
     assert not same(tame.fusion, untrained.fusion)
 
 
+@pytest.mark.slow
 def test_killed_and_resumed(tmp_path):
     torch.manual_seed(0)
     cnn = small_cnn().eval()

@@ -27,6 +27,7 @@ def test_networks_without_layers(cnn, wrap, match):
         with pytest.raises(TypeError, match=match): AntehocModel(wrap(cnn()), sample)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('how', ['method', 'function', 'a block'])
 def test_compiled_networks(cnn, how):
     network, expected = cnn(), AntehocModel(cnn(), X).explain(X)

@@ -264,6 +264,7 @@ def test_a_sample_of_each_class(folder):
         sample_maps(explained, 0)
 
 
+@pytest.mark.slow
 def test_maps_of_other_shapes(images, tmp_path):
     "Maps that are not square, or smaller than those that are compared"
     root, names, _, label = images

@@ -148,6 +148,7 @@ def test_bad_captions_are_named(tmp_path):
     with pytest.raises(ValueError, match='split: no image is for training'): D.Captioned(['a.jpg'], [['a']], ['test'])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('arch', [
     pytest.param('resnet18_half', id='half'), pytest.param('timm/resnet18', id='timm', marks=pytest.mark.slow),
     pytest.param(None, id='own')])
@@ -163,6 +164,7 @@ def test_any_backbone_is_left_as_it_is(data, tok, arch):
     assert digests[0] == digests[1]
 
 
+@pytest.mark.slow
 def test_pass_two_masks_the_image_alone(dls):
     "The captioner is given the same words in both passes, and an image that differs"
     learn = C.caption_learner(dls, 'small_cnn', False, 8, 16, eta=6)

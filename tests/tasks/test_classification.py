@@ -184,6 +184,7 @@ def test_the_class_specific_network_has_the_same_cnn(run, squares):
     config.write_text(text)
 
 
+@pytest.mark.slow
 def test_more_seeds_keep_what_is_done(run, squares, monkeypatch):
     rec, d = run
     one_seed, seeds = C._one_seed, []
@@ -223,6 +224,7 @@ def test_slow_explainers_are_scored_on_fewer_images(run):
     assert sorted(table.index) == sorted(paper_table('table1', dict(tinyimagenet20=b), 'none.json').index)
 
 
+@pytest.mark.slow
 def test_a_run_with_slow_explainers(run, squares, tmp_path, monkeypatch):
     "Score-CAM on half of the images, in the record, the verdict and the table"
     config = classification.config('tinyimagenet20', 'smoke')
@@ -264,6 +266,7 @@ def test_images_of_a_run_are_at_most_so_many(squares):
     assert fingerprint(part) != fingerprint(whole)
 
 
+@pytest.mark.slow
 def test_weight_networks_on_a_cnn_that_was_fine_tuned(squares, tmp_path):
     "The profile `transfer` on a small CNN: three trainings, one CNN; started again, nothing is trained"
     config = classification.config('tinyimagenet20', 'transfer') | classification.config('tinyimagenet20', 'smoke')

@@ -362,6 +362,7 @@ def test_they_start_from_packaged_weights(make):
     assert not next(learn.model.cnn[0].parameters()).requires_grad and learn.model.decoder.spread.weight.requires_grad
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('method', METHODS)
 def test_methods_are_fine_tuned_where_the_profile_says_so(method, tmp_path):
     "One epoch with the body frozen, then the others; started again, nothing is trained"
@@ -433,6 +434,7 @@ def test_figures():
         np.testing.assert_allclose(sorted(bars[1:], key=abs), largest, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_table3(tmp_path, monkeypatch):
     def fewer(n_train, n_valid, *args):
         assert n_valid == 500

@@ -54,6 +54,7 @@ def finished(tmp_path_factory, without_figures):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('plain', [False, True])
 def test_a_run_killed_in_any_part_ends_with_the_same_weights(tmp_path, finished, plain):
     out, whole = tmp_path/'run', finished/('plain' if plain else 'ours')
@@ -93,6 +94,7 @@ def test_a_finished_run_keeps_no_checkpoint_and_is_not_trained_again(finished, p
     if not plain: assert len(learn.two_pass.int_losses) == 12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('file', ['record.json', 'history.json'])
 def test_killed_while_a_part_is_written(tmp_path, finished, monkeypatch, file):
     out, write = tmp_path/'run', experiment.write_record
@@ -110,6 +112,7 @@ def test_killed_while_a_part_is_written(tmp_path, finished, monkeypatch, file):
     assert (out/'model'/'model.safetensors').read_bytes() == (finished/'ours'/'model'/'model.safetensors').read_bytes()
 
 
+@pytest.mark.slow
 def test_what_a_folder_refuses(tmp_path, finished):
     other = 'holds a run with other settings '
     for changes, message in [(dict(epochs=3), other + r'\(epochs: 4 there, 3 now\)'),
@@ -142,6 +145,7 @@ def test_the_metric_is_found_by_its_name(tmp_path):
     assert results['accuracy'] == results['epochs'][0]['accuracy'] == 1 - results['epochs'][0]['error_rate']
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('plain', [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_an_architecture_that_fastai_cannot_take(tmp_path, plain):
     message = "arch='vit_b_16': fastai cannot cut off its head .*, since it has no pooling layer"
@@ -155,6 +159,7 @@ def test_an_architecture_that_images_are_too_small_for(tmp_path):
     assert not (tmp_path/'run').exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('plain', [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_an_architecture_that_needs_a_cut_of_our_own(tmp_path, plain):
     train(tmp_path, arch='mnasnet0_5', epochs=1, plain=plain)
@@ -166,6 +171,7 @@ def test_nothing_is_printed_without_say(tmp_path, capsys):
     assert capsys.readouterr() == ('', '')
 
 
+@pytest.mark.slow
 def test_a_line_now_and_then_within_long_epochs(tmp_path):
     lines = []
     table = experiment.EpochTable(lines.append, seconds=0)
@@ -197,6 +203,7 @@ class KillFit(Kill):
         if self.n_epoch == self.fit_of: super().before_batch()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('plain', [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_fine_tuned_run_killed_in_either_fit_ends_with_the_same_weights(tmp_path, pretrained, plain):
     "`fine_tune` trains the head for one epoch, then all layers"

@@ -82,6 +82,7 @@ def test_validation_images_are_left_alone(lm):
     torch.testing.assert_close((b[1].as_subclass(torch.Tensor) + 1) * 16, torch.from_numpy(lm.points[lm.test]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('arch', ['landmark_cnn', pytest.param('resnet18', marks=pytest.mark.slow), 'timm/resnet10t'])
 def test_any_backbone_is_left_as_it_is(lm, arch):
     "Invariant 1 for a regression: the CNN is the one that plain training gives, to the bit"
@@ -260,6 +261,7 @@ def antehoc(*args, code=0):
     return r.output
 
 
+@pytest.mark.slow
 def test_figure4_from_one_command(tmp_path, monkeypatch):
     "The record and the figure; pictures of real faces stay out of the results"
     monkeypatch.chdir(tmp_path)

@@ -73,6 +73,7 @@ def test_a_vision_learner_is_loaded_from_its_folder(tmp_path, dls, arch, head):
     assert loads_alone(learn.model, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings('ignore:explain')
 @pytest.mark.parametrize('cnn', [
     own_cnn(10), resnet18_half(10), landmark_cnn(4), torchvision.models.resnet18(num_classes=3),
@@ -82,6 +83,7 @@ def test_networks_of_libraries_are_loaded_from_their_folder(tmp_path, cnn):
     assert loads_alone(AntehocModel(cnn, eta=2, mean=[.5] * 3, std=[.25] * 3), tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings('ignore:explain')
 def test_an_exported_learner_is_loaded_from_its_folder(tmp_path, dls):
     learn = vision_learner(dls, torchvision.models.resnet18, pretrained=False, lin_ftrs=[8], path=tmp_path)
@@ -111,6 +113,7 @@ def test_a_learner_is_wrapped_with_what_it_knows(dls):
     with pytest.raises(TypeError, match='is an AntehocModel already'): Learner(dls, nn.Sequential(model), cbs=TwoPass())
 
 
+@pytest.mark.slow
 def test_what_differs_has_no_name(tmp_path):
     changed = []
     for change in (lambda cnn: setattr(cnn[0][0][0], 'stride', (1, 1)),
@@ -148,6 +151,7 @@ def test_a_description_from_a_stranger_runs_nothing(tmp_path, extra, message):
     with pytest.raises(ValueError, match=message): AntehocModel.from_pretrained(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('arch', ['mobilenet_v2', 'mnasnet0_5', 'shufflenet_v2_x0_5'])
 def test_families_whose_pooling_is_a_function(dls, arch):
     learn = plain_learner(dls, arch, pretrained=False, cbs=TwoPass())
@@ -155,6 +159,7 @@ def test_families_whose_pooling_is_a_function(dls, arch):
     assert learn.model.explain(torch.rand(1, 3, 64, 64) * 2 - 1).pred.shape == (1, 10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('arch, reason', [('vit_b_16', 'it has no pooling layer'),
                                           ('resnet18', 'its parts do not run one after another')])
 def test_networks_that_take_no_other_head(dls, arch, reason, monkeypatch):
@@ -167,6 +172,7 @@ def test_networks_that_take_no_other_head(dls, arch, reason, monkeypatch):
         assert str(e.value) == message
 
 
+@pytest.mark.slow
 def test_transformers_have_maps():
     for vit in (timm.create_model('vit_tiny_patch16_224'), torchvision.models.VisionTransformer(32, 16, 1, 1, 8, 8)):
         sample = torch.rand(1, 3, *(224, 224) if hasattr(vit, 'patch_embed') else (32, 32))
@@ -174,6 +180,7 @@ def test_transformers_have_maps():
         assert e.map.shape == (1, 1, *sample.shape[2:]) and e.map.std() > 0
 
 
+@pytest.mark.slow
 def test_a_name_in_place_of_a_network():
     model = AntehocModel('small_cnn', meta=dict(vocab=list('abc')))
     assert model.explain(torch.rand(1, 3, 32, 32)).pred.shape == (1, 3)
@@ -192,6 +199,7 @@ def refused(build):
     return str(e.value)
 
 
+@pytest.mark.slow
 def test_weights_of_a_package_are_those_of_timms_network(dls):
     "Whole, under fastai's head and in a learner; no other weight than the head's is random"
     file = packaged_weights(LITE0)
@@ -216,6 +224,7 @@ def test_a_pretrained_network_names_what_it_sees():
     assert 985 in classes  # daisy
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('arch, head, suffix', [
     ('resnet18', 'fc.', '.pt'), ('squeezenet1_1', 'classifier.', '.safetensors'), ('xresnet18', '11.', '.pth'),
     ('timm/resnet10t', 'fc.', '.safetensors'), ('mnasnet0_5', 'classifier.', '.safetensors')])
@@ -277,6 +286,7 @@ def test_images_reach_the_cnn_as_its_weights_need_them(dls):
         assert normalisation(own) == normalisation(dls)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings('ignore:explain')
 def test_a_vision_learner_with_packaged_weights_needs_no_network(tmp_path):
     "By a function, as torchvision has them: what `plain_learner` makes by name, but for the random head"

@@ -94,6 +94,7 @@ def test_joins_a_trained_learner_and_trains_the_weight_network_alone(opt, late):
     assert all(p.requires_grad for p in net.parameters())
 
 
+@pytest.mark.slow
 def test_one_two_pass_after_another():
     set_seed(0)
     learn = Learner(digits(), small_cnn())
@@ -118,6 +119,7 @@ def test_the_splitter_of_a_cnn_without_trainable_parameters():
     assert antehoc_splitter(model, train_cnn=False) == [list(model.weight_net.parameters())]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('train_cnn', [True, False])
 def test_interrupted_and_started_again(train_cnn):
     class Interrupt(TwoPass):
@@ -155,6 +157,7 @@ class AlwaysDropping(nn.Module):
     def forward(self, x): return self.head(nn.functional.dropout(self.body(x), .5))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', [Recomputing, AlwaysDropping])
 def test_unusual_cnns_are_left_alone_too(kind):
     def trained(*cbs):
@@ -215,6 +218,7 @@ def test_starting_at_a_later_epoch(tmp_path):
     assert torch.load(tmp_path/'c', weights_only=True)['fit'] == 0
 
 
+@pytest.mark.slow
 def test_joining_late_is_the_same_weight_network():
     def trained(late):
         set_seed(0)

@@ -50,6 +50,7 @@ def output_of(train):
 
 # --- What is measured
 
+@pytest.mark.slow
 @pytest.mark.parametrize('weight_net', ['paper', 'auto'])
 def test_the_columns_are_the_drops_of_both_maps(weight_net):
     "Against `change_at_area` of the validation images, with the untrained weight network put in by hand."
@@ -233,6 +234,7 @@ def test_what_is_said_is_what_is_printed(drop, untrained, kept, verdict):
     assert str(two_pass.best) == line and (f'TwoPass: {line}. Try more epochs' in text) == (kept == 'untrained')
 
 
+@pytest.mark.slow
 def test_untrained_is_what_there_was_before_the_first_fit(tmp_path):
     two_pass = Scripted([(30, 50), (20, 20, 50), (60, 50)], (60, 60, 50))  # the two fits of fine_tune
     learn = Learner(scenes(n=32), small_cnn(), path=tmp_path, cbs=two_pass)
@@ -259,6 +261,7 @@ def test_untrained_is_what_there_was_before_the_first_fit(tmp_path):
     assert same(weights(loaded.model), fresh) and not same(fresh, start)
 
 
+@pytest.mark.slow
 def test_a_fit_that_ends_early():
     class Stop(Callback):
         def before_batch(self):
@@ -274,6 +277,7 @@ def test_a_fit_that_ends_early():
 BF16, FP16 = dict(cbs=lambda: [Bf16()]), dict(cbs=lambda: [Fp16()])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('arguments, train', [
     ({}, 'fit'), (FP16, 'fine_tune'), pytest.param({}, 'fine_tune', marks=pytest.mark.slow),
     pytest.param(FP16, 'fit', marks=pytest.mark.slow), pytest.param(BF16, 'fit', marks=pytest.mark.slow),
@@ -289,6 +293,7 @@ def test_the_cnn_is_never_touched(arguments, train):
     assert same(plain, ours) and torch.equal(drawn, ours_drawn) and learn.two_pass.best is not None
 
 
+@pytest.mark.slow
 def test_state_goes_through_a_checkpoint(tmp_path):
     "Cut short in the last epoch, the best epoch being the first; and once more when all is done."
     class Crash(Callback):
@@ -311,6 +316,7 @@ def test_state_goes_through_a_checkpoint(tmp_path):
     assert column(resumed, 'drop_at_20') == column(whole, 'drop_at_20') == [20, 40, 45]
 
 
+@pytest.mark.slow
 def test_two_fits_go_through_a_checkpoint(tmp_path):
     "Of a fit that was finished before, nothing is measured and nothing is said."
     class Crash(Callback):

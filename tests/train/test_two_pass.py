@@ -147,6 +147,7 @@ def test_pass_2_masks_as_the_mask_says():
     assert darkest[0] < 1e-6 and darkest[1:].min() > 1e-3, darkest
 
 
+@pytest.mark.slow
 def test_order_of_callbacks_does_not_matter():
     def cnn_after(*cbs):
         set_seed(7)
@@ -159,6 +160,7 @@ def test_order_of_callbacks_does_not_matter():
     assert same(plain, cnn_after(two_pass(), Bf16(), clip()))
 
 
+@pytest.mark.slow
 def test_timm_and_antehoc_learner_keep_the_cnn():
     pytest.importorskip('timm')
     from fastai.vision.learner import vision_learner
@@ -273,9 +275,10 @@ def free_port():
         return s.getsockname()[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('n, bs, opt, mask, accumulate', [
-    pytest.param(32, 32, 'sgd', 'soft', 0, id='one-batch', marks=pytest.mark.slow),
-    pytest.param(64, 16, 'adam', 'top_area', 0, id='many-batches', marks=pytest.mark.slow),
+    pytest.param(32, 32, 'sgd', 'soft', 0, id='one-batch'),
+    pytest.param(64, 16, 'adam', 'top_area', 0, id='many-batches'),
     pytest.param(64, 16, 'adamw', 'soft+top_area', 32, id='accumulated'),
 ])
 def test_two_processes_train_as_one(start, tmp_path, n, bs, opt, mask, accumulate):
@@ -414,6 +417,7 @@ class SmallAuxiliary(nn.Module):
     def forward(self, x): return self.linear(x.mean((2, 3)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name, size', [('googlenet', 64), pytest.param('inception_v3', 96, marks=pytest.mark.slow)])
 def test_auxiliary_classifiers(name, size):
     "torchvision's own tuple outputs in training mode."
