@@ -1495,6 +1495,21 @@ def _read_config(folder):
     return config
 
 
+def _saved_settings(folder, config, output):
+    "The arguments of the constructor in a configuration. `ValueError` for what was saved by name only and is not here"
+    if config.get('weight_net') not in weight_nets:
+        raise ValueError(f'{folder}: weight_net={config.get("weight_net")!r}, saved by version '
+                         f'{config.get("version")}, is not known to version {antehoc_nb.__version__}; '
+                         'register it, or train the model again')
+    settings = {name: value for name, value in config.items() if name not in ('format', 'version', 'channels_last')}
+    settings.setdefault('evidence', False)  # as in models saved before there was such a thing
+    if output is not None: settings['output'] = output
+    if isinstance(settings.get('output'), dict):
+        raise ValueError(f'{folder}: a function, {settings["output"].get("function")}, chose the output that is '
+                         'explained, and functions are not saved; give it: from_pretrained(folder, output=...)')
+    return settings
+
+
 def _build_cnn(arch, **kwargs):
     "A CNN by the name of its architecture"
     if not cnn_builders:
@@ -1541,16 +1556,7 @@ def from_pretrained(cls: AntehocModel,
     build = (config.get('meta') or {}).get('cnn')
     if cnn is None and build is None:
         raise ValueError(f'{folder}: the CNN was not built by name; pass one of the same architecture as cnn=')
-    if config.get('weight_net') not in weight_nets:
-        raise ValueError(f'{folder}: weight_net={config.get("weight_net")!r}, saved by version '
-                         f'{config.get("version")}, is not known to version {antehoc_nb.__version__}; '
-                         'register it, or train the model again')
-    settings = {name: value for name, value in config.items() if name not in ('format', 'version', 'channels_last')}
-    settings.setdefault('evidence', False)  # as in models saved before there was such a thing
-    if output is not None: settings['output'] = output
-    if isinstance(settings.get('output'), dict):
-        raise ValueError(f'{folder}: a function, {settings["output"].get("function")}, chose the output that is '
-                         'explained, and functions are not saved; give it: from_pretrained(folder, output=...)')
+    settings = _saved_settings(folder, config, output)
     try: model = cls(_build_cnn(**build) if cnn is None else cnn, sample=False, **settings)
     except (TypeError, ValueError) as e:
         raise ValueError(f'{folder/"config.json"} does not fit the CNN, or was edited: {e}') from e
