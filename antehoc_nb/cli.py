@@ -18,6 +18,7 @@ import time
 import warnings
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 from urllib.error import URLError
@@ -46,6 +47,11 @@ class _Output:
     def lines(self):
         "`say`; None if nothing is to be said"
         return None if self.quiet else self.say
+
+    @property
+    def progress(self):
+        "What says a line on standard error; None if nothing is to be said"
+        return None if self.quiet else partial(typer.echo, err=True)
 
     def end(self, summary, next_command=None, **facts):
         "The last lines for people, or the facts as JSON"
@@ -163,6 +169,11 @@ def _default_of(argument):
     return inspect.signature(antehoc_learner).parameters[argument].default
 
 
+def _filled_in(**options):
+    "Options of the command line; those that were not given as the library has them"
+    return {name: _default_of(name) if value is None else value for name, value in options.items()}
+
+
 def _registry(module, name): return getattr(importlib.import_module(f'antehoc_nb.{module}'), name)
 
 
@@ -235,6 +246,16 @@ def _finished(learn, out, plain, output, device):
                device=str(device), out=str(out), files=files)
 
 # %% ../nbs/90_cli.ipynb #d4726f67
+def _check_start(arch, pretrained, weights):
+    "Errors of an architecture, and of the weights to start from"
+    from antehoc_nb.train.archs import find_arch, own_cnns, read_weights
+    find_arch(arch)
+    if pretrained and weights: raise ValueError('--pretrained and --weights: give one of the two')
+    if pretrained and arch in own_cnns:
+        raise ValueError(f'--pretrained: {arch} has no ImageNet weights; leave it out, or choose another --arch')
+    if weights: read_weights(weights)  # says what is wrong with the file
+
+
 _FEW_STEPS = 50  # from random weights, a CNN learns next to nothing in fewer
 
 
@@ -303,30 +324,24 @@ def train(
         found_device = _find_device(device)
         _check_out(out, Path(data))
         if eta and layers: raise ValueError('--eta and --layers: give one of the two')
-        from antehoc_nb.train.archs import find_arch, own_cnns, read_weights
-        find_arch(arch)
-        if pretrained and weights: raise ValueError('--pretrained and --weights: give one of the two')
-        if pretrained and arch in own_cnns:
-            raise ValueError(f'--pretrained: {arch} has no ImageNet weights; leave it out, or choose another --arch')
-        if weights: read_weights(weights)  # says what is wrong with the file
-        dls = _training_dls(data, size, bs, seed, valid, aug, workers, found_device)
+        _check_start(arch, pretrained, weights)
+        dls = _training_dls(data, size, bs, seed=seed, valid=valid, aug=aug, workers=workers, device=found_device)
         bs = dls.bs
         from antehoc_nb.tasks.experiment import train_run
         output.say(f'{len(dls.train_ds):,} training and {len(dls.valid_ds):,} validation images '
                    f'of {len(dls.vocab)} classes, on {found_device}')
         is_new = not (out/'config.json').exists()
         if is_new and not (pretrained or weights): _say_if_few(len(dls.train), epochs, bs, output)
-        chosen = dict(soft_attention=soft_attention, temperature=temperature, weight_net=weight_net, fill=fill)
-        chosen = {name: _default_of(name) if value is None else value for name, value in chosen.items()}
         config = dict(
             data=Path(data).resolve().name, arch=arch, size=size, epochs=epochs, bs=bs, lr=lr, valid=valid,
             pretrained=str(weights) if weights else pretrained, aug=aug, eta=eta,
             layers=layers.split(',') if layers else None, mask=mask, bf16=bf16,
-            channels_last=channels_last, seed=seed, plain=plain) | chosen
+            channels_last=channels_last, seed=seed, plain=plain)
+        config |= _filled_in(soft_attention=soft_attention, temperature=temperature, weight_net=weight_net, fill=fill)
         given = dict(class_specific=class_specific, cells=cells)
         config |= {name: value for name, value in given.items() if value is not None}
         learn = train_run(dls, config, out, _command(), say=output.lines)
-        _finished(learn, out, plain, output, found_device)
+        _finished(learn, out, plain, output, device=found_device)
 
 # %% ../nbs/90_cli.ipynb #cell0010
 def _image_files(images, out):
@@ -403,13 +418,14 @@ def _check_for_pictures(images, out, table, workers):
     if (out/'explain.json').exists(): raise ValueError(f'--out {out} holds a run with --maps; choose another folder')
 
 
-def _explain_many(net, images, out, output, device, **options):
+def _explain_many(model, images, out, output, device, target, **options):
     "`antehoc explain --maps`: explain, and say what was done"
+    net = _load_model(model).to(device)
+    target_class = _target_class(target, net)
     from antehoc_nb.show.explain_many import explain_many
     output.quiet |= int(os.environ.get('RANK', 0)) > 0  # of several processes the first one speaks
-    say = None if output.quiet else lambda text: typer.echo(text, err=True)
     start = time.time()
-    done = explain_many(net, images, out, say=say, **options)
+    done = explain_many(net, images, out, target=target_class, say=output.progress, name=str(model), **options)
     if int(os.environ.get('RANK', 0)) > 0: return
     now, seconds = done.images - done.before, time.time() - start
     before = f', {done.before:,} were done already' if done.before else ''
@@ -418,6 +434,28 @@ def _explain_many(net, images, out, output, device, **options):
     output.end(f'{now:,} image{"s" * (now != 1)} explained{rate}{before}{failed}; the table is {done.table}',
                explained=now, done_before=done.before, failed=done.failed, seconds=round(seconds, 1), out=str(out),
                table=str(done.table), device=str(device))
+
+
+def _explain_files(model, images, out, output, device, target, bs, arrays, threshold):
+    "The same without `--maps`; exit code 1 if an image could not be read"
+    from antehoc_nb.show.explain_files import explain_files
+    files, unread = _image_files(images, out)
+    if unread: typer.echo(f'antehoc: left out: {unread}', err=True)
+    net = _load_model(model).to(device)
+    target_class = _target_class(target, net)
+    if len(files) > _MANY:
+        output.say(f'{len(files):,} images get three files each; --maps npz makes a table and a few files, faster')
+    output.say(f'{len(files):,} image{"s" * (len(files) != 1)}, on {device}')
+    now, before, failed = explain_files(net, files, out, bs or 32, threshold=threshold, target=target_class,
+                                        arrays=arrays, say=output.progress)
+    for name, why in failed: typer.echo(f'antehoc: could not read {name} ({why})', err=True)
+    done_before = f', {before} were done already' if before else ''
+    sheet = f'; look at {out}/contact_sheet.png' if now + before else ''
+    explained = f'{now} image{"s" * (now != 1)} explained'
+    output.end(f'{explained}{done_before}{sheet}', explained=now, done_before=before, out=str(out),
+               failed=[dict(image=name, reason=why) for name, why in failed], device=str(device),
+               table=str(out/'explanations.csv'), contact_sheet=str(out/'contact_sheet.png') if sheet else None)
+    if failed: raise typer.Exit(1)
 
 # %% ../nbs/90_cli.ipynb #be4d1219
 @app.command()
@@ -445,34 +483,17 @@ def explain(
     "Predict and explain images: a contact sheet, overlays, maps, and a table of concept regions."
     output = _Output(quiet, as_json)
     with _in_one_line(output):
-        from antehoc_nb.show.explain_files import explain_files
         if not 0 < threshold <= 1: raise ValueError(f'--threshold {threshold} must lie in (0,1]')
         found_device = _find_device(device)
         _check_out(out)
-        if maps is None: _check_for_pictures(images, out, table, workers)
+        options = dict(device=found_device, threshold=threshold, target=target, bs=bs)
+        if maps is None:
+            _check_for_pictures(images, out, table, workers)
+            _explain_files(model, images, out, output, arrays=arrays, **options)
         elif arrays: raise ValueError('--arrays and --maps exclude each other: --arrays writes a file for every image')
-        if maps is not None:
-            net = _load_model(model).to(found_device)
-            return _explain_many(net, images, out, output, found_device, maps=maps.value, bs=bs, workers=workers,
-                                 table=table.value if table else 'csv', threshold=threshold,
-                                 target=_target_class(target, net), name=str(model))
-        files, unread = _image_files(images, out)
-        if unread: typer.echo(f'antehoc: left out: {unread}', err=True)
-        net = _load_model(model).to(found_device)
-        target_class = _target_class(target, net)
-        if len(files) > _MANY:
-            output.say(f'{len(files):,} images get three files each; --maps npz makes a table and a few files, faster')
-        output.say(f'{len(files):,} image{"s" * (len(files) != 1)}, on {found_device}')
-        say = None if quiet else lambda text: typer.echo(text, err=True)
-        n, before, failed = explain_files(net, files, out, bs or 32, threshold, target_class, arrays=arrays, say=say)
-        for name, why in failed: typer.echo(f'antehoc: could not read {name} ({why})', err=True)
-        done_before = f', {before} were done already' if before else ''
-        sheet = f'; look at {out}/contact_sheet.png' if n + before else ''
-        explained = f'{n} image{"s" * (n != 1)} explained'
-        output.end(f'{explained}{done_before}{sheet}', explained=n, done_before=before, out=str(out),
-                   failed=[dict(image=name, reason=why) for name, why in failed], device=str(found_device),
-                   table=str(out/'explanations.csv'), contact_sheet=str(out/'contact_sheet.png') if sheet else None)
-        if failed: raise typer.Exit(1)
+        else:
+            _explain_many(model, images, out, output, maps=maps.value, workers=workers,
+                          table=table.value if table else 'csv', **options)
 
 # %% ../nbs/90_cli.ipynb #742a2945
 class ExportKind(str, Enum):
@@ -582,7 +603,8 @@ def report(
         found_device = _find_device(device)
         from antehoc_nb.show.report import make_report
         net = None if model is None else _load_model(model).to(found_device)
-        found = make_report(folder, out, net, boxes, masks, root, title, per_class, pictures, seed=seed)
+        found = make_report(folder, out, net, boxes, masks=masks, root=root, title=title, per_class=per_class,
+                            most_pictures=pictures, seed=seed)
         _tell_report(found, time.time() - start, output)
 
 # %% ../nbs/90_cli.ipynb #7fe3edb6
@@ -661,6 +683,14 @@ def _localisation_of_maps(model, dls):
     return {name: localisation(of_images, boxes) for name, of_images in maps.items()}
 
 # %% ../nbs/90_cli.ipynb #f6fcaa5c
+def _save_picture(path):
+    "Write the current figure"
+    import matplotlib.pyplot as plt
+    path.parent.mkdir(parents=True, exist_ok=True)
+    plt.savefig(path, dpi=110, bbox_inches='tight')
+    plt.close()
+
+
 def _draw_found_digit(axes, pixels, map, box, title, is_right):
     "A scene, and its map with the strongest point and the box of the digit"
     from matplotlib.patches import Rectangle
@@ -676,8 +706,6 @@ def _draw_found_digit(axes, pixels, map, box, title, is_right):
 
 def _write_demo_picture(model, dls, path, about):
     "The first eight validation scenes, with the digit that was read and the place that the map shows"
-    import matplotlib.pyplot as plt
-
     from antehoc_nb.show.plots import panel_grid, to_rgb
     from antehoc_nb.train.two_pass import sample_inputs
     explanation = model.explain(sample_inputs(dls, 8)[0])
@@ -685,12 +713,10 @@ def _write_demo_picture(model, dls, path, about):
     digits, labels = explanation.pred.argmax(1).tolist(), dls.valid_ds.labels
     for i, digit in enumerate(digits):
         title = f'read: {digit}' + (f', is {labels[i]}' if digit != labels[i] else '')
-        _draw_found_digit(axes[i], explanation.pixels[i], explanation.map[i].cpu(), dls.valid_ds.boxes[i], title,
-                          digit == labels[i])
+        _draw_found_digit(axes[i], explanation.pixels[i], explanation.map[i].cpu(), box=dls.valid_ds.boxes[i],
+                          title=title, is_right=digit == labels[i])
     axes[0, 0].figure.suptitle(f'{about}: each scene, and its map with the strongest point (+) and the digit (box)')
-    path.parent.mkdir(parents=True, exist_ok=True)
-    plt.savefig(path, dpi=110, bbox_inches='tight')
-    plt.close()
+    _save_picture(path)
 
 # %% ../nbs/90_cli.ipynb #27293fbb
 def _picture_after_each_epoch(path, epochs, output):
@@ -731,14 +757,10 @@ def _tell_demo(accuracy, found, n, picture, output, **facts):
 # %% ../nbs/90_cli.ipynb #d0118ca6
 def _write_photographs(explanation, names, path):
     "Photographs beside their maps, each with what the CNN takes it for"
-    import matplotlib.pyplot as plt
-
     from antehoc_nb.show.plots import show_maps
     said = [f'{name}: {label}' for name, label in zip(names, explanation.labels)]
     show_maps(explanation, titles=said, size=2.2)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    plt.savefig(path, dpi=110, bbox_inches='tight')
-    plt.close()
+    _save_picture(path)
 
 
 def _explain_photographs(path, device, output):
@@ -787,9 +809,9 @@ def demo(
         learn = train_run(dls, config, out, command='antehoc demo', say=output.lines,
                           cbs=[_picture_after_each_epoch(picture, epochs, output)])
         found, seconds = _localisation_of_maps(learn.model, dls), time.time() - start
-        _write_demo_record(learn, config, found, out, seconds)
+        _write_demo_record(learn, config, found, out, seconds=seconds)
         _write_demo_picture(learn.model, dls, picture, f'after {epochs} epochs')
-        _tell_demo(epoch_scores(learn)[-1]['accuracy'], found, len(dls.valid_ds), picture, output,
+        _tell_demo(epoch_scores(learn)[-1]['accuracy'], found, len(dls.valid_ds), picture, output=output,
                    seconds=round(seconds), device=str(found_device), out=str(out), model=str(out/'model'),
                    photographs=photographs)
 
@@ -833,10 +855,10 @@ def reproduce(
         name = experiment.value
         found = find_experiment(name)
         dataset = dataset or next(iter(found.datasets))
-        profile = profile or next(o for o in ('cpu', 'transfer') if o in found.profiles)
+        profile = profile or next(known for known in ('cpu', 'transfer') if known in found.profiles)
         if name in found.tables:
-            record = found.reproduce(dataset, profile, results, work, data, seeds=seeds)
+            record = found.reproduce(dataset, profile, results, work, data=data, seeds=seeds)
             typer.echo(found.tables[name](record, results))
             typer.echo(f'wrote {found.record_path(dataset, profile, results)}')
         if name in found.figures:
-            typer.echo(f'wrote {found.save_figure(name, dataset, profile, results, work, data)}')
+            typer.echo(f'wrote {found.save_figure(name, dataset, profile, results, work=work, data=data)}')

@@ -51,11 +51,11 @@ def _comments(source):
 def _fields(tree):
     "The lines where the parameters of a function, or the fields of a class, stand: line -> name; the last line"
     if isinstance(tree, ast.ClassDef):
-        fields = [o for o in tree.body if isinstance(o, ast.AnnAssign)]
-        return {o.lineno: o.target.id for o in fields}, tree.end_lineno
+        fields = [node for node in tree.body if isinstance(node, ast.AnnAssign)]
+        return {field.lineno: field.target.id for field in fields}, tree.end_lineno
     arguments = tree.args
     every = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs, arguments.vararg, arguments.kwarg]
-    found = {o.lineno: o.arg for o in filter(None, every)}
+    found = {argument.lineno: argument.arg for argument in filter(None, every)}
     if tree.returns: found[tree.returns.end_lineno] = 'return'
     return found, tree.body[0].lineno - 1
 
@@ -92,7 +92,7 @@ def type_text(annotation, # As `inspect.signature` gives it
     if annotation is inspect.Parameter.empty: return ''
     if get_origin(annotation) is Annotated: annotation = get_args(annotation)[0]
     union = get_origin(annotation) in (Union, types.UnionType)
-    return ' or '.join(f'`{_one_type(o)}`' for o in (get_args(annotation) if union else [annotation]))
+    return ' or '.join(f'`{_one_type(one)}`' for one in (get_args(annotation) if union else [annotation]))
 
 
 def _value_text(value, most=40):
@@ -108,7 +108,7 @@ def _value_text(value, most=40):
 def _command_line(parameter):
     "What typer knows of a parameter: an option or an argument; None for a parameter of a function"
     known = get_args(parameter.annotation)[1:] if get_origin(parameter.annotation) is Annotated else ()
-    return next((o for o in known if hasattr(o, 'param_decls')), None)
+    return next((option for option in known if hasattr(option, 'param_decls')), None)
 
 
 def _shown_name(parameter):
@@ -116,7 +116,7 @@ def _shown_name(parameter):
     stars = {inspect.Parameter.VAR_POSITIONAL: '*', inspect.Parameter.VAR_KEYWORD: '**'}.get(parameter.kind, '')
     option = _command_line(parameter)
     if option is None: return stars + parameter.name
-    given = [o for o in (option.default, *(option.param_decls or ())) if str(o).startswith('-')]
+    given = [name for name in (option.default, *(option.param_decls or ())) if str(name).startswith('-')]
     if given: return given[0]
     is_option = 'Option' in type(option).__name__
     return f"--{parameter.name.replace('_', '-')}" if is_option else parameter.name.upper()
@@ -125,7 +125,7 @@ def _shown_name(parameter):
 def _in_cell(text):
     "Text for a cell of a table"
     parts = re.split(r'(`[^`]*`)', re.sub(r'\s+', ' ', text or '').strip())
-    parts[::2] = [re.sub(r'([|<])', r'\\\1', o) for o in parts[::2]]
+    parts[::2] = [re.sub(r'([|<])', r'\\\1', part) for part in parts[::2]]
     return ''.join(parts)
 
 
@@ -177,14 +177,15 @@ def signature_text(name, # As the caller writes it
     returned = signature.return_annotation
     end = ')' if returned is inspect.Signature.empty or prefix == 'class' else f') -> {_one_type(returned)}'
     if len(start + ', '.join(words) + end) <= width: return f"{start}{', '.join(words)}{end}"
-    body = textwrap.wrap(', '.join(o.replace(' ', '\0') for o in words), width - 4, break_long_words=False,
+    body = textwrap.wrap(', '.join(word.replace(' ', '\0') for word in words), width - 4, break_long_words=False,
                          break_on_hyphens=False)
-    return start + ''.join(f'\n    {o}' for o in body).replace('\0', ' ') + f'\n{end}'
+    return start + ''.join(f'\n    {word}' for word in body).replace('\0', ' ') + f'\n{end}'
 
 
 def usage_text(command, signature: inspect.Signature):
     "How a command is written on the command line."
-    names = [(_shown_name(o), o.default is inspect.Parameter.empty) for o in signature.parameters.values()]
+    names = [(_shown_name(parameter), parameter.default is inspect.Parameter.empty)
+             for parameter in signature.parameters.values()]
     arguments = [name if needed else f'[{name}]' for name, needed in names if name[0] != '-']
     return ' '.join(['antehoc', command.replace('_', '-'), '[OPTIONS]', *arguments])
 
@@ -205,8 +206,8 @@ def own_methods(cls: type, # A class
     "The public methods and properties with a docstring that stand in the body of a class."
     try: lines, _ = _source_lines(cls)
     except (OSError, TypeError): return []
-    body = next(o for o in ast.parse(textwrap.dedent(''.join(lines))).body if isinstance(o, ast.ClassDef)).body
-    here = {o.name for o in body if isinstance(o, ast.FunctionDef) and o.name[0] != '_'}
+    body = next(node for node in ast.parse(textwrap.dedent(''.join(lines))).body if isinstance(node, ast.ClassDef)).body
+    here = {node.name for node in body if isinstance(node, ast.FunctionDef) and node.name[0] != '_'}
     members = [(name, *_function_of(member)) for name, member in vars(cls).items() if name in here]
     return [row for row in members if getattr(row[1], '__doc__', None)]
 
@@ -232,7 +233,7 @@ class SymbolRenderer(BasicMarkdownRenderer):
     def _about(self, symbol, name, kind):
         "Signature, docstring and parameters"
         signature = _signature(symbol)
-        is_command = any(_command_line(o) is not None for o in signature.parameters.values())
+        is_command = any(_command_line(parameter) is not None for parameter in signature.parameters.values())
         if is_command: code = usage_text(name, signature)
         elif inspect.isclass(symbol) and issubclass(symbol, Enum): code = f'class {name}'
         else: code = signature_text(name.split('.')[-1], signature, 'class' if inspect.isclass(symbol) else 'def')
@@ -241,7 +242,7 @@ class SymbolRenderer(BasicMarkdownRenderer):
         doc = '' if symbol.__doc__ is None else inspect.cleandoc(symbol.__doc__)
         if is_dataclass(symbol) and doc.startswith(f'{symbol.__name__}('): doc = ''
         language = 'bash' if is_command else 'python'
-        members = [f'`{o.value!r}`' for o in symbol] if isinstance(symbol, type(Enum)) else []
+        members = [f'`{member.value!r}`' for member in symbol] if isinstance(symbol, type(Enum)) else []
         if members: doc = f"{doc}\n\nOne of {', '.join(members)}."
         return '\n\n'.join(filter(None, [f'```{language}\n{code}\n```', doc, parameter_table(symbol, signature)]))
 
@@ -266,18 +267,18 @@ _MARK = '# ---- statement {}'
 def _ruff():
     "The command ruff of this environment"
     scripts = Path(sysconfig.get_path('scripts'))
-    return next((str(o) for o in (scripts/'ruff', scripts/'ruff.exe') if o.exists()), 'ruff')
+    return next((str(path) for path in (scripts/'ruff', scripts/'ruff.exe') if path.exists()), 'ruff')
 
 
 def _laid_out(statements, width):
     "Statements with lines of at most `width` columns, as far as ruff can; one run for all of them"
     if not statements: return []
-    marked = '\n'.join(f'{_MARK.format(i)}\n{o}' for i, o in enumerate(statements))
+    marked = '\n'.join(f'{_MARK.format(i)}\n{part}' for i, part in enumerate(statements))
     settings = ["format.quote-style='preserve'", 'format.skip-magic-trailing-comma=true', f'line-length={width}']
-    command = [_ruff(), 'format', '--isolated', *(o for s in settings for o in ('--config', s)), '-']
+    command = [_ruff(), 'format', '--isolated', *(part for setting in settings for part in ('--config', setting)), '-']
     done = subprocess.run(command, input=marked, capture_output=True, text=True, encoding='utf-8', check=True)
     parts = re.split(_MARK.format(r'\d+') + '\n', done.stdout)[1:]
-    return [o.strip('\n') for o in parts]
+    return [part.strip('\n') for part in parts]
 
 
 def _broken(line, width):
@@ -293,14 +294,15 @@ _STRING = re.compile(r"""(\s*)([^'"]*?)([fr]?)(['"])(.*)(\4[\]),: ]*)$""")
 
 def _pieces(text, width):
     "A text cut after spaces, into pieces of at most `width` characters; the braces of an f-string stay whole"
-    ends = [m.end() for m in re.finditer(' +', text) if text[:m.end()].count('{') == text[:m.end()].count('}')]
+    ends = [blank.end() for blank in re.finditer(' +', text)]
+    ends = [end for end in ends if text[:end].count('{') == text[:end].count('}')]
     found = ['']
     for first, last in zip([0, *ends], [*ends, len(text)]):
         if found[-1] and len(found[-1]) + last - first > width: found.append('')
         found[-1] += text[first:last]
     return found
 
-
+# %% ../nbs/89_pages.ipynb #41ee4152
 def _meaning(code):
     "What a program is, but for line breaks in its docstrings; None if it is no program"
     try: tree = ast.parse(code)
@@ -364,9 +366,9 @@ def _statements(code):
 
 def _spans(code):
     "The lines of each statement of some code, as (first, one after the last), with their decorators"
-    for o in _statements(code):
-        decorators = [d.lineno for d in getattr(o, 'decorator_list', [])]
-        yield min([o.lineno, *decorators]) - 1, o.end_lineno
+    for statement in _statements(code):
+        decorators = [decorator.lineno for decorator in getattr(statement, 'decorator_list', [])]
+        yield min([statement.lineno, *decorators]) - 1, statement.end_lineno
 
 
 def narrow_code(sources: list, # Source of cells, without directives
@@ -422,7 +424,8 @@ class arrange_code(Processor):
 
     def _is_empty_entry(self, cell):
         "Whether a cell is an entry of which there is nothing to say"
-        texts = [''.join(o['data'].get('text/markdown', 'x')) for o in cell.get('outputs', []) if 'data' in o]
+        texts = [''.join(output['data'].get('text/markdown', 'x'))
+                 for output in cell.get('outputs', []) if 'data' in output]
         return cell.cell_type == 'code' and 'show_doc(' in cell.source and texts == ['']
 
 # %% ../nbs/89_pages.ipynb #94faf87e
@@ -526,5 +529,5 @@ class repair_links(Processor):
     def cell(self, cell):
         def repaired(text): return repaired_links(''.join(text), self.site, self.entries)
         if cell.cell_type == 'markdown': cell.source = repaired(cell.source)
-        for data in [o['data'] for o in cell.get('outputs', []) if 'data' in o]:
+        for data in [output['data'] for output in cell.get('outputs', []) if 'data' in output]:
             if 'text/markdown' in data: data['text/markdown'] = repaired(data['text/markdown'])

@@ -34,7 +34,7 @@ def _image_size_of(model, size):
                          "size='any'")
     pair = (size, size) if isinstance(size, int) else size
     is_pair = isinstance(pair, (tuple, list)) and len(pair) == 2
-    if not is_pair or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in pair):
+    if not is_pair or not all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in pair):
         raise ValueError(f'export: size={size!r} must be a number of pixels or (height, width), each above 0, '
                          "or 'any'")
     return tuple(pair)

@@ -51,7 +51,7 @@ def _local_grid(module, size_in, size_out):
     kernel, stride = _pair(_kernel(module)), _pair(module.stride)
     if len(kernel) != 2: return None
     spans = [dilation * (width - 1) for width, dilation in zip(kernel, _pair(getattr(module, 'dilation', 1)))]
-    paddings = _paddings(module, stride, spans, size_in, size_out)
+    paddings = _paddings(module, stride, spans, size_in, size_out=size_out)
     first = [span / 2 - padding for span, padding in zip(spans, paddings)]
     if isinstance(module, nn.ConvTranspose2d): return [(-start / step, 1 / step) for start, step in zip(first, stride)]
     return list(zip(first, stride))
@@ -182,11 +182,11 @@ def _symbolic_weights(cells, pixels, results, axis_grid, device):
 
 def _axis_weights(cells, pixels, results, axis_grid, device):
     "`_cell_weights` of a grid along one axis; None: spread evenly"
-    if is_symbolic(cells, pixels, results): return _symbolic_weights(cells, pixels, results, axis_grid, device)
+    if is_symbolic(cells, pixels, results): return _symbolic_weights(cells, pixels, results, axis_grid, device=device)
     start, step = axis_grid or ((pixels / cells - 1) / 2, pixels / cells)
     return _cell_weights(cells, results, start, step, pixels / results, device=device)
 
-
+# %% ../../nbs/core/02_geometry.ipynb #4616f8b8
 def resize(maps: torch.Tensor, # (B,C,h,w)
            size: tuple[int, int], # (H,W) of the image
            grid: tuple | None = None, # Where the cells are, as of `layer_grids`; None: spread evenly
@@ -197,7 +197,7 @@ def resize(maps: torch.Tensor, # (B,C,h,w)
     if grid is None and cells is None and maps.device.type != 'cpu' and not symbolic:
         coarser = any(results < n for results, n in zip(size, maps.shape[2:]))
         return F.interpolate(maps.float(), size=size, mode='bilinear', align_corners=False, antialias=coarser)
-    rows, columns = (_axis_weights(n, pixels, results, axis_grid, maps.device) for n, pixels, results, axis_grid
+    rows, columns = (_axis_weights(n, pixels, results, axis_grid, device=maps.device) for n, pixels, results, axis_grid
                      in zip(maps.shape[2:], size, cells or size, grid or (None, None)))
     if torch.compiler.is_compiling():  # a compiler can be wrong about the strides that a convolution returns
         maps = maps.clone(memory_format=torch.contiguous_format)
@@ -210,7 +210,8 @@ def resize_maps(maps: Sequence[torch.Tensor], # eta maps, (B,1,h_i,w_i)
                 cells: tuple[int, int] | None = None, # Rows and columns of the result; None: those of the image
                ) -> torch.Tensor: # (B,eta,H,W), or (B,eta,*cells)
     "Bring maps of several resolutions to one size, and stack them along the channels."
-    return torch.cat([resize(m, size, grid, cells) for m, grid in zip(maps, grids or [None] * len(maps))], 1)
+    grids = grids or [None] * len(maps)
+    return torch.cat([resize(of_layer, size, grid, cells) for of_layer, grid in zip(maps, grids)], 1)
 
 # %% ../../nbs/core/02_geometry.ipynb #768f41be
 def _block_length(length, wanted):
@@ -230,7 +231,7 @@ def _pool_symbolic(activation, grid, cells):
     device, pooled_grid = activation.device, []
     for axis, wanted, axis_grid in zip((2, 3), cells, grid or (None, None)):
         numbers = activation.shape[axis], wanted
-        length, wanted = (torch.scalar_tensor(n, dtype=torch.int64, device=device) for n in numbers)
+        length, wanted = (torch.scalar_tensor(number, dtype=torch.int64, device=device) for number in numbers)
         block = (length // ((17 * wanted + 19) // 20)).clamp_min(1)
         n_blocks, = as_lengths(length // block)
         first = length % block // 2 + block * torch.arange(n_blocks, device=device)

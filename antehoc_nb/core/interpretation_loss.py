@@ -19,7 +19,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from .masking import Mask, masked_input
-from .utils import Registry, map_tensors, output_tensors
+from .utils import Registry, map_tensors, output_tensors, shape_or_type
 
 # %% ../../nbs/core/06_interpretation_loss.ipynb #c96d6c0c
 _MAIN_OUTPUTS = 'logits', 'out'  # as Hugging Face and torchvision call them
@@ -37,9 +37,8 @@ def describe_outputs(out: Any, # What a CNN returned
                     ) -> str: # Such as "'logits' (2, 5), 'boxes' (2, 4)"
     "The names or positions of a CNN's outputs, with their shapes."
     if isinstance(out, torch.Tensor): return f'one tensor {tuple(out.shape)}'
-    shapes = {name: tuple(part.shape) if isinstance(part, torch.Tensor) else type(part).__name__
-              for name, part in _parts(out).items()}
-    return ', '.join(f'{name!r} {shape}' for name, shape in shapes.items()) or f'a {type(out).__name__}'
+    said = [f'{name!r} {shape_or_type(part)}' for name, part in _parts(out).items()]
+    return ', '.join(said) or f'a {type(out).__name__}'
 
 
 def _chosen_output(out, output):
@@ -143,7 +142,7 @@ def int_loss(y2, # Outputs for the masked images: a tensor, or tensors in a tupl
     if int_losses.option(loss, 'needs_target'): return compare(output_tensors(y2)[0], y1)
     y1, y2 = output_tensors(y1), output_tensors(y2)
     if not y1 or not y2: raise ValueError('the CNN returned no floating-point tensor to compare')
-    return torch.stack([compare(b, a.detach()) for a, b in zip(y1, y2)]).mean()
+    return torch.stack([compare(of_masked, of_image.detach()) for of_image, of_masked in zip(y1, y2)]).mean()
 
 # %% ../../nbs/core/06_interpretation_loss.ipynb #cell0008
 _WHICH, _WHETHER = 0.7548776662466927, 0.5698402909980532  # steps of two sequences that are even together (R2)
@@ -288,7 +287,7 @@ def interpretation_loss(model, # An `AntehocModel`
     Errors as of `masked_input` and `int_loss`."""
     x, *others = map_tensors(torch.Tensor.detach, (x, *others))
     maps, *_ = model.interpret(recorded, x.shape[2:], target, exponent=1.)  # a narrower mask asks for more
-    y2 = model.cnn(masked_input(x, maps, number, mask, fill, model.mean, model.std), *others)
+    y2 = model.cnn(masked_input(x, maps, number, mask, fill=fill, mean=model.mean, std=model.std), *others)
     y1, y2 = (explained_output(y, model.output) for y in (y1, y2))
     return int_loss(y2, y1 if target is None else target, loss)
 
@@ -402,7 +401,7 @@ def output_at_area(model, # An `AntehocModel`
                   ): # What the CNN returns
     """The CNN's output, in evaluation mode, if nothing but the highest pixels of each map is kept. No random stream
     moves. Errors as of `top_pixels` and `masked`."""
-    kept = masked(x, top_pixels(maps, share), fill, model.mean, model.std)
+    kept = masked(x, top_pixels(maps, share), fill, mean=model.mean, std=model.std)
     with frozen(model.cnn): return model.cnn(kept, *others)
 
 
@@ -423,7 +422,7 @@ def change_at_area(model, # An `AntehocModel`
     Errors as of `output_at_area` and `output_change`."""
     if y1 is None:
         with frozen(model.cnn): y1 = model.cnn(x.clone(), *others)  # some CNNs write to their input
-    y2 = output_at_area(model, x, maps, share, fill, others)
+    y2 = output_at_area(model, x, maps, share, fill=fill, others=others)
     return 100 * output_change(y1, y2, target, activation).mean().item()
 
 # %% ../../nbs/core/06_interpretation_loss.ipynb #03703e00
@@ -523,7 +522,7 @@ def _step_targets(model, y1, label, numbers, others):
     y1 = output_tensors(explained_output(y1, model.output))[0]
     return draw_targets(y1, label, numbers, task=model.task)
 
-
+# %% ../../nbs/core/06_interpretation_loss.ipynb #85327d9a
 def is_detector(cnn) -> bool: # Any network
     "Whether a network is a detector of torchvision, which gives detections in evaluation mode alone."
     return any(kind.__module__.startswith('torchvision.models.detection') for kind in type(cnn).__mro__)
@@ -550,6 +549,17 @@ def _check_images(model, x):
     if seen % 2000 < len(x): model.check_training_images(x, 'two_pass_step')
 
 
+def _first_pass(wrapped, model, x, others):
+    "What the CNN gives for the images. `ValueError` for those of another number of channels, or another type"
+    try: return wrapped(x, *others)
+    except RuntimeError as e:
+        if x.shape[1] != model.image_channels: raise model.wrong_channels(x, 'two_pass_step') from e
+        weights = next(model.cnn.parameters(), x)
+        if x.dtype == weights.dtype or torch.is_autocast_enabled(x.device.type): raise
+        raise ValueError(f'two_pass_step: the images are {x.dtype}, the weights of the CNN {weights.dtype}; '
+                         f'use x.to({weights.dtype})') from e
+
+
 def two_pass_step(model, # An `AntehocModel`; or such a model in `DistributedDataParallel`
                   x: torch.Tensor, # Images, (B,C,H,W), normalised as the CNN expects
                   label: torch.Tensor | None = None, # For a class-specific weight network, as of `draw_targets`:
@@ -574,13 +584,7 @@ def two_pass_step(model, # An `AntehocModel`; or such a model in `DistributedDat
     model.recording = True
     model.cnn_learns = any(weight.requires_grad for weight in model.cnn.parameters())
     _check_images(model, x)
-    try: y1 = wrapped(x, *others)
-    except RuntimeError as e:
-        if x.shape[1] != model.image_channels: raise model.wrong_channels(x, 'two_pass_step') from e
-        weights = next(model.cnn.parameters(), x)
-        if x.dtype == weights.dtype or torch.is_autocast_enabled(x.device.type): raise
-        raise ValueError(f'two_pass_step: the images are {x.dtype}, the weights of the CNN {weights.dtype}; '
-                         f'use x.to({weights.dtype})') from e
+    y1 = _first_pass(wrapped, model, x, others)
     recorded = model.take_recorded()
     numbers = _numbers(model, len(x), number)
     _keep_border_current(model, x, others, numbers)
@@ -588,8 +592,8 @@ def two_pass_step(model, # An `AntehocModel`; or such a model in `DistributedDat
     else: numbers_of_mask, mask = numbers, default_mask(model) if mask is None else mask
     weights = [weight for weight in model.weight_net.parameters() if weight.requires_grad]
     with frozen(model.cnn):
-        target = _step_targets(model, y1, label, numbers, others)
-        int_loss = interpretation_loss(model, x, recorded, y1, numbers_of_mask, mask, fill, loss or default_loss(model),
-                                       target, others)
+        target = _step_targets(model, y1, label, numbers, others=others)
+        int_loss = interpretation_loss(model, x, recorded, y1, number=numbers_of_mask, mask=mask, fill=fill,
+                                       loss=loss or default_loss(model), target=target, others=others)
         if weights and torch.is_grad_enabled(): int_loss = _with_gradients(int_loss, weights)
     return y1, int_loss

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from .utils import always_called, as_inputs, every_module, frozen, unknown_name
+from .utils import always_called, as_inputs, every_module, frozen, shape_or_type, unknown_name
 
 # %% ../../nbs/core/01_layers.ipynb #cell0005
 CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
@@ -148,7 +148,7 @@ class _CallLog:
             inputs = (_memory(arg) for arg in args if isinstance(arg, torch.Tensor))
             if _is_leaf(module) and _memory(tensor) not in inputs: self.makers.setdefault(_memory(tensor), module)
             if tensor.ndim in (3, 4) and tensor.is_floating_point() and tensor.numel():
-                self.calls.append(self._call(name, module, index, args, tensor, tensor is output))
+                self.calls.append(self._call(name, module, index, args, output=tensor, alone=tensor is output))
         return note
 
     def _call(self, name, module, index, args, output, alone):
@@ -214,7 +214,7 @@ def token_grid(n: int, # How many tokens
               ) -> tuple[int, int]: # Rows and columns
     "The rows and columns of `n` tokens: the two factors of `n` that are nearest to the image's aspect ratio."
     aspect = size[0] / size[1]
-    pairs = [(k, n // k) for k in range(1, math.isqrt(n) + 1) if n % k == 0]
+    pairs = [(rows, n // rows) for rows in range(1, math.isqrt(n) + 1) if n % rows == 0]
     pairs += [pair[::-1] for pair in pairs]
     return min(pairs, key=lambda pair: abs(math.log(pair[0] / (pair[1] * aspect))))
 
@@ -292,7 +292,7 @@ def _as_layer(call, layout, size, rectify=False):
     "The `Layer` of a call, at stage 0"
     name = (call.name if call.once else f'{call.name}:{call.index}') + layout.suffix + '+relu' * rectify
     shape = tuple(layout.view(call.output, size).shape[1:])
-    return Layer(name, type(call.module).__name__, shape, 0, layout.suffix, call.seen)
+    return Layer(name, type(call.module).__name__, shape, stage=0, grid=layout.suffix, seen=call.seen)
 
 
 def _with_stages(found):
@@ -409,7 +409,8 @@ def _find_layout(output, size, sizes, strict=True):
 
 def _is_block(call, images, size):
     "Whether a call may be a block of a transformer; convolutions are known by other signs"
-    if call.is_leaf or len(call.output) != images or not any(p.ndim > 1 for p in call.module.parameters()): return False
+    has_matrix = any(parameter.ndim > 1 for parameter in call.module.parameters())
+    if call.is_leaf or len(call.output) != images or not has_matrix: return False
     if call.output.ndim == 3 or not call.has_convolution: return True
     shape = call.output.shape
     return _aspect_error(shape[1:3], size) < _aspect_error(shape[2:], size)
@@ -478,7 +479,7 @@ def _try_layers(cnn, sample):
     of_convolutions = [(_first_once(group), rectify) for group, rectify in groups]
     faults = {call.name: _fault(outputs.get((call.name, call.index))) for call, _ in of_convolutions}
     last = max([call.seen for call, _ in [*of_convolutions, *of_blocks] if not faults.get(call.name)], default=1.)
-    if last < .5: of_blocks += _late_layers(calls, outputs, len(image), size, last)
+    if last < .5: of_blocks += _late_layers(calls, outputs, len(image), size, last=last)
     known = {_memory(call.output) for call, _ in of_convolutions}
     layers = {id(call): _as_layer(call, Layout(), size, rectify) for call, rectify in of_convolutions}
     faults = {layers[id(call)].name: fault for call, _ in of_convolutions if (fault := faults[call.name])}
@@ -537,7 +538,7 @@ def _choose(cnn, sample, eta):
     if eta is None: eta = min(8, len(found))
     return tuple(layer.name for layer in _evenly_spaced(found, eta))
 
-
+# %% ../../nbs/core/01_layers.ipynb #9336f1b9
 def _check_names(cnn, layers):
     """`ValueError` for a repeated name, none at all, or one that the CNN does not have; `TypeError` for what is no
     name"""
@@ -571,6 +572,22 @@ def _with_layout(spec, suffix):
     return before + suffix + plus + after
 
 
+def _checked_layout(spec, call, output, size, sizes):
+    """The layout of a layer: that of its name, else the one that its `output` for `_probes` has. `ValueError` if there
+    is none, or another"""
+    layout, fault = layer_layout(spec), None
+    if layout.suffix: _check_axes(spec, call.output)
+    elif output is None and call.output.ndim == 3:
+        raise ValueError(f"layer {spec!r}: the rows and columns of its tokens can't be found out, since the CNN "
+                         f'does not take three images; say how many tokens to leave out, {spec}@tokens-1')
+    elif output is not None and not (call.is_image and _fault(output) is None):
+        layout, fault = _find_layout(output, size, sizes)
+        if fault and call.is_image: fault = _fault(output)
+    if output is not None and not fault: fault = _fault(layout.view(output, size))
+    if fault: raise ValueError(f"layer {spec!r} does not hold the images' rows and columns: {fault}")
+    return layout
+
+
 def _check_layers(cnn, sample, layers):
     """The names with the suffixes of their layouts. `ValueError` for a layer that returns another kind of tensor, whose
     call is not there or not named, or whose output does not hold the images' rows and columns"""
@@ -580,18 +597,8 @@ def _check_layers(cnn, sample, layers):
     for spec in layers: _check_call(cnn, sample, spec, counts[parse_layer(spec)[0]])
     outputs, named = _watch_probes(cnn, sample), []
     for spec in layers:
-        call, output = (found.get(parse_layer(spec)[:2]) for found in (shown, outputs))
-        layout = layer_layout(spec)
-        if layout.suffix: _check_axes(spec, call.output)
-        elif output is not None and not (call.is_image and _fault(output) is None):
-            layout, fault = _find_layout(output, size, sizes)
-            if fault and call.is_image: fault = _fault(output)
-            if fault: raise ValueError(f"layer {spec!r} does not hold the images' rows and columns: {fault}")
-        elif output is None and call.output.ndim == 3:
-            raise ValueError(f"layer {spec!r}: the rows and columns of its tokens can't be found out, since the CNN "
-                             f'does not take three images; say how many tokens to leave out, {spec}@tokens-1')
-        fault = None if output is None else _fault(layout.view(output, size))
-        if fault: raise ValueError(f"layer {spec!r} does not hold the images' rows and columns: {fault}")
+        place = parse_layer(spec)[:2]
+        layout = _checked_layout(spec, shown[place], outputs.get(place), size=size, sizes=sizes)
         named.append(spec if layer_layout(spec).suffix else _with_layout(spec, layout.suffix))
     return tuple(named)
 
@@ -717,9 +724,9 @@ class ActivationRecorder:
     def _record(self, spec, relu, layout, output):
         if layout.suffix: output = first_tensor(output)
         if not isinstance(output, torch.Tensor) or output.ndim != (3 if '@tokens' in layout.suffix else 4):
-            got = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
             wanted = {'': '(B,C,H,W)', '@last': '(B,H,W,C)'}.get(layout.suffix, '(B,N,C)')
-            raise ValueError(f'layer {spec!r} returned {got}, not a {wanted} tensor; choose another in layers=[...]')
+            raise ValueError(f'layer {spec!r} returned {shape_or_type(output)}, not a {wanted} tensor; '
+                             'choose another in layers=[...]')
         activation = layout.view(output.detach(), self._image_size or (1, 1))
         self._recorded[spec] = self.functions[spec](activation.relu() if relu else activation)
 

@@ -164,12 +164,12 @@ class Alternate(Mask):
     def __call__(self, maps, number):
         owner = _per_image(self._owner(number), maps)
         *others, kept = [mask(maps, number) for mask in self.masks]
-        for k, other in reversed([*enumerate(others)]): kept = torch.where(owner == k, other, kept)
+        for i, other in reversed([*enumerate(others)]): kept = torch.where(owner == i, other, kept)
         return kept
 
     def on_black(self, number):
         owner = self._owner(number)
-        return torch.stack([mask.on_black(number) & (owner == k) for k, mask in enumerate(self.masks)]).any(0)
+        return torch.stack([mask.on_black(number) & (owner == i) for i, mask in enumerate(self.masks)]).any(0)
 
 # %% ../../nbs/core/05_masking.ipynb #314f5454
 masks = Registry('mask')
@@ -207,6 +207,6 @@ def masked_input(x: torch.Tensor, # Images, (B,C,H,W), normalised as the CNN exp
     mask = as_mask(mask)
     kept = mask(maps, number)
     on_black = mask.on_black(number)
-    filled = masked(x, kept, fill, mean, std)
+    filled = masked(x, kept, fill, mean=mean, std=std)
     if not on_black.any(): return filled
-    return torch.where(_per_image(on_black, x), masked(x, kept, 'black', mean, std), filled)
+    return torch.where(_per_image(on_black, x), masked(x, kept, 'black', mean=mean, std=std), filled)

@@ -38,8 +38,8 @@ from .layers import channel_gradients, choose_layers, unseen_share
 from .masking import masked
 from antehoc_nb.core.utils import (
     as_inputs, as_normalisation, cnn_builders, eval_mode, frozen, full_precision, import_extra, in_channels,
-    map_tensors, noise_images, own_seed, own_sizes, plain_tensor, rgb_images, train_functions, trial_copy,
-    unknown_name, usual_mode, whole_or_not_at_all, with_versions,
+    map_tensors, noise_images, own_seed, own_sizes, plain_tensor, rgb_images, shape_or_type, train_functions,
+    trial_copy, unknown_name, usual_mode, whole_or_not_at_all, with_versions,
 )
 from antehoc_nb.core.weight_net import (
     EVIDENCE_EXPONENT, class_numbers, contrast, count_classes, evidence_gate, gives_logits, in_deviations,
@@ -104,10 +104,17 @@ class Explanation:
 
 # %% ../../nbs/core/07_model.ipynb #f4df67a1
 @patch
-def _each(self: Explanation, f):
-    "A copy, with `f` applied to everything that has one entry per image"
-    names = [name for name in ('map', 'sams', 'weights', 'image', 'target') if getattr(self, name) is not None]
-    return replace(self, pred=map_tensors(f, self.pred), **{name: f(getattr(self, name)) for name in names})
+def _entries(self: Explanation):
+    "The tensors that have one entry per image, by name"
+    found = {name: getattr(self, name) for name in ('map', 'sams', 'weights', 'image', 'target')}
+    return {name: entries for name, entries in found.items() if entries is not None}
+
+
+@patch
+def _each(self: Explanation, change):
+    "A copy, with `change` applied to everything that has one entry per image"
+    changed = {name: change(entries) for name, entries in self._entries().items()}
+    return replace(self, pred=map_tensors(change, self.pred), **changed)
 
 
 def _of_images(images, n):
@@ -134,8 +141,8 @@ def __getitem__(self: Explanation, i: int | slice) -> Explanation:
         i = operator.index(i)
         if not -len(self) <= i < len(self): raise IndexError(f'image {i} of an explanation of {len(self)} images')
         i = slice(i, i + 1 or None)
-    names = [name for name in ('map', 'sams', 'weights', 'image', 'target') if getattr(self, name) is not None]
-    part = replace(self, pred=_of_images(i, len(self))(self.pred), **{name: getattr(self, name)[i] for name in names})
+    entries = {name: of_all[i] for name, of_all in self._entries().items()}
+    part = replace(self, pred=_of_images(i, len(self))(self.pred), **entries)
     return part if self.photos is None else replace(part, photos=self.photos[i])
 
 
@@ -173,7 +180,7 @@ def _scores(self: Explanation):
     if is_float and task == 'binary' and pred.numel() == len(pred): return pred.float().view(-1, 1)
     if is_float and pred.ndim == 2 and task in ACTIVATIONS and (pred.shape[1] > 1 or task != 'single-label'):
         return pred.float()
-    got = tuple(pred.shape) if isinstance(pred, torch.Tensor) else type(pred).__name__
+    got = shape_or_type(pred)
     what, hint = f'the CNN gives no scores of classes (B,K), but {got}', ''
     if (self.meta or {}).get('task'): what = f'the task of this model is {task}, its output {got}'
     if not task and is_float and pred.numel() == len(pred):
@@ -190,7 +197,7 @@ def probabilities(self: Explanation) -> torch.Tensor:
     if activation is None: return scores
     return scores.softmax(1) if activation == 'softmax' else scores.sigmoid()
 
-
+# %% ../../nbs/core/07_model.ipynb #319d2e99
 @patch(as_prop=True)
 def decisions(self: Explanation) -> list[list[tuple[str, float | None]]]:
     """What is predicted for each image, with its probability: the class, or each of the labels that are on. Without a
@@ -201,11 +208,14 @@ def decisions(self: Explanation) -> list[list[tuple[str, float | None]]]:
         return [[(text, None) for text in of_image] for of_image in _WITHOUT_PROBABILITY[self.task](self)]
     probabilities = self.probabilities
     if self.task == 'single-label':
-        return [[(self._class_name(number), p)] for p, number in zip(*(o.tolist() for o in probabilities.max(1)))]
+        highest = probabilities.max(1)
+        pairs = zip(highest.indices.tolist(), highest.values.tolist())
+        return [[(self._class_name(number), share)] for number, share in pairs]
     threshold = (self.meta or {}).get('threshold', .5)
     if self.task == 'binary':
-        return [[(self._class_name(int(p > threshold)), max(p, 1 - p))] for p in probabilities[:, 0].tolist()]
-    return [[(self._class_name(number), p) for number, p in enumerate(of_image) if p > threshold]
+        return [[(self._class_name(int(share > threshold)), max(share, 1 - share))]
+                for share in probabilities[:, 0].tolist()]
+    return [[(self._class_name(number), share) for number, share in enumerate(of_image) if share > threshold]
             for of_image in probabilities.tolist()]
 
 
@@ -288,21 +298,33 @@ def save(self: Explanation,
     return paths
 
 
+def _in_words(decisions):
+    "What was predicted for an image, with its probability; of several labels the first four"
+    said = [label if share is None else f'{label} {share:.0%}' for label, share in decisions[:4]]
+    return ', '.join(said) or 'none'
+
+
+@patch
+def _targets_to_name(self: Explanation):
+    "The number of each image's target class; None where the title need not name it, as it is the predicted class"
+    nothing = [None] * len(self)
+    if self.target is None or self.task not in ('single-label', 'multi-label', 'segmentation'): return nothing
+    if self.task != 'single-label':
+        return (self.target if self.target.ndim == 1 else self.target.flatten(1).amax(1)).tolist()
+    predicted = self.probabilities.max(1).indices
+    if self.target.shape != predicted.shape: return nothing
+    pairs = zip(self.target.tolist(), predicted.tolist())
+    return [None if target == of_image else target for target, of_image in pairs]
+
+
 @patch
 def _titles(self: Explanation):
     "What was predicted for each image, with its probability, and the target class if that is another one"
-    def said(of_image): return ', '.join(label if p is None else f'{label} {p:.0%}' for label, p in of_image[:4])
-    try: titles = [said(of_image) or 'none' for of_image in self.decisions]
+    try: titles = list(map(_in_words, self.decisions))
     except TypeError: return [''] * len(self)
-    if self.task in ('multi-label', 'segmentation') and self.target is not None:
-        numbers = self.target.cpu() if self.target.ndim == 1 else self.target.cpu().flatten(1).amax(1)
-        return [f'{title}\ntarget {self._class_name(number)}' for title, number in zip(titles, numbers.tolist())]
-    if self.task != 'single-label': return titles
-    predicted = self.probabilities.max(1)
-    if self.target is None or self.target.shape != predicted.indices.shape: return titles
-    other = (self.target.to(predicted.indices) != predicted.indices).tolist()
-    names = [self._class_name(number) for number in self.target.tolist()]
-    return [f'{title}\ntarget {name}' if o else title for title, name, o in zip(titles, names, other)]
+    targets = self._targets_to_name()
+    return [title if target is None else f'{title}\ntarget {self._class_name(target)}'
+            for title, target in zip(titles, targets)]
 
 
 @patch
@@ -449,7 +471,7 @@ def as_cnn_takes(sample, cnn):
     floats = all(isinstance(tensor, torch.Tensor) and tensor.is_floating_point() for tensor in (weight, images))
     return (images.to(weight.dtype) if floats else images, *others)
 
-
+# %% ../../nbs/core/07_model.ipynb #a52e3934
 class AntehocModel(nn.Module):
     """A CNN with a weight network that explains it (paper, section 2). Calling it is calling the CNN.
 
@@ -571,7 +593,7 @@ def _check_unseen(self: AntehocModel, share):
                     f'that is recorded, {self.layers[-1]!r}, so the map does not show what they look at; name later '
                     'layers with layers=[...] (layer_table(cnn, images) lists them)', level=6)
 
-
+# %% ../../nbs/core/07_model.ipynb #5587bcad
 @patch
 def _choose_weight_net(self: AntehocModel, name, sample, channels, classes, class_specific):
     "The kind of weight network, and what its size depends on"
@@ -604,8 +626,8 @@ def _find_sizes(self: AntehocModel, sample, classes, class_specific):
     if not isinstance(explained, torch.Tensor): self._several_outputs = describe_outputs(out)
     self._note_segmentation(out, explained)
     if self.task == 'segmentation' and not _is_scores(explained, 4):
-        got = tuple(explained.shape) if isinstance(explained, torch.Tensor) else type(explained).__name__
-        raise ValueError(f"meta: the output of a CNN of task='segmentation' must be (B,K,h,w) with K > 1, got {got}")
+        raise ValueError("meta: the output of a CNN of task='segmentation' must be (B,K,h,w) with K > 1, got "
+                         f'{shape_or_type(explained)}')
     wanted = class_specific or classes is not None
     if class_specific is False or not (wanted or self._can_have_targets(explained)): return channels, None
     if self.task == 'segmentation': return channels, explained.shape[1]
@@ -649,7 +671,7 @@ def explained(self: AntehocModel, # noqa: F811
     "The output that the map is about, as of `explained_output`."
     return explained_output(out, self.output)
 
-
+# %% ../../nbs/core/07_model.ipynb #216fec3e
 @patch
 def _build_weight_net(self: AntehocModel):
     "The weight network, from random numbers of its own"
@@ -909,7 +931,7 @@ def _run_and_record(self: AntehocModel, args, kwargs):
     "What the CNN returns, and the `LayerMaps` of each layer"
     cells = self.map_cells(args[0].shape[2:])
     recorders = [partial(self._record, i, cells) for i in range(self.eta)]
-    out, maps = record_sams(self.cnn, self.layers, args, kwargs, recorders)
+    out, maps = record_sams(self.cnn, self.layers, args, kwargs, attention=recorders)
     recorded = Recorded(maps)
     recorded.scores = self._scores_of(out)
     return out, recorded
@@ -950,7 +972,7 @@ def interpret(self: AntehocModel,
     specific = dict(target=target) if self.class_specific else {}
     logits = self.weight_net(aligned.to(dtype), *[part.to(dtype) for part in read], **specific)
     if exponent is None: exponent = 1. if self.evidence is None else EVIDENCE_EXPONENT
-    i_map, weights = interpretation_map(aligned, logits, self.scale, size, exponent)
+    i_map, weights = interpretation_map(aligned, logits, self.scale, size, exponent=exponent)
     return i_map, weights, aligned
 
 
@@ -1189,22 +1211,32 @@ def _check_values(self: AntehocModel, x):
     if has_other_units(mean, std):
         self._warn_once('units', f'explain: the pixels go from {low:.4g} to {high:.4g} by the normalisation, and not '
                         'from 0 to 1; in pictures, two standard deviations around the mean are stretched over 0 to 1')
-        return
-    if low >= -1 and high > 16:
+    elif low >= -1 and high > 16:
         raise ValueError(f'explain: these look like pixels from 0 to 255 (the highest is {ends.max().item():.0f}); '
                          'give them as they are, x.to(torch.uint8), or divide by 255 and normalise')
-    if (mean == 0).all() and (std == 1).all():
-        if low < -.2 or high > 1.2:
-            self._warn_once('mean', f'explain: the images go from {low:.2f} to {high:.2f}, so they seem to be '
-                            'normalised, but the model has no mean and std, without which "black" is grey and '
-                            'pixels are clipped; give AntehocModel(cnn, mean=[...], std=[...])')
-    elif low < -1 or high > 2:
+    elif (mean == 0).all() and (std == 1).all(): self._warn_if_normalised(low, high)
+    else: self._warn_if_not_normalised(ends, low, high)
+
+
+@patch
+def _warn_if_normalised(self: AntehocModel, low, high):
+    "Of a model without mean and std: warn of values that are no pixels in [0,1]"
+    if low >= -.2 and high <= 1.2: return
+    self._warn_once('mean', f'explain: the images go from {low:.2f} to {high:.2f}, so they seem to be '
+                    'normalised, but the model has no mean and std, without which "black" is grey and '
+                    'pixels are clipped; give AntehocModel(cnn, mean=[...], std=[...])', level=6)
+
+
+@patch
+def _warn_if_not_normalised(self: AntehocModel, ends, low, high):
+    "Of a model with mean and std: warn of images normalised twice, or not at all; `low`, `high`: of the pixels"
+    if low < -1 or high > 2:
         self._warn_once('twice', f'explain: without the normalisation, pixels go from {low:.2f} to {high:.2f} and not '
                         'from 0 to 1; were the images normalised twice, or with another mean and std than '
-                        'the model\'s?')
+                        "the model's?", level=6)
     elif 0 <= ends.min() and .5 < ends.max() <= 1:
         self._warn_once('raw', 'explain: the images lie in [0,1], so they do not seem to be normalised, but the CNN '
-                        'expects (x - model.mean) / model.std')
+                        'expects (x - model.mean) / model.std', level=6)
 
 
 @patch
@@ -1325,7 +1357,7 @@ def mask(self: AntehocModel,
          fill: str | float | Sequence[float] = 'black', # 'black', 'mean', 'blur' or a colour in [0,1]
         ) -> torch.Tensor: # (B,C,H,W), normalised
     "`masked`, with this model's normalisation."
-    return masked(plain_tensor(x), m, fill, self.mean, self.std)
+    return masked(plain_tensor(x), m, fill, mean=self.mean, std=self.std)
 
 # %% ../../nbs/core/07_model.ipynb #68439e2f
 _LARGE = 2**14  # numbers in a tensor that is worth to be left out
@@ -1463,6 +1495,21 @@ def _read_config(folder):
     return config
 
 
+def _saved_settings(folder, config, output):
+    "The arguments of the constructor in a configuration. `ValueError` for what was saved by name only and is not here"
+    if config.get('weight_net') not in weight_nets:
+        raise ValueError(f'{folder}: weight_net={config.get("weight_net")!r}, saved by version '
+                         f'{config.get("version")}, is not known to version {antehoc_nb.__version__}; '
+                         'register it, or train the model again')
+    settings = {name: value for name, value in config.items() if name not in ('format', 'version', 'channels_last')}
+    settings.setdefault('evidence', False)  # as in models saved before there was such a thing
+    if output is not None: settings['output'] = output
+    if isinstance(settings.get('output'), dict):
+        raise ValueError(f'{folder}: a function, {settings["output"].get("function")}, chose the output that is '
+                         'explained, and functions are not saved; give it: from_pretrained(folder, output=...)')
+    return settings
+
+
 def _build_cnn(arch, **kwargs):
     "A CNN by the name of its architecture"
     if not cnn_builders:
@@ -1509,16 +1556,7 @@ def from_pretrained(cls: AntehocModel,
     build = (config.get('meta') or {}).get('cnn')
     if cnn is None and build is None:
         raise ValueError(f'{folder}: the CNN was not built by name; pass one of the same architecture as cnn=')
-    if config.get('weight_net') not in weight_nets:
-        raise ValueError(f'{folder}: weight_net={config.get("weight_net")!r}, saved by version '
-                         f'{config.get("version")}, is not known to version {antehoc_nb.__version__}; '
-                         'register it, or train the model again')
-    settings = {name: value for name, value in config.items() if name not in ('format', 'version', 'channels_last')}
-    settings.setdefault('evidence', False)  # as in models saved before there was such a thing
-    if output is not None: settings['output'] = output
-    if isinstance(settings.get('output'), dict):
-        raise ValueError(f'{folder}: a function, {settings["output"].get("function")}, chose the output that is '
-                         'explained, and functions are not saved; give it: from_pretrained(folder, output=...)')
+    settings = _saved_settings(folder, config, output)
     try: model = cls(_build_cnn(**build) if cnn is None else cnn, sample=False, **settings)
     except (TypeError, ValueError) as e:
         raise ValueError(f'{folder/"config.json"} does not fit the CNN, or was edited: {e}') from e

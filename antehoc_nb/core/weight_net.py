@@ -16,7 +16,7 @@ from torch import nn
 
 from .attention import minmax, standardise
 from .geometry import is_same_size, resize
-from .utils import Registry, unknown_name
+from .utils import Registry, shape_or_type, unknown_name
 
 # %% ../../nbs/core/04_weight_net.ipynb #cell0005
 weight_nets = Registry('weight network')
@@ -101,7 +101,7 @@ class Reader(nn.Module):
                 ):
         super().__init__()
         self.channels = list(channels)
-        per_channel = 1 / torch.tensor([n for n in self.channels for _ in range(n)])**.5
+        per_channel = 1 / torch.tensor([count for count in self.channels for _ in range(count)])**.5
         self.views = nn.Parameter((2 * torch.rand(views, sum(self.channels)) - 1) * per_channel)
         self.shared_direction = nn.Parameter(torch.zeros(1, sum(self.channels)))
         self.class_directions = nn.Embedding(classes, sum(self.channels)) if classes else None
@@ -193,9 +193,8 @@ def count_classes(out, # What a CNN returned
     if gives_logits(out):
         if expected in (None, out.shape[1]): return out.shape[1]
         raise ValueError(f'classes={expected}: the output of the CNN has {out.shape[1]} classes')
-    got = f'{tuple(out.shape)} of {out.dtype}' if isinstance(out, torch.Tensor) else type(out).__name__
-    raise ValueError('a class-specific map takes a CNN that gives logits (B,K), K > 1; '
-                     f'this one gives {got}: class_specific=False explains any output')
+    raise ValueError('a class-specific map takes a CNN that gives logits (B,K), K > 1; this one gives '
+                     f'{shape_or_type(out, with_dtype=True)}: class_specific=False explains any output')
 
 
 def _numbers_of(labels, names):

@@ -47,9 +47,9 @@ class Captioned:
 
     def __post_init__(self):
         self.split = np.asarray(self.split)
-        self.images = [Path(o) if isinstance(o, str) else o for o in self.images]
+        self.images = [Path(entry) if isinstance(entry, str) else entry for entry in self.images]
         self._check_lengths()
-        self.captions = [list(o) for o in self.captions]
+        self.captions = [list(entry) for entry in self.captions]
         self._check_captions()
         unknown = sorted({*map(str, self.split)} - {*SPLIT_NAMES})
         if unknown: raise ValueError(f'split must be one of {SPLIT_NAMES}, not {unknown[:3]}')
@@ -141,7 +141,7 @@ def _paint_named_digit(rng, scene, digits, second, direction):
     "Paint one of `digits` on a scene, in place. The name of its colour, and its pixels (S,S)"
     size = len(scene)
     side = round(size * rng.uniform(.34, .46))
-    row, column = _digit_corner(rng, size, side, second, direction)
+    row, column = _digit_corner(rng, size, side, second, direction=direction)
     ink = draw_ink(digits[rng.integers(len(digits))], side)
     colour = _clear_colour(rng, scene[row:row + side, column:column + side][ink > .5].mean(0))
     rgb = (np.float32(COLOURS[colour]) + rng.uniform(-10, 10, 3)).clip(0, 255)
@@ -158,7 +158,7 @@ def _pair_scene(rng, size, digits, photos):
     names, places = [], {}
     for second, label in enumerate(rng.permutation(10)[:2]):
         word = DIGIT_WORDS[label]
-        colour, places[word] = _paint_named_digit(rng, scene, digits[label], second, direction)
+        colour, places[word] = _paint_named_digit(rng, scene, digits[label], second, direction=direction)
         names.append(f'{colour} {word}')
     return (scene + .5).astype(np.uint8), [phrase.format(*names) for phrase in PHRASES[direction]], places
 
@@ -173,8 +173,8 @@ def digit_captions(
     "Two coloured digits a scene. `ValueError` for a size under 32 or a count below 1."
     if size < 32: raise ValueError(f'size={size}: two readable digits need 32 pixels a side; use size=32 or more')
     counts = dict(train=n_train, valid=n_valid, test=n_test)
-    for split, n in counts.items():
-        if n < 1: raise ValueError(f'n_{split}={n}: ask for at least one scene')
+    for split, count in counts.items():
+        if count < 1: raise ValueError(f'n_{split}={count}: ask for at least one scene')
     scenes = []
     for number, split in enumerate(SPLIT_NAMES):
         digits, photos = scene_material('test' if split == 'test' else 'train', size)
@@ -264,7 +264,7 @@ def _official_splits(root, path):
 def _random_splits(names, seed):
     "`(image name, split)` pairs, 6 to 1 to 1"
     turn = np.random.default_rng(seed).permutation(len(names)) % 8
-    return [(name, {6: 'valid', 7: 'test'}.get(t, 'train')) for name, t in zip(names, turn)]
+    return [(name, {6: 'valid', 7: 'test'}.get(number, 'train')) for name, number in zip(names, turn)]
 
 # %% ../../nbs/data/23_captions.ipynb #17cfc77a
 def _find_lacking(named, files, captions, lacking):
@@ -415,8 +415,8 @@ class Encode(Transform):
 class PadCaptions(ItemTransform):
     "Captions of a batch padded to the longest; fastai can't export a plain function."
     def encodes(self, samples):
-        longest = max(len(o) for sample in samples for o in sample if isinstance(o, TensorCaption))
-        return [tuple(self._pad(o, longest) for o in sample) for sample in samples]
+        longest = max(len(part) for sample in samples for part in sample if isinstance(part, TensorCaption))
+        return [tuple(self._pad(part, longest) for part in sample) for sample in samples]
 
     def _pad(self, o, length): return F.pad(o, (0, length - len(o))) if isinstance(o, TensorCaption) else o
 

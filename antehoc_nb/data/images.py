@@ -145,7 +145,7 @@ def fetch(
         dest.unlink()
     dest.parent.mkdir(parents=True, exist_ok=True)
     part = dest.with_name(dest.name + '.part')
-    _pull_with_retries(url, part, retries, timeout, progress)
+    _pull_with_retries(url, part, retries, timeout, progress=progress)
     error = _checksum_error(part, sha256, md5)
     if error:
         part.unlink()
@@ -298,7 +298,8 @@ ANIMALS10 = dict(cane='dog', cavallo='horse', elefante='elephant', farfalla='but
 def _is_hidden(name): return name.startswith(('.', '__'))
 
 
-def _subfolders(path): return sorted(o for o in path.iterdir() if o.is_dir() and not _is_hidden(o.name))
+def _subfolders(path):
+    return sorted(below for below in path.iterdir() if below.is_dir() and not _is_hidden(below.name))
 
 
 def files_below(folder: Path) -> list[Path]: # Sorted
@@ -355,20 +356,26 @@ def _is_training_split(folder, others):
     return not has_images and any(SPLITS.get(name.lower()) in ('valid', 'test') for name in others)
 
 
+def _named_splits(folders):
+    "The splits that folders are named after, as `_find_splits` gives them; None unless there is one for training"
+    of_folder = [(folder, SPLITS[folder.name.lower()]) for folder in folders if folder.name.lower() in SPLITS]
+    names = [folder.name for folder in folders]
+    if not any(split == 'train' and _is_training_split(folder, names) for folder, split in of_folder): return None
+    splits = {}
+    for folder, split in of_folder: splits[split] = splits.get(split, []) + _split_items(folder)
+    return splits
+
+
 def _find_splits(path):
     "`{'train' | 'valid' | 'test' | 'all': [(path or array, class name), ...]}` of a folder in any of the layouts"
     for _ in range(3):  # archives often wrap everything in one or two folders
         if _has_batches(path): return _cifar_splits(path)
         folders = _subfolders(path)
-        named = [folder for folder in folders if folder.name.lower() in SPLITS]
-        splits = {SPLITS[folder.name.lower()]: [] for folder in named}
-        if any(SPLITS[folder.name.lower()] == 'train' and _is_training_split(folder, [o.name for o in folders])
-               for folder in named):
-            for folder in named: splits[SPLITS[folder.name.lower()]] += _split_items(folder)
-            return splits
+        splits = _named_splits(folders)
+        if splits is not None: return splits
         if len(folders) != 1 or not (_subfolders(folders[0]) or _has_batches(folders[0])): break
         path = folders[0]
-    is_animals10 = {o.name for o in folders} == ANIMALS10.keys()
+    is_animals10 = {folder.name for folder in folders} == ANIMALS10.keys()
     return {'all': _class_folders(folders, ANIMALS10 if is_animals10 else None)}
 
 # %% ../../nbs/data/20_images.ipynb #7bfae3d7
@@ -492,11 +499,11 @@ def _check_class_folders(path, splits):
     direct = {file.parent for file in used}
     with_images = {parent for file in used for parent in file.parents} | {unpacked(path)}
     for file in filter(_is_other_image, files):
-        folder = next((o for o in file.parents if o.parent in with_images), None)
+        folder = next((above for above in file.parents if above.parent in with_images), None)
         if folder is None or folder in with_images or folder.parent in direct: continue
+        unread = unread_images([below for below in files if folder in below.parents])
         raise ValueError(f'path={str(path)!r}: the folder {folder.name!r} has no image that is read, but '
-                         f'{unread_images([o for o in files if folder in o.parents])}; convert them to JPEG or PNG, '
-                         'or delete the folder')
+                         f'{unread}; convert them to JPEG or PNG, or delete the folder')
 
 
 def _warn_of_left_out(path, splits):
@@ -536,7 +543,7 @@ def _check_items(path, train, valid, vocab, verify):
         message = f'path={str(path)!r}: {len(bad)} images cannot be read; repair or delete them:'
         raise ValueError('\n'.join([message, *bad]))
 
-
+# %% ../../nbs/data/20_images.ipynb #c853ae53
 def usual_batch_size(n: int, # Training images
                     ) -> int: # 64, 32, 16 or 8
     "The largest of these with which an epoch has 20 batches or more, and 8 for fewer than 320 images."
@@ -563,11 +570,12 @@ def image_dls(
     path = Path(path).expanduser()
     splits, vocab = _read_splits(path)
     train_items, valid_items = _hold_out(splits, valid, seed)
-    _check_items(path, train_items, valid_items, vocab, verify)
+    _check_items(path, train_items, valid_items, vocab, verify=verify)
     if bs is None: bs = usual_batch_size(len(train_items))
     if item_tfms is None: item_tfms = Fit(size)
     batch_tfms = [*([FlipShift()] if aug else []), *L(batch_tfms)]
-    return labelled_dls(train_items, valid_items, vocab, bs, item_tfms, batch_tfms, num_workers=num_workers, **kw)
+    return labelled_dls(train_items, valid_items, vocab, bs, item_tfms=item_tfms, batch_tfms=batch_tfms,
+                        num_workers=num_workers, **kw)
 
 # %% ../../nbs/data/20_images.ipynb #cell0029
 TINY_IMAGENET_URL = 'http://cs231n.stanford.edu/tiny-imagenet-200.zip'

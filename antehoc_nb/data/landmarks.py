@@ -123,7 +123,7 @@ _DEPTH = np.repeat([0., .6, 1., .6, .7], [17, 10, 9, 12, 20])  # how far jaw, br
 
 def _rgb(colour):
     "A colour (3,) in 0..1 as integers 0..255, clipped"
-    return tuple(int(v) for v in np.clip(colour, 0, 1) * 255)
+    return tuple(int(value) for value in np.clip(colour, 0, 1) * 255)
 
 
 @dataclass
@@ -155,8 +155,8 @@ class _Pen:
     def disc(self, centre, radius, colour):
         "A disc around a point (2,); its radius is a share of the face"
         x, y = self.pose.place(centre) * _OVERSAMPLING
-        r = radius * self.pose.size * self.pose.side * _OVERSAMPLING
-        self.canvas.ellipse((x - r, y - r, x + r, y + r), fill=colour)
+        pixels = radius * self.pose.size * self.pose.side * _OVERSAMPLING
+        self.canvas.ellipse((x - pixels, y - pixels, x + pixels, y + pixels), fill=colour)
 
 # %% ../../nbs/data/22_landmarks.ipynb #14059771
 def _draw_head(pen, points, skin, hair):
@@ -255,11 +255,11 @@ class Landmarks:
 
     def __post_init__(self):
         self.points, self.test = np.asarray(self.points, np.float32), np.asarray(self.test, bool)
-        self.images = [Path(o) if isinstance(o, str) else o for o in self.images]
+        self.images = [Path(image) if isinstance(image, str) else image for image in self.images]
         self.people = np.arange(len(self)) if self.people is None else np.asarray(self.people)
         self._check_arguments()
         self._check_points()
-        self.sizes = np.array([_image_size(o) for o in self.images])
+        self.sizes = np.array([_image_size(image) for image in self.images])
         self._check_outside()
         if self.test.all() or not self.test.any():
             raise ValueError(f'test: {self.test.sum()} of {len(self.test)} images; both training and testing need some')
@@ -433,13 +433,13 @@ def aflw2000(
     points = np.stack([_read_pt3d_68(image.with_suffix('.mat')) for image in images])
     n_test = max(1, round(test * len(images)))
     is_test = np.random.default_rng(seed).permutation(len(images)) < n_test
-    return Landmarks(images, points, is_test, FACE68, outside)
+    return Landmarks(images, points, is_test, scheme=FACE68, outside=outside)
 
 # %% ../../nbs/data/22_landmarks.ipynb #cell0019
 def _read_csv(file):
     "Names, splits, points (N,68,2) and, or None, people of landmarks.csv"
     table, columns = pd.read_csv(file), [f'{axis}{i}' for i in range(68) for axis in 'xy']
-    lacking = [c for c in ('file', 'split', *columns) if c not in table]
+    lacking = [column for column in ('file', 'split', *columns) if column not in table]
     if lacking: raise ValueError(f'{file}: lacks the columns {lacking[:4]}{" ..." * (len(lacking) > 4)}')
     people = table.identity.values if 'identity' in table else None
     return table.file.values, table.split.values, table[columns].values.reshape(-1, 68, 2), people
@@ -481,7 +481,8 @@ def face_table(
     names, split, points, people = _read_npz(npz) if csv is None else _read_csv(csv)
     _check_table(file, names, split, people)
     if people is not None: people = np.unique(people, return_inverse=True)[1]
-    return Landmarks([file.parent/name for name in names], points, np.asarray(split) == 'test', FACE68, outside, people)
+    return Landmarks([file.parent/name for name in names], points, np.asarray(split) == 'test', scheme=FACE68,
+                     outside=outside, people=people)
 
 # %% ../../nbs/data/22_landmarks.ipynb #cell0022
 class TurnFaces(AffineCoordTfm):

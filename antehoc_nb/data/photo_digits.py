@@ -149,7 +149,7 @@ def _scene(rng, size, digits, photos, n_distractors):
     scene = random_crop(rng, photo, size)
     if rng.random() < .5: scene = scene[:, ::-1].copy()
     corner, share, mask = _paint_digit(rng, scene, digits[label])
-    for _ in range(n_distractors): _paint_distractor(rng, scene, digits, corner, share)
+    for _ in range(n_distractors): _paint_distractor(rng, scene, digits, digit_corner=corner, digit_share=share)
     return (scene + .5).astype(np.uint8), label, mask
 
 # %% ../../nbs/data/21_photo_digits.ipynb #cell0013

@@ -59,7 +59,7 @@ def test_images(
     if not absent_ok: _check_classes(dl, classes)
     picked = _spread_over_classes(classes, n)
     batches = [_labelled(batch) for batch in _in_order(dl, subset(dl.dataset, picked))]
-    x, y = (torch.cat([plain_tensor(batch[k]) for batch in batches]) for k in (0, 1))
+    x, y = (torch.cat([plain_tensor(batch[part]) for batch in batches]) for part in (0, 1))
     return x, y, picked
 
 # %% ../../nbs/evaluate/48_benchmark.ipynb #2c31a848
@@ -109,8 +109,8 @@ def _check_classes(dl, classes):
 def _spread_over_classes(classes, n):
     "The positions of `n` images, evenly over the classes and, within a class, in a fixed random order"
     turn = np.zeros(len(classes), int)  # how many images of the same class are taken before
-    for c in np.unique(classes):
-        members = np.flatnonzero(classes == c)
+    for number in np.unique(classes):
+        members = np.flatnonzero(classes == number)
         turn[np.random.default_rng(0).permutation(members)] = np.arange(len(members))
     return np.sort(np.lexsort((classes, turn))[:n]).tolist()
 
@@ -138,7 +138,7 @@ class Task:
 
     def masked(self, mask): # (B,1,H,W) in [0,1]
         "The images under a mask"
-        return masked(self.x, mask, self.fill, self.mean, self.std)
+        return masked(self.x, mask, self.fill, mean=self.mean, std=self.std)
 
 # %% ../../nbs/evaluate/48_benchmark.ipynb #b1347ac0
 benchmark_metrics = Registry('metric')  # name -> f(task, maps), which gives {(scorer, masks, name): (B,) values}
@@ -195,7 +195,7 @@ def _swap(task, maps, other, prefix):
     of_other = task.explain(task.x, other) if task.class_specific else maps
     found = {('', '', f'{prefix}_map_difference'): (maps - of_other).abs().mean((1, 2, 3))}
     for kind, share in SWAP_MASKS.items():
-        masks = [m if share is None else equal_area_mask(m, share) for m in (maps, of_other)]
+        masks = [of_class if share is None else equal_area_mask(of_class, share) for of_class in (maps, of_other)]
         images = dict(none=task.x) | dict(zip(('own', 'other'), map(task.masked, masks)))
         for name, scorer in task.scorers.items():
             for metric, values in class_swap(scorer, images, task.y, other).items():
@@ -268,26 +268,28 @@ def benchmark(
     Raises `ValueError` for bad maps, names or settings, or an empty test set."""
     chosen = _choose_explainers(explainers, model, out)
     functions = {name: benchmark_metrics[name] for name in metrics}
-    _check_settings(chosen, functions, target, score, regions, dl)
+    _check_settings(chosen, functions, target, score=score, regions=regions, dl=dl)
     mosaics = Mosaics() if mosaics is None else mosaics
     if not isinstance(mosaics, Mosaics): raise TypeError(f'mosaics={mosaics!r} must be Mosaics(...)')
     x, y, where = test_images(dl, n, absent_ok)
     if regions is not None: regions = torch.as_tensor(regions)[where].to(x.device)
     cnn = model.cnn if isinstance(model, AntehocModel) else model
-    scorers = {name: partial(score, m) for name, m in dict(cnn=cnn, evaluator=evaluator).items() if m is not None}
-    mean, std = _statistics(model, dl, mean, std, x.device)
-    _try_out(scorers, x[:1], y[:1], threshold, areas)
+    scorers = dict(cnn=partial(score, cnn))
+    if evaluator is not None: scorers['evaluator'] = partial(score, evaluator)
+    mean, std = _statistics(model, dl, mean=mean, std=std, device=x.device)
+    _try_out(scorers, x[:1], y[:1], threshold=threshold, areas=areas)
     accuracy = None
-    task = Task(x, y, scorers, mean, std, fill, threshold, tuple(areas), steps, regions, mosaics=mosaics, bs=bs)
+    task = Task(x, y, scorers, mean=mean, std=std, fill=fill, threshold=threshold, areas=tuple(areas), steps=steps,
+                regions=regions, mosaics=mosaics, bs=bs)
     if score is class_probability:
         logits = _predict(cnn, x, bs)
         predicted = logits.argmax(1)
         accuracy = (predicted == y).float().mean().item()
         if target == 'predicted': task.y = predicted
         _choose_others(task, logits, cnn, functions)
-    settings = _settings(task, model, evaluator, functions, target, score, bs)
-    values, times = _measure_all(chosen, model, task, functions, out, settings)
-    df = summarise(values, times, resamples, seed, exclude)
+    settings = _settings(task, model, evaluator, metrics=functions, target=target, score=score, bs=bs)
+    values, times = _measure_all(chosen, model, task, metrics=functions, out=out, settings=settings)
+    df = summarise(values, times, resamples=resamples, seed=seed, exclude=exclude)
     config = (config or {}) | settings | dict(n=len(x), resamples=resamples)
     agnostic = [name for name, explainer in chosen.items() if not is_class_specific(explainer, model)]
     results = dict(accuracy=accuracy, n=len(x), class_agnostic=agnostic, **as_results(df))
@@ -385,32 +387,36 @@ def _settings(task, model, evaluator, metrics, target, score, bs):
 # %% ../../nbs/evaluate/48_benchmark.ipynb #c2ea2d4f
 def _measure_all(explainers, model, task, metrics, out, settings):
     "Values and times of every explainer; those in the folder beside `out` are read"
-    tasks = _batches(task, task.bs)
-    whole = {name: benchmark_metrics.option(name, 'whole') for name in metrics}
-    each = [metric for name, metric in metrics.items() if not whole[name]]
-    once = [metric for name, metric in metrics.items() if whole[name]]
     folder = Path(out).with_suffix('') if out else None
     if folder: check_config(folder, settings)
+    n_batches = len(_batches(task, task.bs))
     values, times = {}, {}
-    with tqdm(total=len(explainers) * len(tasks), desc='benchmark', unit='batch', disable=None) as bar:
+    with tqdm(total=len(explainers) * n_batches, desc='benchmark', unit='batch', disable=None) as bar:
         for name, explainer in explainers.items():
             file = folder/f'{name}.npz' if folder else None
             if file and file.exists():
                 values[name], times[name] = _read_values(file)
-                bar.update(len(tasks))
-            else:
-                bar.set_postfix_str(name)
-                own = dict(explain=partial(explain_with, explainer, model),
-                           class_specific=is_class_specific(explainer, model))
-                parts = [replace(part, **own) for part in tasks]
-                values[name], times[name] = _measure(explainer, model, parts, each, bar)
-                values[name] |= _measure_whole(replace(task, **own), once)
-                if file: _write_values(file, values[name], times[name])
+                bar.update(n_batches)
+                continue
+            bar.set_postfix_str(name)
+            values[name], times[name] = _measure(explainer, model, task, metrics, bar=bar)
+            if file: _write_values(file, values[name], times[name])
     return values, times
 
 
-def _measure(explainer, model, tasks, metrics, bar):
+def _measure(explainer, model, task, metrics, bar):
     "Values of every image, and milliseconds per map of every batch"
+    task = replace(task, explain=partial(explain_with, explainer, model),
+                   class_specific=is_class_specific(explainer, model))
+    whole = {name: benchmark_metrics.option(name, 'whole') for name in metrics}
+    each = [metric for name, metric in metrics.items() if not whole[name]]
+    once = [metric for name, metric in metrics.items() if whole[name]]
+    values, times = _measure_batches(explainer, model, _batches(task, task.bs), each, bar=bar)
+    return values | _measure_whole(task, once), times
+
+
+def _measure_batches(explainer, model, tasks, metrics, bar):
+    "The same, by the metrics that take a batch of images"
     values, times = {}, []
     explain_with(explainer, model, tasks[0].x[:1], tasks[0].y[:1])  # the first call of anything is slow
     for task in tasks:

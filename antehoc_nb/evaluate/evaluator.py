@@ -30,12 +30,12 @@ def random_masks(
 ) -> torch.Tensor: # (n,1,H,W), float32 in [0,1]
     "Hard and soft masks of any coarseness and area, drawn without an image."
     cells = 3 * 2**torch.randint(0, 4, (n,), generator=gen)
-    grids = [torch.rand(1, 1, int(c), int(c), generator=gen) for c in cells]
+    grids = [torch.rand(1, 1, int(side), int(side), generator=gen) for side in cells]
     noise = torch.cat([F.interpolate(grid, size, mode='bilinear') for grid in grids])
     rank = noise.flatten(1).argsort(1).argsort(1).view_as(noise) / max(noise[0].numel() - 1, 1)  # 0 to 1, evenly
-    u = torch.rand(n, 1, 1, 1, generator=gen)
+    drawn = torch.rand(n, 1, 1, 1, generator=gen)
     hard = torch.rand(n, 1, 1, 1, generator=gen) < .5
-    return torch.where(hard, (rank >= .98*u).float(), rank**(10*u**2))
+    return torch.where(hard, (rank >= .98*drawn).float(), rank**(10*drawn**2))
 
 # %% ../../nbs/evaluate/46_evaluator.ipynb #cell0008
 class RandomMasks(Callback):
@@ -54,15 +54,15 @@ class RandomMasks(Callback):
 
     def before_fit(self):
         mean, std = normalisation(self.learn.dls)
-        self.stats = [torch.tensor(v).view(1, -1, 1, 1) for v in (mean or [0.], std or [1.])]
+        self.stats = [torch.tensor(values).view(1, -1, 1, 1) for values in (mean or [0.], std or [1.])]
 
     def before_batch(self):
         if hasattr(self.learn, 'gather_preds'): return  # predicting
         x, *others = self.xb
         x = plain_tensor(x)
         masks = self._draw(len(x), x.shape[2:]).to(x.device)
-        mean, std = (v.to(x.device) for v in self.stats)
-        self.learn.xb = (masked(x, masks, self.fill, mean, std), *others)
+        mean, std = (values.to(x.device) for values in self.stats)
+        self.learn.xb = (masked(x, masks, self.fill, mean=mean, std=std), *others)
 
     def _draw(self, n, size):
         "The masks of this batch; they depend on its number only, so there is nothing to save and restore"

@@ -27,7 +27,7 @@ from antehoc_nb.core.layers import (
     candidate_layers, choose_layers, first_tensor, layer_layout, parse_layer, with_first_tensor
 )
 from ..core.model import AntehocModel
-from ..core.utils import Registry, eval_mode, import_extra, plain_tensor
+from ..core.utils import Registry, eval_mode, import_extra, plain_tensor, shape_or_type
 from ..core.weight_net import class_numbers
 from .faithfulness import map_area
 
@@ -66,7 +66,7 @@ def needs_target(
 ) -> bool: # True where the registry does not say otherwise
     "Whether an explainer has to be given a target class."
     if not isinstance(explainer, str):
-        explainer = next((name for name, f in explainers.items() if f is explainer), None)
+        explainer = next((name for name, function in explainers.items() if function is explainer), None)
     return explainers.option(explainer, 'needs_target', True)
 
 # %% ../../nbs/evaluate/45_explainers.ipynb #6b8c1bf9
@@ -134,8 +134,9 @@ def torchcam_extractor(name):
         def _get_weights(self, class_idx, scores, **kwargs):
             self._backprop(scores, class_idx, **kwargs)
             pairs = zip(self.hook_g, self.hook_a)
-            weights = [g.relu() / (2 + g * a.sum((2, 3), keepdim=True)) for g, a in pairs]
-            return [w.nan_to_num(0, 0, 0).sum((2, 3)) for w in weights]
+            weights = [gradient.relu() / (2 + gradient * activation.sum((2, 3), keepdim=True))
+                       for gradient, activation in pairs]
+            return [weight.nan_to_num(0, 0, 0).sum((2, 3)) for weight in weights]
     return GradCAMpp
 
 # %% ../../nbs/evaluate/45_explainers.ipynb #c8317967
@@ -182,8 +183,7 @@ def _class_list(target, n):
 def _check_logits(out):
     "`out`, if it is one number per image and class"
     if isinstance(out, torch.Tensor) and out.ndim == 2 and out.is_floating_point(): return out
-    got = f'{tuple(out.shape)} of {out.dtype}' if isinstance(out, torch.Tensor) else type(out).__name__
-    raise ValueError(f'a CNN that gives logits (B,K) is needed, got {got}; '
+    raise ValueError(f'a CNN that gives logits (B,K) is needed, got {shape_or_type(out, with_dtype=True)}; '
                      'wrap it in a module whose forward(x) returns them')
 
 # %% ../../nbs/evaluate/45_explainers.ipynb #c4118820
@@ -199,7 +199,7 @@ def grad_cam(
 
     Raises `ValueError` for classes that do not fit or an unknown layer, `TypeError` for a CNN of several inputs,
     `ImportError` without torchcam."""
-    return _cam('GradCAM', model, x, target, layer, aligned)
+    return _cam('GradCAM', model, x, target, layer=layer, aligned=aligned)
 
 
 @explainers.register(name='grad-cam++', needs_target=True)
@@ -211,7 +211,7 @@ def grad_cam_pp(
     aligned: bool = True, # Draw each cell where it lies in the image (`layer_grids`), not evenly spread
 ) -> torch.Tensor: # (B,1,H,W) in [0,1]
     "Grad-CAM++ (Chattopadhay et al. 2018), by its paper's formula, for rectified activations. Errors as `grad_cam`."
-    return _cam('GradCAMpp', model, x, target, layer, aligned)
+    return _cam('GradCAMpp', model, x, target, layer=layer, aligned=aligned)
 
 
 @explainers.register(name='layer-cam', needs_target=True)
@@ -223,7 +223,7 @@ def layer_cam(
     aligned: bool = True, # Draw each cell where it lies in the image (`layer_grids`), not evenly spread
 ) -> torch.Tensor: # (B,1,H,W) in [0,1]
     "LayerCAM of one layer (Jiang et al. 2021, IEEE TIP). Errors as `grad_cam`."
-    return _cam('LayerCAM', model, x, target, layer, aligned)
+    return _cam('LayerCAM', model, x, target, layer=layer, aligned=aligned)
 
 
 @explainers.register(name='score-cam', needs_target=True)
@@ -236,7 +236,7 @@ def score_cam(
     aligned: bool = False, # Draw each cell where it lies? The masks that give the weights are spread evenly
 ) -> torch.Tensor: # (B,1,H,W) in [0,1]
     "Score-CAM (Wang et al. 2020); masks multiply the normalised images, as its authors do. Errors as `grad_cam`."
-    return _cam('ScoreCAM', model, x, target, layer, aligned, batch_size=bs)
+    return _cam('ScoreCAM', model, x, target, layer=layer, aligned=aligned, batch_size=bs)
 
 # %% ../../nbs/evaluate/45_explainers.ipynb #cell0018
 CONTROLS = 'ones', 'random', 'gaussian', 'edges'
@@ -382,12 +382,9 @@ def explain_with(
 
     Raises `ValueError`, naming the explainer, for an unknown name, targets that do not fit, or maps of another shape,
     outside [0,1] or with NaN."""
-    f = explainers[explainer] if isinstance(explainer, str) else explainer
+    function = explainers[explainer] if isinstance(explainer, str) else explainer
     name = explainer if isinstance(explainer, str) else _function_name(explainer)
-    if not isinstance(x, torch.Tensor) or x.ndim != 4 or not len(x) or not x.is_floating_point():
-        got = tuple(getattr(x, 'shape', ()))
-        raise ValueError(f'x: images must be a floating-point tensor (N,C,H,W) with N > 0, got {got}')
-    if bs is not None and bs < 1: raise ValueError(f'bs={bs}: at least one image per batch is needed')
+    _check_images(x, bs)
     maps = []
     with with_autograd(model):
         x = autograd_images(x)
@@ -397,13 +394,21 @@ def explain_with(
             images = x[start:start + size]
             if target is not None: classes = target[start:start + size]
             else: classes = _predicted(model, images) if needs_target(explainer) else None
-            maps.append(_check_shape(f(model, images, classes), images, name))
+            maps.append(_check_shape(function(model, images, classes), images, name))
     return _check_values(torch.cat(maps), name)
 
 # %% ../../nbs/evaluate/45_explainers.ipynb #c73a80d0
-def _function_name(f):
+def _function_name(function):
     "What a function is called in an error; a partial by the function inside"
-    return getattr(getattr(f, 'func', f), '__name__', type(f).__name__)
+    return getattr(getattr(function, 'func', function), '__name__', type(function).__name__)
+
+
+def _check_images(x, bs):
+    "`ValueError` for what is no batch of images, or an impossible batch size"
+    if not isinstance(x, torch.Tensor) or x.ndim != 4 or not len(x) or not x.is_floating_point():
+        got = tuple(getattr(x, 'shape', ()))
+        raise ValueError(f'x: images must be a floating-point tensor (N,C,H,W) with N > 0, got {got}')
+    if bs is not None and bs < 1: raise ValueError(f'bs={bs}: at least one image per batch is needed')
 
 
 def _predicted(model, x):

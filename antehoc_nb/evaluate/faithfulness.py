@@ -15,7 +15,7 @@ import torch
 
 from ..core.masking import masked
 from ..core.model import AntehocModel
-from ..core.utils import eval_mode
+from ..core.utils import eval_mode, shape_or_type
 
 # %% ../../nbs/evaluate/40_faithfulness.ipynb #cell0005
 def as_plain(values, name):
@@ -105,8 +105,7 @@ def class_probability(
     "Softmax probability of class `target`, in eval mode. `ValueError` unless the model gives logits (B,K), K > 1"
     with scoring_mode(model): out = model(x)
     if not isinstance(out, torch.Tensor) or out.ndim != 2:
-        got = tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
-        raise ValueError(f"class_probability needs a model that gives logits (B,K), got {got}; "
+        raise ValueError(f"class_probability needs a model that gives logits (B,K), got {shape_or_type(out)}; "
                          "pass your own score for other tasks")
     out = as_plain(out, 'output').float()
     if out.shape[1] < 2:
@@ -240,8 +239,8 @@ def faithfulness(
     with scoring_mode(model):
         for images, some, labels in zip(x.split(bs), maps[:, None].split(bs), targets):
             masks = map_masks(some, threshold, areas)
-            found.append(_score_masked(score, model, images, labels, masks, fill, mean, std))
-    found = {name: torch.cat([o[name] for o in found]) for name in found[0]}
+            found.append(_score_masked(score, model, images, labels, masks=masks, fill=fill, mean=mean, std=std))
+    found = {name: torch.cat([of_batch[name] for of_batch in found]) for name in found[0]}
     for name, values in found.items():
         bad = int((~values.isfinite()).sum())
         if bad: raise ValueError(f"score gave NaN or infinity for {bad} of {len(x)} images ({name})")
@@ -253,7 +252,7 @@ def _score_masked(score, model, x, target, masks, fill, mean, std):
     found = dict(p_x=check_score(score(model, x, target), len(x)))
     for kind, mask in masks.items():
         mask = mask.to(x.dtype)
-        found[kind] = check_score(score(model, masked(x, mask, fill, mean, std), target), len(x))
+        found[kind] = check_score(score(model, masked(x, mask, fill, mean=mean, std=std), target), len(x))
         found[f'{kind} area'] = mask.mean((1,2,3), dtype=torch.float32)
     return {name: values.float().cpu() for name, values in found.items()}
 
@@ -288,8 +287,8 @@ def insertion_deletion(
         raise ValueError(f"steps must lie in 1..{pixels} for {maps.shape[1]}x{maps.shape[2]} pixels, got {steps}")
     check_bs(bs)
     baseline = _check_baseline(baseline, x)
-    counts = torch.tensor([round(k*pixels/steps) for k in range(steps + 1)], device=x.device)
-    scores = _score_steps(score, x, baseline, pixel_ranks(maps), counts, target, bs or len(x))
+    counts = torch.tensor([round(step*pixels/steps) for step in range(steps + 1)], device=x.device)
+    scores = _score_steps(score, x, baseline, ranks=pixel_ranks(maps), counts=counts, target=target, bs=bs or len(x))
     bad = int((~scores.isfinite()).any(1).sum())
     if bad: raise ValueError(f"score gave NaN or infinity for {bad} of {len(x)} images")
     inserted = scores[:, :steps+1]

@@ -30,7 +30,7 @@ def boxes_to_masks(
         raise ValueError(f"boxes must have x1 > x0 and y1 > y0; {len(bad)} do not, "
                          f"the first is box {bad[0]}: {boxes[bad[0]].tolist()}")
     H, W = (size, size) if isinstance(size, int) else size
-    rows, columns = (torch.arange(n, device=boxes.device) + .5 for n in (H, W))
+    rows, columns = (torch.arange(length, device=boxes.device) + .5 for length in (H, W))
     x0, y0, x1, y1 = (edge[:, None] for edge in boxes.unbind(1))
     return ((rows >= y0) & (rows < y1))[:, :, None] & ((columns >= x0) & (columns < x1))[:, None, :]
 
@@ -139,14 +139,14 @@ class Mosaics:
 
         `ValueError` where there is none, which names the confidence that would do."""
         rng = np.random.default_rng(0)
-        waiting = {c: [] for c in classes.unique().tolist()}
+        waiting = {number: [] for number in classes.unique().tolist()}
         for i in rng.permutation(len(classes)).tolist():
             if probability[i] >= self.confidence: waiting[int(classes[i])].append(i)
         groups = []
         while True:
-            fullest = sorted(waiting, key=lambda c: -len(waiting[c]))[:self.cells]
-            if len(fullest) < self.cells or not all(waiting[c] for c in fullest): break
-            groups.append(rng.permutation([waiting[c].pop() for c in fullest]))
+            fullest = sorted(waiting, key=lambda number: -len(waiting[number]))[:self.cells]
+            if len(fullest) < self.cells or not all(waiting[number] for number in fullest): break
+            groups.append(rng.permutation([waiting[number].pop() for number in fullest]))
         if not groups: raise ValueError(self._too_few(classes, probability))
         return torch.as_tensor(np.stack(groups), device=classes.device)
 
@@ -156,7 +156,7 @@ class Mosaics:
         if len(known) < self.cells:
             return (f'side={self.side}: a mosaic holds images of {self.cells} different classes, '
                     f'these images have {len(known)}')
-        best = sorted(probability[classes == c].max().item() for c in known)[-self.cells]
+        best = sorted(probability[classes == number].max().item() for number in known)[-self.cells]
         return (f'confidence={self.confidence}: a mosaic needs {self.cells} classes with an image of this probability; '
                 f'the highest confidence that gives one is {np.floor(1000 * best) / 1000:g}')
 

@@ -57,7 +57,8 @@ def salt_and_pepper(
     if len(seeds) != len(x):
         raise ValueError(f"seed must be one integer or one seed per image, {len(x)}, got {len(seeds)}")
     grey = np.full((x.shape[1] if per_channel else 1, *x.shape[2:]), .5) # noise turns it to 1 (salt) or 0 (pepper)
-    noise = [random_noise(grey, mode='s&p', clip=True, rng=np.random.default_rng(s), amount=amount) for s in seeds]
+    noise = [random_noise(grey, mode='s&p', clip=True, rng=np.random.default_rng(of_image), amount=amount)
+             for of_image in seeds]
     noise = torch.as_tensor(np.stack(noise) if noise else np.empty((0, *grey.shape))).to(x)
     return torch.where(noise == .5, x, (noise - as_channels(mean, x))/as_channels(std, x))
 
@@ -87,7 +88,7 @@ def noise_stability(
     clean_maps, clean = maps_and_scores(x)
     tables = {0.: clean.assign(CD=0., CI=0., ssim=1.)}
     for amount in amounts:
-        maps, noisy = maps_and_scores(salt_and_pepper(x, amount, seed, mean, std))
+        maps, noisy = maps_and_scores(salt_and_pepper(x, amount, seed, mean=mean, std=std))
         tables[float(amount)] = noisy.assign(CD=(noisy['drop'] - clean['drop']).abs(), CI=(noisy.inc - clean.inc).abs(),
                                              ssim=ssim(clean_maps, maps).mean().item())
     return pd.concat(tables, names=['noise'])['drop inc win average_drop area n CD CI ssim'.split()]

@@ -25,7 +25,7 @@ def rank_correlation(
 ) -> torch.Tensor: # (B,), in [-1,1]; nan where a map is flat
     "Spearman's rank correlation of each pair of maps. `ValueError` for shapes that differ"
     ranks = [rankdata(maps.reshape(len(maps), -1), axis=1) for maps in check_pair(a, b)]
-    ranks_a, ranks_b = (r - r.mean(1, keepdims=True) for r in ranks)
+    ranks_a, ranks_b = (of_maps - of_maps.mean(1, keepdims=True) for of_maps in ranks)
     norm = np.sqrt((ranks_a**2).sum(1)*(ranks_b**2).sum(1))
     with np.errstate(invalid='ignore'): return torch.as_tensor((ranks_a*ranks_b).sum(1)/norm).float()
 
@@ -38,8 +38,8 @@ def random_layers(
     try: root = model.get_submodule(part)
     except AttributeError:
         raise ValueError(unknown_name('part', part, [name for name, _ in model.named_children()])) from None
-    names = [name for name, m in root.named_modules()
-             if hasattr(m, 'reset_parameters') and next(m.parameters(recurse=False), None) is not None]
+    names = [name for name, module in root.named_modules()
+             if hasattr(module, 'reset_parameters') and next(module.parameters(recurse=False), None) is not None]
     if not names:
         raise ValueError(f"part={part!r} of {type(model).__name__} has no layer with parameters and `reset_parameters`")
     return [f'{part}.{name}'.strip('.') for name in names[::-1]]
@@ -82,8 +82,8 @@ def model_randomisation(
     if not len(x): raise ValueError("x holds no image: the test set is empty")
     trained = _maps_of(explain, model, x, bs)
     rows = [_similarity('(trained)', trained, trained)]
-    for k, layer in enumerate(layers):
-        model = randomised(model, [layer], seed + k, x)
+    for count, layer in enumerate(layers):
+        model = randomised(model, [layer], seed + count, x)
         rows.append(_similarity(layer, trained, _maps_of(explain, model, x, bs)))
     return pd.DataFrame(rows).rename_axis('step')
 

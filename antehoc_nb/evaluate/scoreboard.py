@@ -117,7 +117,7 @@ def _jsonable(value, where='record'):
     if isinstance(value, (str, PurePath)): return _without_home(value)
     if isinstance(value, dict): return _json_dict(value, where)
     if isinstance(value, (set, frozenset)): value = sorted(value, key=str)
-    if isinstance(value, (list, tuple, L)): return [_jsonable(v, f'{where}[{i}]') for i, v in enumerate(value)]
+    if isinstance(value, (list, tuple, L)): return [_jsonable(entry, f'{where}[{i}]') for i, entry in enumerate(value)]
     if isinstance(value, (torch.dtype, torch.device)): return str(value)
     if callable(value) and hasattr(value, '__name__'): return value.__name__
     raise TypeError(f"{where} is a {type(value).__name__}, which a record cannot hold; "
@@ -140,7 +140,7 @@ def _without_home(text):
 def _json_dict(value, where):
     "A dict with strings as keys"
     def text(key): return _jsonable(key if isinstance(key, PurePath) else str(key), where)
-    entries = {text(k): _jsonable(v, f'{where}.{k}') for k, v in value.items()}
+    entries = {text(entry_name): _jsonable(entry, f'{where}.{entry_name}') for entry_name, entry in value.items()}
     if len(entries) < len(value): raise ValueError(f"{where} has keys that are the same as strings: {list(value)}")
     return entries
 
@@ -186,11 +186,11 @@ def summarise(
     """Means over the images with their bootstrap intervals; for times the median over the batches and its quartiles.
 
     A mean over no image is nan. `ValueError` where the explainers have values of different numbers of images."""
-    sizes = {len(v) for of_one in values.values() for v in of_one.values()}
+    sizes = {len(numbers) for of_one in values.values() for numbers in of_one.values()}
     if len(sizes) != 1:
         raise ValueError(f"every explainer needs one value per image of the same images, got {sorted(sizes)} values")
     ratios = {explainer: _ratios(of_one) for explainer, of_one in values.items()}
-    return _bootstrap(ratios, times, resamples, seed, exclude)
+    return _bootstrap(ratios, times, resamples, seed, exclude=exclude)
 
 # %% ../../nbs/evaluate/47_scoreboard.ipynb #fc556d90
 def _ratios(values):
@@ -254,7 +254,8 @@ def _mark_best(df, draws, exclude):
         if len(best) > 1 or len(group) < 2: continue  # level, or alone
         first = group.explainer[best[0]]
         ahead = [sign * (draws[first, key] - draws[other, key]) for other in group.explainer if other != first]
-        df.loc[best, 'significant'] = all((d[np.isfinite(d)] > 0).mean() >= .975 for d in ahead)
+        shares = [(difference[np.isfinite(difference)] > 0).mean() for difference in ahead]
+        df.loc[best, 'significant'] = all(share >= .975 for share in shares)
     return df
 
 # %% ../../nbs/evaluate/47_scoreboard.ipynb #cell0018
@@ -287,7 +288,7 @@ class Benchmark:
         if not isinstance(results, dict) or 'columns' not in results or 'rows' not in results:
             raise ValueError(f"this record of {record.get('experiment')!r} holds no benchmark")
         df = pd.DataFrame(results['rows'], columns=results['columns'])
-        return cls(df.astype({c: float for c in ('value', 'low', 'high', 'spread') if c in df}), record)
+        return cls(df.astype({column: float for column in ('value', 'low', 'high', 'spread') if column in df}), record)
 
 # %% ../../nbs/evaluate/47_scoreboard.ipynb #4699d03b
 def as_results(
@@ -295,7 +296,8 @@ def as_results(
 ) -> dict: # JSON can hold it, and `Benchmark.of` reads it
     "A tidy table as a record keeps it: `columns`, and `rows` with six digits."
     digits = df.select_dtypes('float').columns
-    df = df.assign(**{c: df[c].map(lambda v: float(f'{v:.6g}')) for c in digits}).astype(object)
+    rounded = {column: df[column].map(lambda number: float(f'{number:.6g}')) for column in digits}
+    df = df.assign(**rounded).astype(object)
     return dict(columns=list(df), rows=df.where(df.notna(), None).values.tolist())
 
 
@@ -309,17 +311,18 @@ def pool(
 
     Where they share their images, an image is drawn for all of them at once.
     Raises `ValueError` for benchmarks without values."""
-    if not benchmarks or not all(b.values for b in benchmarks):
+    if not benchmarks or not all(bench.values for bench in benchmarks):
         raise ValueError('pool needs benchmarks with the values of their images, as `benchmark` returns them')
-    shared = len({b.record.get('config', {}).get('images', i) for i, b in enumerate(benchmarks)}) == 1
+    shared = len({bench.record.get('config', {}).get('images', i) for i, bench in enumerate(benchmarks)}) == 1
     join = sum if shared else np.concatenate
-    each = [{explainer: _ratios(values) for explainer, values in b.values.items()} for b in benchmarks]
+    each = [{explainer: _ratios(values) for explainer, values in bench.values.items()} for bench in benchmarks]
     ratios = {explainer: {key: tuple(join([one[explainer][key][side] for one in each]) for side in (0, 1))
                           for key in columns}
               for explainer, columns in each[0].items()}
-    times = {explainer: np.concatenate([b.times[explainer] for b in benchmarks]) for explainer in benchmarks[0].times}
-    df = _bootstrap(ratios, times, resamples, seed, exclude)
-    spread = pd.concat([b.df for b in benchmarks]).groupby(KEY, sort=False).value.std().rename('spread')
+    times = {explainer: np.concatenate([bench.times[explainer] for bench in benchmarks])
+             for explainer in benchmarks[0].times}
+    df = _bootstrap(ratios, times, resamples, seed, exclude=exclude)
+    spread = pd.concat([bench.df for bench in benchmarks]).groupby(KEY, sort=False).value.std().rename('spread')
     return df.join(spread, on=KEY)
 
 # %% ../../nbs/evaluate/47_scoreboard.ipynb #6298fc70
@@ -361,8 +364,10 @@ def table(
     names = 'value', 'low', 'high', 'best', 'significant'
     parts = {what: self.pivot(metrics, masks, scorers, what) for what in names}
     value, best = parts['value'], parts['best']
-    texts = {c: [_cell({what: part.loc[e, c] for what, part in parts.items()}, c[2], interval) for e in value.index]
-             for c in value.columns}
+
+    def cell(explainer, column):
+        return _cell({what: part.loc[explainer, column] for what, part in parts.items()}, column[2], interval)
+    texts = {column: [cell(explainer, column) for explainer in value.index] for column in value.columns}
     text = pd.DataFrame(texts, index=value.index)
     text.columns = _headings(value.columns)
     grey = np.where(np.isin(value.index, CONTROLS)[:, None], 'color: grey', '')
@@ -385,7 +390,7 @@ def _cell(number, metric, interval):
 
 def _headings(columns):
     "Headings of a table: the metrics, under the masks where there are several"
-    names = [[o for o in (masks, f'{metric}, evaluator' if scorer == 'evaluator' else metric) if o]
+    names = [[part for part in (masks, f'{metric}, evaluator' if scorer == 'evaluator' else metric) if part]
              for scorer, masks, metric in columns]
     if len({name[0] for name in names if len(name) > 1}) <= 1: return [name[-1] for name in names]
     return pd.MultiIndex.from_tuples([(name[0] if len(name) > 1 else '', name[-1]) for name in names])
@@ -413,8 +418,8 @@ def _panels(df, columns):
     have = set(zip(df.scorer, df.masks, df.metric))
     if columns is None:
         equal = [('cnn', masks, 'average_drop') for masks in dict.fromkeys(df.masks) if masks.startswith('top')]
-        columns = [c for c in [*equal, ('cnn', '', 'insertion'), ('cnn', '', 'deletion')] if c in have]
-    missing = [c for c in columns if tuple(c) not in have]
+        columns = [column for column in [*equal, ('cnn', '', 'insertion'), ('cnn', '', 'deletion')] if column in have]
+    missing = [column for column in columns if tuple(column) not in have]
     if missing: raise ValueError(f"this benchmark has no {missing[0]}")
     if not columns:
         raise ValueError("this benchmark has no faithfulness, insertion or deletion: "

@@ -29,7 +29,9 @@ from ..core.attention import minmax
 from ..core.layers import ActivationRecorder, candidate_layers, choose_layers
 from ..core.masking import check_fill, masked
 from ..core.model import AntehocModel
-from ..core.utils import as_normalisation, eval_mode, frozen, own_seed, plain_tensor, weights_digest
+from antehoc_nb.core.utils import (
+    as_normalisation, eval_mode, frozen, own_seed, plain_tensor, shape_or_type, weights_digest,
+)
 from ..core.weight_net import class_numbers
 from ..train.two_pass import normalisation, sample_inputs
 
@@ -63,12 +65,17 @@ class FeatureFusion(nn.Module):
         activations: Sequence[torch.Tensor], # Of each layer, (B,C_i,h_i,w_i)
     ) -> torch.Tensor: # Of each class, (B,K,h,w) in [0,1]; h and w are those of the largest layer
         "The maps of all classes."
-        size = max((tuple(a.shape[2:]) for a in activations), key=lambda hw: hw[0] * hw[1])
+        size = max((tuple(of_layer.shape[2:]) for of_layer in activations), key=lambda hw: hw[0] * hw[1])
         branches = [branch(activation) for branch, activation in zip(self.branches, activations)]
-        branches = [F.interpolate(b, size, mode='bilinear') for b in branches]
+        branches = [F.interpolate(maps_of_layer, size, mode='bilinear') for maps_of_layer in branches]
         return self.fuse(torch.cat(branches, 1)).sigmoid()
 
 # %% ../../nbs/evaluate/49_tame.ipynb #2930b60c
+def _maps_of(maps, target):
+    "The maps (B,1,h,w) of one class for each image, out of those of all classes, (B,K,h,w)"
+    return maps[torch.arange(len(maps), device=maps.device), target][:, None]
+
+
 class TAME(nn.Module):
     """A frozen CNN with an attention network that explains it (Ntrougkas et al. 2022).
 
@@ -111,9 +118,9 @@ class TAME(nn.Module):
         x = plain_tensor(x)
         logits, maps = self.maps(x)
         target = logits.argmax(1)
-        maps = maps[torch.arange(len(x), device=x.device), target][:, None]
+        maps = _maps_of(maps, target)
         mask = F.interpolate(maps, x.shape[2:], mode='bilinear')
-        with frozen(self.cnn): again = self.cnn(masked(x, mask, self.config['fill'], self.mean, self.std))
+        with frozen(self.cnn): again = self.cnn(masked(x, mask, self.config['fill'], mean=self.mean, std=self.std))
         return again, maps, target
 
 # %% ../../nbs/evaluate/49_tame.ipynb #f1f6cf9b
@@ -142,8 +149,8 @@ def build_tame(
     recorder = ActivationRecorder(cnn, layers, lambda activation: activation.shape[1])
     with torch.no_grad(), frozen(cnn), recorder: logits = cnn(plain_tensor(sample))
     if not isinstance(logits, torch.Tensor) or logits.ndim != 2 or logits.shape[1] < 2:
-        got = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-        raise ValueError(f'TAME explains a classifier, which gives logits (B,K) with K > 1, got {got}')
+        raise ValueError('TAME explains a classifier, which gives logits (B,K) with K > 1, got '
+                         f'{shape_or_type(logits)}')
     return own_seed(lambda: TAME(cnn, layers, recorder.values, logits.shape[1], **kwargs))
 
 # %% ../../nbs/evaluate/49_tame.ipynb #14dbf074
@@ -210,7 +217,7 @@ def train_tame(
     **kwargs, # Of fastai's `Learner`
 ) -> Learner: # Trained; its `model` is a `TAME`
     "Train TAME on a frozen CNN. Errors as of `build_tame` and `sample_inputs`."
-    learn = _tame_learner(model, dls, layers, fill, loss, dict(cbs=L(cbs)) | kwargs)
+    learn = _tame_learner(model, dls, layers, fill=fill, loss=loss, kwargs=dict(cbs=L(cbs)) | kwargs)
     modes = {module: module.training for module in learn.model.cnn.modules()}
     in_terminal = sys.stdout.isatty()  # lines, not bars, in a log file
     try:
@@ -232,8 +239,7 @@ def explain(
     x = plain_tensor(x)
     with torch.no_grad(), eval_mode(self): logits, maps = self.maps(x)
     target = logits.argmax(1) if target is None else class_numbers(target, len(x), maps.shape[1]).to(x.device)
-    chosen = maps[torch.arange(len(x), device=x.device), target][:, None]
-    return minmax(F.interpolate(chosen, x.shape[2:], mode='bilinear'))
+    return minmax(F.interpolate(_maps_of(maps, target), x.shape[2:], mode='bilinear'))
 
 
 def tame_explainer(

@@ -116,7 +116,7 @@ def _region_rows(e: Explanation, rgb, threshold):
     scale_x, scale_y = rgb.width / width, rgb.height / height
     rows = []
     for region in concept_regions(e.map, threshold):
-        box = [round(b * s, 1) for b, s in zip(region.box, (scale_x, scale_y, scale_x, scale_y))]
+        box = [round(edge * scale, 1) for edge, scale in zip(region.box, (scale_x, scale_y, scale_x, scale_y))]
         rows.append([region.label, *box, round(region.area, 4), round(region.energy, 4)])
     return rows or [[''] * 7]
 
@@ -127,7 +127,7 @@ def _write_image(e: Explanation, image: _ImageFile, out, stem, arrays):
     array_file = out/f'arrays/{stem}.npz'
     if arrays: _write_arrays(e, array_file)
     else: array_file.unlink(missing_ok=True)  # of an image that has changed
-    probabilities = ', '.join(str(round(p, 4)) for _, p in e.decisions[0] if p is not None)
+    probabilities = ', '.join(str(round(share, 4)) for _, share in e.decisions[0] if share is not None)
     label = [image.name, _overlay_name(stem), e.labels[0], probabilities]
     return [[*label, *row, image.checksum] for row in _region_rows(e, image.rgb, e.threshold)]
 
@@ -228,7 +228,7 @@ def _draw_pair(sheet, corner, image, overlay, row):
     for i, picture in enumerate((image, overlay)): sheet.paste(_tile(picture), (x + i*(SHEET_TILE + 4), y))
     draw, below = ImageDraw.Draw(sheet), y + SHEET_TILE
     _write_text(draw, (x, below + 2), _drawable(_said(row)), 2*SHEET_TILE)
-    _write_text(draw, (x, below + 18), _drawable(row['image']), 2*SHEET_TILE, 'grey')
+    _write_text(draw, (x, below + 18), _drawable(row['image']), width=2*SHEET_TILE, colour='grey')
 
 # %% ../../nbs/show/33_explain_files.ipynb #c2c98d7b
 def _sheet_rows(rows, files):
@@ -250,7 +250,7 @@ def _write_contact_sheet(out, rows, files, about):
     for i, row in enumerate(shown):
         corner = 16 + i % columns*width, 36 + i//columns*height
         with Image.open(out/row['overlay']) as overlay:
-            _draw_pair(sheet, corner, open_rgb(files[row['image']]), overlay, row)
+            _draw_pair(sheet, corner, open_rgb(files[row['image']]), overlay, row=row)
     with whole_or_not_at_all(out/'contact_sheet.png') as unfinished: sheet.save(unfinished)
 
 # %% ../../nbs/show/33_explain_files.ipynb #546ffb73
@@ -317,7 +317,7 @@ def explain_pixels(
     x = as_cnn_takes((x - model.mean.float()) / model.std.float(), model.cnn)[0]
     return model.explain(x, threshold=threshold, target=target)
 
-
+# %% ../../nbs/show/33_explain_files.ipynb #fc72273c
 def print_line(text: str): # of progress
     "Print to standard error, at once."
     print(text, file=sys.stderr, flush=True)
@@ -354,23 +354,28 @@ class Progress:
         self.bar.close()
 
 # %% ../../nbs/show/33_explain_files.ipynb #2ec8ebb0
-def _explain_to_table(model, todo, out, table, taken, settings):
+def _explain_batch(model, batch, out, taken, threshold, target, arrays):
+    "Explain images and write their files; yields the rows of each image"
+    pixels = torch.from_numpy(np.stack([image.pixels for image in batch]))
+    e = explain_pixels(model, pixels, threshold, target)
+    for i, image in enumerate(batch):
+        yield _write_image(e[i], image, out, _free_stem(image.name, taken), arrays=arrays)
+
+
+def _explain_to_table(model, todo, out, table, size, bs, say, **options):
     "Explain images and append their rows to the table; the number explained, and `(name, reason)` of the others"
-    bs, threshold, target, size, arrays, say = settings
     progress, n, failed = Progress(len(todo), say), 0, []
     with _open_table(table, 'a') as file:
         writer = csv.writer(file)
-        for i in range(0, len(todo), bs):
-            batch, unreadable = _read_batch(todo[i:i + bs], size, in_channels(model.cnn))
+        for start in range(0, len(todo), bs):
+            files = todo[start:start + bs]
+            batch, unreadable = _read_batch(files, size, in_channels(model.cnn))
             failed += unreadable
-            pixels = torch.from_numpy(np.stack([image.pixels for image in batch])) if batch else None
-            e = explain_pixels(model, pixels, threshold, target) if batch else None
-            for k, image in enumerate(batch):
-                stem = _free_stem(image.name, taken)
-                writer.writerows(_write_image(e[k], image, out, stem, arrays))
+            for rows in _explain_batch(model, batch, out, **options) if batch else ():
+                writer.writerows(rows)
                 file.flush()
             n += len(batch)
-            progress.add(len(todo[i:i + bs]))
+            progress.add(len(files))
     progress.close()
     return n, failed
 
@@ -410,7 +415,8 @@ def explain_files(
     todo = [(path, name) for path, name in images if name not in done]
     taken = {_stem_of(row).casefold() for row in finished}
     _check_overwrites(todo, taken, out, files)
-    n, failed = _explain_to_table(model, todo, out, table, taken, (bs, threshold, target, size, arrays, say))
+    n, failed = _explain_to_table(model, todo, out, table, size=size, bs=bs, say=say, taken=taken,
+                                  threshold=threshold, target=target, arrays=arrays)
     if n or done and not (out/'contact_sheet.png').exists():
         about = f" of {settings['target']}" if target is not None else ''
         _write_contact_sheet(out, _finished_rows(table, files, out, arrays), files, about)

@@ -412,8 +412,8 @@ def _tar_samples(path):
     "Name, place of the image and place of the class (0 and 0 if there is none) of the samples of a tar"
     for key, members in itertools.groupby(_tar_members(path), lambda member: member[0]):
         members = list(members)
-        images = [o for o in members if '.' + o[1].lower().rpartition('.')[2] in IMAGES]
-        label = next((o[2:] for o in members if o[1].lower() == 'cls'), (0, 0))
+        images = [part for part in members if '.' + part[1].lower().rpartition('.')[2] in IMAGES]
+        label = next((part[2:] for part in members if part[1].lower() == 'cls'), (0, 0))
         for _, extension, offset, size in images[:1]: yield f'{key}.{extension}', (offset, size, *label)
 
 
@@ -491,7 +491,7 @@ class _Dataset:
         labels = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.ClassLabel)]
         self.image, self.label = columns[0], next(iter(labels), None)
         self.classes = dataset.features[self.label].names if self.label else []
-        self.dataset = dataset.select_columns([o for o in (self.image, self.label) if o])
+        self.dataset = dataset.select_columns([column for column in (self.image, self.label) if column])
         self.dataset = self.dataset.cast_column(self.image, datasets.Image(decode=False)).with_format(None)
 
     def __len__(self): return len(self.names)
@@ -577,7 +577,7 @@ class _Decoder(torch.utils.data.Dataset):
             except Exception as e: error = _reason(e)
             labels.append(label)
             errors.append(error)
-        return _Batch(shard, first, torch.cat(pixels), sizes, labels, errors)
+        return _Batch(shard, first, torch.cat(pixels), sizes, labels=labels, errors=errors)
 
 
 def _quiet_worker(number):
@@ -657,7 +657,7 @@ def _probability_of(e, classes):
     "A function of an image and a class: its probability, or None"
     try: probabilities = e.probabilities.tolist()
     except TypeError: return lambda i, label: None
-    if e.task == 'binary': probabilities = [[1 - p, p] for (p,) in probabilities]
+    if e.task == 'binary': probabilities = [[1 - share, share] for (share,) in probabilities]
     return lambda i, label: probabilities[i][classes[label]] if label in classes else None
 
 
@@ -707,7 +707,7 @@ class _Writer:
                   for i, label in enumerate(batch.labels) if batch.errors[i] is None]
         probability_of = _probability_of(e, self.classes)
         for i, row in enumerate(_map_columns(maps, batch.sizes, self.meta['threshold'])):
-            probabilities = [p for _, p in decisions[i] if p is not None]
+            probabilities = [share for _, share in decisions[i] if share is not None]
             row['prediction'] = ';'.join(name for name, _ in decisions[i]) or 'none'
             row['probability'] = _number(min(probabilities, default=None))
             row['label_probability'] = _number(probability_of(i, labels[i]))
@@ -715,7 +715,7 @@ class _Writer:
 
     def write(self, shard):
         maps = np.concatenate(self.maps) if self.maps else None
-        _write_shard(self.out, shard, self.rows, maps, self.meta)
+        _write_shard(self.out, shard, self.rows, maps, meta=self.meta)
         self.rows, self.maps = [], []
 
 # %% ../../nbs/show/34_explain_many.ipynb #b8be42c0
@@ -862,17 +862,18 @@ def explain_many(
     Files that can't be read are in the table with the reason. A run that was interrupted or killed goes on from its
     last finished shard when it is started again. `ValueError`, `TypeError` or `OSError`, before any work, for a source
     without images, a model without words for its output, a folder that holds another run, and a disk that is full."""
-    _check_choices(maps, table, threshold, bs, workers, shard)
+    _check_choices(maps, table, threshold, bs, workers=workers, shard=shard)
     out = Path(out)
     if not isinstance(model, AntehocModel): name, model = name or str(model), AntehocModel.from_pretrained(model)
     processes = _processes(model)
     source = _find_source(source, out)
-    meta, number = _settings(model, name or type(model.cnn).__name__, source, maps, table, threshold, target, shard)
+    meta, number = _settings(model, name or type(model.cnn).__name__, source, maps, table=table, threshold=threshold,
+                             target=target, shard=shard)
     if not processes.is_main_process: say = None
     if say and getattr(source, 'left_out', ''): say(f'left out: {source.left_out}')
     unfinished = _begin(out, meta, processes)
     own = [shard for shard in unfinished if shard % processes.num_processes == processes.process_index]
-    _explain_shards(model, source, out, meta, number, own, bs, workers, say)
+    _explain_shards(model, source, out, meta, number=number, shards=own, bs=bs, workers=workers, say=say)
     failed = _finish(out, meta, processes)
     return ManyExplained(meta['n'], meta['n'] - _images_of(unfinished, meta), failed, out/f'images.{table}')
 
@@ -924,8 +925,9 @@ def _explain_shards(model, source, out, meta, number, shards, bs, workers, say):
     workers = _usual_workers(device) if workers is None else workers
     size = tuple(meta['size'])
     bs = _usual_batch(device, size) if bs is None else bs
-    loader = _loader(source, shards, meta['shard'], bs, size, model.image_channels, workers, device)
-    _run(model, loader, _Writer(out, source, meta), number, _Progress(_images_of(shards, meta), say))
+    loader = _loader(source, shards, meta['shard'], bs, size=size, channels=model.image_channels, workers=workers,
+                     device=device)
+    _run(model, loader, _Writer(out, source, meta), number, progress=_Progress(_images_of(shards, meta), say))
 
 
 def _join(out, meta):

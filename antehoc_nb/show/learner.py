@@ -61,12 +61,11 @@ def _loader_and_numbers(learn, items, n):
 
 def _load(dl, numbers, device):
     "Items of a `DataLoader` as one batch, a tuple, as they come in validation"
-    if not hasattr(dl, 'do_item'): # a DataLoader of plain PyTorch
-        batch = dl.collate_fn([dl.dataset[int(i)] for i in numbers])
-        return to_device(tuple(batch) if isinstance(batch, (tuple, list)) else (batch,), device)
-    dl.before_iter()
-    items = [dl.do_item(int(i)) for i in numbers]
-    batch = dl.after_batch(to_device(dl.do_batch(items), dl.device))
+    if hasattr(dl, 'do_item'):
+        dl.before_iter()
+        items = [dl.do_item(int(i)) for i in numbers]
+        batch = dl.after_batch(to_device(dl.do_batch(items), dl.device))
+    else: batch = dl.collate_fn([dl.dataset[int(i)] for i in numbers])  # a DataLoader of plain PyTorch
     return to_device(tuple(batch) if isinstance(batch, (tuple, list)) else (batch,), device)
 
 
@@ -143,10 +142,10 @@ def _titles(learn, pred, y=None):
     if vocab is None or not is_scores or len(vocab) != pred.shape[1]: return None, None
     probabilities, decoded = _decode(learn, pred)
     multi_label = decoded.shape == pred.shape
-    titles = [_class_names(vocab, o, multi_label) for o in decoded]
-    if not multi_label: titles = [f'{title} {p.max():.0%}' for title, p in zip(titles, probabilities)]
+    titles = [_class_names(vocab, of_image, multi_label) for of_image in decoded]
+    if not multi_label: titles = [f'{title} {shares.max():.0%}' for title, shares in zip(titles, probabilities)]
     if y is None: return titles, ['black']*len(titles)
-    right = [bool((d == truth).all()) for d, truth in zip(decoded.cpu(), y.cpu())]
+    right = [bool((predicted == truth).all()) for predicted, truth in zip(decoded.cpu(), y.cpu())]
     truths = [_class_names(vocab, truth, multi_label) for truth in y]
     return list(map(_marked, titles, right, truths)), [_RIGHT if ok else _WRONG for ok in right]
 
@@ -165,7 +164,7 @@ def show_maps(self: Learner, # noqa: F811
     e, y = _explain(self, items, n, target)
     titles, colors = _titles(self, e.pred, y)
     if target is not None and titles:
-        titles = [f'{title}\ntarget {self.dls.vocab[int(c)]}' for title, c in zip(titles, e.target)]
+        titles = [f'{title}\ntarget {self.dls.vocab[int(number)]}' for title, number in zip(titles, e.target)]
     if titles is None and e.task in ('segmentation', 'embedding'): titles, colors = e.labels, ['black'] * len(e)
     return show_maps(e, titles=titles, colors=colors, **kwargs)
 
@@ -211,7 +210,7 @@ def _draw_int_losses(ax, raw, valid, skip, log):
     "The curves of the interpretation loss, single batches in the background; far outliers are cut"
     cut = np.inf if log else 1.5*np.quantile(raw[skip:], .98)  # one wild batch would flatten all the rest
     ax.plot(np.arange(1, len(raw)+1)[skip:], raw[skip:], color=_RIGHT, alpha=.25, lw=.8)
-    _draw_losses(ax, 'interpretation loss', _smooth(raw.clip(max=cut)), valid, skip, log)
+    _draw_losses(ax, 'interpretation loss', _smooth(raw.clip(max=cut)), valid, skip=skip, log=log)
     if raw[skip:].max() > 2*cut:
         top = max([cut, *(loss for _, loss in valid)])
         ax.set(ylim=(0, top), title=f'interpretation loss (highest: {raw.max():.3g})')
@@ -230,8 +229,9 @@ def plot_losses(
     recorder, two_pass = _recorded(learn, skip)
     if axs is None: axs = plt.subplots(1, 2, figsize=(8, 2.7), layout='constrained')[1]
     task_losses, int_losses = [float(loss) for loss in recorder.losses], np.array(two_pass.int_losses)
-    _draw_losses(axs[0], 'task loss', task_losses, _validation_losses(recorder, 'valid_loss', skip), skip, log)
-    _draw_int_losses(axs[1], int_losses, _validation_losses(recorder, 'valid_int_loss', skip), skip, log)
+    _draw_losses(axs[0], 'task loss', task_losses, valid=_validation_losses(recorder, 'valid_loss', skip), skip=skip,
+                 log=log)
+    _draw_int_losses(axs[1], int_losses, _validation_losses(recorder, 'valid_int_loss', skip), skip, log=log)
     return axs
 
 
@@ -268,12 +268,12 @@ def plot_map_history(
     if n is not None: images = images[:n]
     last = len(map_history)-1
     columns = np.unique(np.linspace(0, last, min(epochs, last+1)).round().astype(int))
-    names = ['before' if k == 0 else f'epoch {k-1}' for k in columns]
+    names = ['before' if column == 0 else f'epoch {column-1}' for column in columns]
     axs = panel_grid(len(images), 1+len(columns), size, to_rgb(images[0]), extra=.08)
     for i, (row, image) in enumerate(zip(axs, images)):
         draw_image(to_rgb(image), row[0], 'image' if i == 0 else None)
-        for ax, k, name in zip(row[1:], columns, names):
-            show_map(image, map_history[k][i], ax, title=name if i == 0 else None, **kwargs)
+        for ax, column, name in zip(row[1:], columns, names):
+            show_map(image, map_history[column][i], ax, title=name if i == 0 else None, **kwargs)
     return axs
 
 

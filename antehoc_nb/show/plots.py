@@ -243,7 +243,7 @@ def _concept_row(axs, rgb, map, regions, threshold):
     "Image, binarised energy map with numbered boxes, and as many close-ups as there are axes"
     for ax in axs: ax.axis('off')
     draw_image(rgb, axs[0], 'image')
-    draw_regions(show_energy(rgb, map, axs[1], threshold, f'map ≥ {threshold:g}'), regions[:9])
+    draw_regions(show_energy(rgb, map, axs[1], threshold, title=f'map ≥ {threshold:g}'), regions[:9])
     for ax, region in zip(axs[2:], regions):
         draw_image(_close_up(rgb, region), ax, f'concept {region.label}: {region.energy:.0%}')
 
@@ -365,7 +365,7 @@ def show_sams(
     "The soft attention maps of one image, shallow to deep, each under its layer's name and resolution. Scale 0 to 1."
     expl = _one_of(expl, i)
     notes = [f'{h} × {w}' for h, w in expl.sizes] or [''] * expl.sams.shape[1]
-    return _strip(expl, expl.sams[0], _layer_titles(expl, notes), 1, cmap, cols, size)
+    return _strip(expl, expl.sams[0], _layer_titles(expl, notes), vmax=1, cmap=cmap, cols=cols, size=size)
 
 
 def show_weights(
@@ -378,4 +378,4 @@ def show_weights(
     expl = _one_of(expl, i)
     weights = expl.weights[0].float()
     notes = [f'mean {mean:.2f}' for mean in weights.mean((1, 2)).tolist()]
-    return _strip(expl, weights, _layer_titles(expl, notes), float(weights.max()), cmap, **kwargs)
+    return _strip(expl, weights, _layer_titles(expl, notes), vmax=float(weights.max()), cmap=cmap, **kwargs)

@@ -78,11 +78,7 @@ def write_explained(
     "Write maps of any method as `explain_many` writes its own. `ValueError` for lengths that differ, or other ranges."
     folder, root, maps = Path(folder), Path(root), np.asarray(maps, 'float32')
     columns = dict(image=images, prediction=prediction, probability=probability, label=label or [''] * len(images))
-    for name, values in dict(columns, maps=maps).items():
-        if len(values) != len(images): raise ValueError(f'{name}: {len(values)} for {len(images)} images')
-    if maps.ndim != 3 or not maps.size: raise ValueError(f'maps must be (n,h,w) with n > 0, got {maps.shape}')
-    if not (maps.min() >= 0 and maps.max() <= 1):
-        raise ValueError(f'maps must lie in [0,1], got {maps.min():.3g}..{maps.max():.3g}')
+    _check_explained(columns, maps)
     stored = (maps * 255).round().astype('uint8')
     sizes = [_picture_size(root/name) or maps.shape[:0:-1] for name in images]
     rows = map(_map_row, stored, _grid_energy(stored), sizes, [threshold] * len(stored))
@@ -98,6 +94,16 @@ def write_explained(
                 threshold=threshold, table='csv', n=len(stored))
     (folder/'explain.json').write_text(json.dumps(meta, indent=1) + '\n', encoding='utf-8')
     return folder
+
+
+def _check_explained(columns, maps):
+    "`ValueError` for columns of other lengths than that of the images, or for what are no maps"
+    n = len(columns['image'])
+    for name, values in dict(columns, maps=maps).items():
+        if len(values) != n: raise ValueError(f'{name}: {len(values)} for {n} images')
+    if maps.ndim != 3 or not maps.size: raise ValueError(f'maps must be (n,h,w) with n > 0, got {maps.shape}')
+    if not (maps.min() >= 0 and maps.max() <= 1):
+        raise ValueError(f'maps must lie in [0,1], got {maps.min():.3g}..{maps.max():.3g}')
 
 
 def _picture_size(path):
@@ -164,7 +170,7 @@ def sample_maps(
     label, prediction = (table[name].to_numpy(object)[rows] for name in ('label', 'prediction'))
     right = np.where(label == '', np.nan, (label == prediction).astype(float)).astype(float)
     return MapSample(rows[full], classes[rows][full], right[full], (maps / np.where(total > 0, total, 1))[full],
-                     dict(zip(names.tolist(), counts.tolist())), int((~full).sum()))
+                     n_of_class=dict(zip(names.tolist(), counts.tolist())), n_empty=int((~full).sum()))
 
 # %% ../../nbs/show/35_report.ipynb #985ba975
 def _border(side):
@@ -378,10 +384,11 @@ def map_groups(
         others = np.setdiff1d(np.arange(len(sample)), places)
         counts = np.stack(_count_members(assignment, features, second, others), 1)
         numbers = assignment(features[places], everyone=True)
-        kept = [k for k in range(len(counts)) if (numbers == k).any()]
+        kept = [number for number in range(len(counts)) if (numbers == number).any()]
         totals = len(second), len(others)
         errors = np.where(assignment.shares >= LEAST_SHARE, error, 0)
-        groups += [_make_group(sample, places, numbers, k, counts[k], totals, errors[k]) for k in kept]
+        groups += [_make_group(sample, places, numbers, number, counts=counts[number], totals=totals,
+                               error=errors[number]) for number in kept]
     return sorted(groups, key=lambda group: (-np.nan_to_num(group.score, nan=-1), -np.nan_to_num(group.distance)))
 
 
@@ -662,8 +669,7 @@ def _groups_plot(groups, most=15):
     if not rows: return None
     said = f'Bars: the score of the {len(rows)} groups with the highest. The first is {rows[0]["group"]} with ' \
            f'{rows[0]["score"]:.1f}. A dashed line marks {LEAST_RATIO:g}, from which on a group is a candidate.'
-    spec = _bars(rows, 'group', 'score', 'score', LEAST_RATIO,
-                 colour='kind')
+    spec = _bars(rows, 'group', 'score', title='score', rule=LEAST_RATIO, colour='kind')
     return dict(spec=spec, alt=said)
 
 
@@ -675,7 +681,8 @@ def _classes_plot(of_class, most=40):
     ends = ' to '.join(f'{rows[i]["name"]} with {_percent(rows[i]["border"])}' for i in (0, -1))
     said = (f'Bars: share of the energy in the outer eighth of the image, per class, from {ends}. A dashed line marks '
             '44 %, the share of a map that is the same everywhere.')
-    return dict(spec=_bars(rows, 'name', 'border', 'share of the energy near the border', 1 - .75**2), alt=said)
+    return dict(spec=_bars(rows, 'name', 'border', title='share of the energy near the border',
+                           rule=1 - .75**2), alt=said)
 
 
 def _trust_plot(trust):
@@ -858,7 +865,8 @@ def _spread_out(members, count):
 def _class_of_page(name, row, groups, sample, table, pictures, of_group):
     "What the page says about a class"
     members = np.flatnonzero(sample.classes == name)
-    maps, own = sample.maps[members], sorted((g for g in groups if g.class_name == name), key=lambda g: g.number)
+    maps = sample.maps[members]
+    own = sorted((group for group in groups if group.class_name == name), key=lambda group: group.number)
     accuracy = f', accuracy {_percent(row.accuracy)}' if np.isfinite(row.accuracy) else ''
     about = (f'{int(row.images):,} images are predicted as this class{accuracy}. {_percent(row.border)} of the energy '
              f'is near the border, {_percent(row.corners)} in the corners; spread {row.spread:.2f}. The strongest '
@@ -975,7 +983,8 @@ def _page(explained, sample, report, unlike, pictures, why_not, title, of_group)
     shown = dict(wrong=pictures.add(wrong), odd=pictures.add(odd))
     strength = {group.class_name: group.score for group in reversed(groups)}
     order = sorted(of_class.index, key=lambda name: -np.nan_to_num(strength.get(name, 0), nan=0))[:60]
-    of_page = [_class_of_page(name, of_class.loc[name], groups, sample, table, pictures, of_group) for name in order]
+    of_page = [_class_of_page(name, of_class.loc[name], groups, sample, table=table, pictures=pictures,
+                              of_group=of_group) for name in order]
     plots = dict(groups=_groups_plot(groups), classes=_classes_plot(of_class),
                  trust=None if report.trust is None else _trust_plot(report.trust),
                  objects=None if report.objects is None else _objects_plot(report.objects))
@@ -1021,11 +1030,11 @@ def make_report(
     if boxes is not None or masks is not None: objects = energy_off_object(sample, explained.images, boxes, masks)
     groups, unlike = map_groups(sample, seed), odd_images(sample)
     pictures = _Pictures(explained, root or explained.meta.get('root') or '.', dict(zip(sample.rows.tolist(), unlike)),
-                         _groups_of_images(groups, sample), most_pictures)
-    trust, why_not = _measure_trust(explained, model, pictures, sample, trust_images, seed)
+                         group_of=_groups_of_images(groups, sample), most=most_pictures)
+    trust, why_not = _measure_trust(explained, model, pictures, sample, n=trust_images, seed=seed)
     names = explained.images['image'].to_numpy()[sample.rows]
     for group in groups: group.images = names[group.members].tolist()
-    report = Report(out, groups, class_table(sample), trust, objects)
-    page = _page(explained, sample, report, unlike, pictures, why_not, title, of_group)
+    report = Report(out, groups, class_table(sample), trust, objects=objects)
+    page = _page(explained, sample, report, unlike, pictures=pictures, why_not=why_not, title=title, of_group=of_group)
     _write_whole(out, _render(page | dict(vega=vega)))
     return report

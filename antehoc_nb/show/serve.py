@@ -132,7 +132,7 @@ def _draw_box(picture, region, scale):
 
 def _scaled(box, scale):
     "A box in pixels of a picture"
-    return [round(edge * s) for edge, s in zip(box, (*scale, *scale))]
+    return [round(edge * factor) for edge, factor in zip(box, (*scale, *scale))]
 
 # %% ../../nbs/show/70_serve.ipynb #e42ed526
 PREDICTED = -1 # as target: the class that is predicted
@@ -224,7 +224,7 @@ def _percent(share): return f'{share:.1%}' if share < .995 or share == 1 else f'
 @patch
 def _said(self: PhotoPage, e):
     "The prediction in words"
-    words = [label if p is None else f'{label} ({_percent(p)})' for label, p in e.decisions[0]]
+    words = [label if share is None else f'{label} ({_percent(share)})' for label, share in e.decisions[0]]
     more = f' and {len(words) - 6} more' if len(words) > 6 else ''
     return (', '.join(words[:6]) or 'no label is on') + more
 
@@ -233,10 +233,10 @@ def _said(self: PhotoPage, e):
 def _prediction(self: PhotoPage, e):
     "The probabilities of the classes; of a regression its numbers"
     if self.task == 'regression': return [[name, float(value)] for name, value in zip(*self._outputs(e))]
-    p = e.probabilities[0].tolist()
-    if self.task == 'binary': p = [1 - p[0], p[0]]
-    names = [_class_name(e, i) for i in range(len(p))]
-    return {name: p[i] for name, i in _numbered(names).items()}
+    shares = e.probabilities[0].tolist()
+    if self.task == 'binary': shares = [1 - shares[0], shares[0]]
+    names = [_class_name(e, i) for i in range(len(shares))]
+    return {name: shares[i] for name, i in _numbered(names).items()}
 
 
 @patch
@@ -260,8 +260,9 @@ def explain(self: PhotoPage,
         e = self.model.explain(full, target=None if target == PREDICTED else target)
         beside, note = self._compared(e, compare)
         e = replace(e, photos=[_shown_photo(full)]).cpu()
-        answer = Answer(e, full.size, self._message(e, target) + note, self._prediction(e), e.overlays()[0],
-                        energy_picture(e), compared=beside and replace(e, map=beside.map.cpu()).overlays()[0])
+        answer = Answer(e, full.size, self._message(e, target) + note, prediction=self._prediction(e),
+                        overlay=e.overlays()[0], energy=energy_picture(e),
+                        compared=beside and replace(e, map=beside.map.cpu()).overlays()[0])
         answer.regions, answer.table = self.cut(answer, threshold)
         return answer
     except Exception as error: return Answer(message=_in_words(error))
@@ -430,9 +431,10 @@ def _one_photograph(self: PhotoPage, gr):
 
     def explain(photo, target, compare, threshold):
         "Prediction, maps and concept regions of a photograph"
-        a = self.explain(photo, target, compare, threshold)
-        kept = Answer(a.explanation, a.size)
-        return kept, a.message, a.prediction, a.overlay, a.energy, a.regions, a.compared, a.table
+        answer = self.explain(photo, target, compare, threshold)
+        kept = Answer(answer.explanation, answer.size)
+        return (kept, answer.message, answer.prediction, answer.overlay, answer.energy, answer.regions,
+                answer.compared, answer.table)
     gr.on([photo.change, target.change, compare.change], explain, [*controls], [found, *results], api_name='explain',
           trigger_mode='always_last')
     threshold.change(self.cut, [found, threshold], [regions, table], trigger_mode='always_last', show_progress='hidden',

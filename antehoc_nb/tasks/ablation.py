@@ -38,7 +38,7 @@ from ..evaluate.explainers import centred_blob
 from antehoc_nb.evaluate.faithfulness import (
     class_probability, drop_inc_win, equal_area_mask, insertion_deletion, map_area,
 )
-from ..evaluate.localisation import energy_in_region, pointing_game
+from ..evaluate.localisation import localisation
 from antehoc_nb.tasks.experiment import (
     DatasetSpec, Experiment, Paths, RunResult, bars_on_terminals, register_experiment,
 )
@@ -92,19 +92,20 @@ class Trials(Callback):
 
     def before_fit(self):
         self._make_models()
-        trained = [p for p in self.learn.model.parameters() if p.requires_grad]
+        trained = [weight for weight in self.learn.model.parameters() if weight.requires_grad]
         self._fixed = [] if self.train_cnn else trained
-        for p in self._fixed: p.requires_grad_(False)
+        for weight in self._fixed: weight.requires_grad_(False)
 
     def after_fit(self):
-        for p in self._fixed: p.requires_grad_(True)
+        for weight in self._fixed: weight.requires_grad_(True)
 
     def _make_models(self):
         "A model and an optimiser per trial"
         sample, (mean, std) = sample_inputs(self.learn.dls), normalisation(self.learn.dls)
         self.models, self.opts = {}, {}
         for name, settings in self.trials.items():
-            of_model = {k: v for k, v in settings.items() if k not in ('mask', 'fill')} | dict(class_specific=False)
+            of_model = {setting: value for setting, value in settings.items() if setting not in ('mask', 'fill')}
+            of_model['class_specific'] = False
             self.models[name] = AntehocModel(self.learn.model, sample, self.eta, mean=mean, std=std, **of_model)
             self.opts[name] = _optimiser(self.models[name].weight_net)
 
@@ -114,8 +115,8 @@ def _optimiser(weight_net):
     weights = list(weight_net.parameters())
     if not weights: return None
     opt = Adam(weights, lr=1e-3)
-    for name, p in weight_net.named_parameters():
-        if name.endswith('bias'): opt.state[p]['do_wd'] = False
+    for name, weight in weight_net.named_parameters():
+        if name.endswith('bias'): opt.state[weight]['do_wd'] = False
     return opt
 
 # %% ../../nbs/tasks/58_ablation.ipynb #7b218258
@@ -156,10 +157,10 @@ def _learn(self: Trials, name, opt):
     "One step of a candidate's weight network"
     loss = self._second_pass(self.models[name], self.trials[name])
     weights = list(self.models[name].weight_net.parameters())
-    for p, gradient in zip(weights, torch.autograd.grad(loss, weights)): p.grad = gradient
+    for weight, gradient in zip(weights, torch.autograd.grad(loss, weights)): weight.grad = gradient
     opt.hypers[-1].update(self.learn.opt.hypers[-1])
     opt.step()
-    for p in weights: p.grad = None
+    for weight in weights: weight.grad = None
     self.losses[name].append(loss.item())
 
 
@@ -172,7 +173,7 @@ def _second_pass(self: Trials, model, settings):
     with amp, frozen(self.learn.model):
         recorded = model.layer_maps(self.recording.values, x.shape[2:], self.pred)
         mask, fill = settings.get('mask', 'soft'), settings.get('fill', 'black')
-        return interpretation_loss(model, x, recorded, self.pred, numbers, mask, fill)
+        return interpretation_loss(model, x, recorded, self.pred, number=numbers, mask=mask, fill=fill)
 
 # %% ../../nbs/tasks/58_ablation.ipynb #cell0011
 def trial_controls(x: torch.Tensor, # Images, (B,C,H,W)
@@ -202,18 +203,16 @@ def score_trial_maps(model: AntehocModel, # Has the CNN and its black pixel
     p_x = probability(x, y)
     def dropped(masks): return drop_inc_win(p_x, probability(model.mask(x, masks), y))
     soft = dropped(maps)
-    scores = {k: soft[k] for k in ('drop', 'average_drop', 'win')} | dict(area=map_area(maps).mean().item())
+    scores = {name: soft[name] for name in ('drop', 'average_drop', 'win')} | dict(area=map_area(maps).mean().item())
     for share in shares:
         scores[f'average_drop@{share:.0%}'] = dropped(equal_area_mask(maps, share))['average_drop']
     black = -model.mean / model.std
     auc = insertion_deletion(probability, x, maps, steps=steps, baseline=black, target=y, bs=256)
-    scores |= {k: auc[k].mean().item() for k in ('insertion', 'deletion')}
-    if boxes is None: return scores
-    return scores | dict(pointing=pointing_game(maps, boxes).mean().item(),
-                         energy_in_box=energy_in_region(maps, boxes).nanmean().item())
+    scores |= {name: auc[name].mean().item() for name in ('insertion', 'deletion')}
+    return scores if boxes is None else scores | localisation(maps, boxes)
 
 # %% ../../nbs/tasks/58_ablation.ipynb #cell0013
-def _scenes(path, n_train, n_valid, size, bs, seed): return photo_digits_dls(n_train, n_valid, size, bs, seed)
+def _scenes(path, n_train, n_valid, size, bs, seed): return photo_digits_dls(n_train, n_valid, size, bs, seed=seed)
 
 
 def _part_of_cifar10(path, n_train, n_valid, size, bs, seed):
@@ -256,18 +255,19 @@ def _one_seed(config, seed, data):
     "Rows of scores, one per candidate and control, and the CNN's accuracy"
     set_seed(seed)
     size, bs = config['size'], config['bs']
-    dls = weight_choice_dls(config['dataset'], config['n_train'], config['n_valid'], size, bs, seed, data)
+    dls = weight_choice_dls(config['dataset'], config['n_train'], config['n_valid'], size=size, bs=bs, seed=seed,
+                            data=data)
     learn = Learner(dls, small_cnn(10), CrossEntropyLossFlat(), metrics=accuracy)
     trials = Trials(config['trials'], config['eta'])
     with bars_on_terminals(learn):
         learn.fit_one_cycle(config['cnn_epochs'], config['lr'])
         learn.fit_one_cycle(config['epochs'], config['lr'], cbs=trials)
     learn.model.eval()
-    x, y = (torch.cat([plain_tensor(batch[k]) for batch in dls.valid]) for k in (0, 1))
+    x, y = (torch.cat([plain_tensor(batch[part]) for batch in dls.valid]) for part in (0, 1))
     boxes = torch.as_tensor(dls.valid_ds.boxes)[:len(x)] if hasattr(dls.valid_ds, 'boxes') else None
     maps = {name: model.explain(x).map for name, model in trials.models.items()} | trial_controls(x)
     model = next(iter(trials.models.values()))
-    rows = [dict(trial=name, **score_trial_maps(model, x, y, of_trial, boxes))
+    rows = [dict(trial=name, **score_trial_maps(model, x, y, of_trial, boxes=boxes))
             for name, of_trial in tqdm(maps.items(), desc='scoring', disable=None)]
     return rows, float(learn.recorder.values[-1][-1])
 
@@ -315,15 +315,16 @@ def trials_table(record: dict, # As `run_trials` returns it
     means, text = trial_scores(record), {}
     spread = trial_scores(record, 'spread') if record['results']['spread'] else None
     for column in means:
-        text[column] = [_number(v, column) for v in means[column]]
+        text[column] = [_number(value, column) for value in means[column]]
         if spread is None: continue
-        text[column] = [f'{mean} ± {_number(v, column)}' for mean, v in zip(text[column], spread[column])]
+        text[column] = [f'{mean} ± {_number(value, column)}' for mean, value in zip(text[column], spread[column])]
     candidate = ~means.index.str.startswith('control')
 
     def bold(column):
         how = _BEST.get(column.name, 'min' if 'average_drop' in column.name else None)
         best = getattr(means[column.name][candidate], how)() if how else None
-        return ['font-weight: bold' if o and v == best else '' for o, v in zip(candidate, means[column.name])]
+        return ['font-weight: bold' if is_candidate and value == best else ''
+                for is_candidate, value in zip(candidate, means[column.name])]
 
     return pd.DataFrame(text, index=means.index).style.apply(bold)
 
@@ -332,8 +333,8 @@ def _printed_scores(record, results): return trial_scores(record).round(2).to_st
 
 
 weight_choice = register_experiment(Experiment(
-    'weight-choice', 'weight-choice', TRIAL_DATASETS, TRIAL_PROFILES, _run, TRIAL_SETTINGS | dict(trials=TRIALS),
-    tables={'weight-choice': _printed_scores}))
+    'weight-choice', 'weight-choice', TRIAL_DATASETS, TRIAL_PROFILES, run=_run,
+    settings=TRIAL_SETTINGS | dict(trials=TRIALS), tables={'weight-choice': _printed_scores}))
 
 
 def run_trials(dataset: str, # A name in `TRIAL_DATASETS`
@@ -349,4 +350,4 @@ def run_trials(dataset: str, # A name in `TRIAL_DATASETS`
     It is `results/weight-choice/<dataset>-<profile>.json`. Trials of your own need folders of their own."""
     experiment = weight_choice
     if trials is not None: experiment = replace(experiment, settings=TRIAL_SETTINGS | dict(trials=trials))
-    return experiment.reproduce(dataset, profile, results, work, data, command)
+    return experiment.reproduce(dataset, profile, results, work, data=data, command=command)

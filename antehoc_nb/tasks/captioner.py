@@ -83,7 +83,7 @@ class Captioner(nn.Module):
                               tokenizer=self.tokenizer.to_str())
             backbone = caption_body(backbone, pretrained)
         self.body = backbone
-        self._add_layers(_out_channels(self.body), emb, hidden, grid, nn.Dropout(dropout))
+        self._add_layers(_out_channels(self.body), emb, hidden, grid, drop=nn.Dropout(dropout))
 
     def _add_layers(self, channels, emb, hidden, grid, drop):
         "All that follows the backbone; the order fixes the random weights"
@@ -143,7 +143,7 @@ def _run_lstm(self: Captioner, words, state):
 
     Without cuDNN where that has no backward pass: in evaluation mode, in which pass 2 needs one."""
     cudnn = torch.backends.cudnn
-    flags = {k: getattr(cudnn, k) for k in ('benchmark', 'deterministic', 'allow_tf32')}
+    flags = {name: getattr(cudnn, name) for name in ('benchmark', 'deterministic', 'allow_tf32')}
     enabled = cudnn.enabled and (self.training or not torch.is_grad_enabled())
     weight = self.begin.weight
     with torch.autocast(weight.device.type, enabled=False), cudnn.flags(enabled, **flags):
@@ -207,7 +207,7 @@ def captioner(n_out: int, # Entries of the vocabulary
               dropout: float = .3,
              ) -> nn.Module:
     "A `Captioner` as `from_pretrained` builds it. `ValueError` for a vocabulary that does not fit."
-    model = Captioner(backbone, tokenizer, emb, hidden, grid, dropout)
+    model = Captioner(backbone, tokenizer, emb, hidden, grid=grid, dropout=dropout)
     if model.n_words != n_out:
         raise ValueError(f'the tokenizer has {model.n_words} entries, the model was made for {n_out}; '
                          'they do not belong together')
@@ -275,7 +275,7 @@ def generate(self: Captioner,
     <pad>, <start> and <unk> are never generated, and the log-probability is among the other tokens.
     `ValueError` for a beam or length below 1, or a negative penalty."""
     _check_search(beam, max_len, length_penalty)
-    start, end, unknown = (self.tokenizer.token_to_id(o) for o in (START, END, UNK))
+    start, end, unknown = (self.tokenizer.token_to_id(word) for word in (START, END, UNK))
     with torch.no_grad(), eval_mode(self):
         encoded = [part.repeat_interleave(beam, 0) for part in self.encode_image(plain_tensor(x))]
         state = self.first_state(encoded[0])
@@ -318,7 +318,7 @@ def caption_learner(dls, # From `caption_dls`
     The map is class-agnostic unless `class_specific=True`. `int_loss=None` is 'cross_entropy' for a class-specific
     map, the map of target words, else 'mse'."""
     if not hasattr(dls, 'tokenizer'): raise ValueError('dls: has no tokenizer; make them with `caption_dls`')
-    cnn = Captioner(backbone, dls.tokenizer, emb, hidden, grid, dropout, pretrained)
+    cnn = Captioner(backbone, dls.tokenizer, emb, hidden, grid=grid, dropout=dropout, pretrained=pretrained)
     kwargs = dict(splitter=caption_splitter) | kwargs
     if not explain: return plain_learner(dls, cnn, **kwargs)
     kwargs = dict(class_specific=False) | kwargs
@@ -363,7 +363,7 @@ def find_target(self: Captioner,
     given = target is not None
     if not given: target = out if tokens is None else tokens
     if isinstance(target, str): target = [target] * len(out)
-    if isinstance(target, (list, tuple)) and target and all(isinstance(o, str) for o in target):
+    if isinstance(target, (list, tuple)) and target and all(isinstance(word, str) for word in target):
         target = _encode_target(self.tokenizer, target)
     if not isinstance(target, torch.Tensor):
         raise TypeError(f'target: a captioner takes words or tokens (B,T), not {type(target).__name__}')
@@ -394,7 +394,8 @@ def bleu(tokenizer, # From `caption_tokenizer`: how captions are split into word
 
     def split(caption): return ' '.join(words_of(tokenizer, caption))
     most = max(map(len, references))
-    streams = [[split(r[k]) if k < len(r) else None for r in references] for k in range(most)]
+    streams = [[split(captions[place]) if place < len(captions) else None for captions in references]
+               for place in range(most)]
     captions = [split(caption) for caption in captions]
     scores = {}
     for n in (1, 2, 3, 4):
@@ -478,7 +479,7 @@ def _find_explainer(explainer):
     function = explainer
     if isinstance(explainer, str): function = plain_average if explainer == PLAIN_AVERAGE else explainers[explainer]
     known = {PLAIN_AVERAGE: plain_average, **explainers}
-    return next((name for name, f in known.items() if f is function), None), function
+    return next((name for name, known_function in known.items() if known_function is function), None), function
 
 
 def _target_maps(model, x, tokens, word, bs):
@@ -505,7 +506,7 @@ def caption_maps(explainer: str | Callable, # A name in `explainers`, 'plain ave
     Errors as of `explain_with`; `ValueError` where a class-specific model should explain a word that is not there."""
     name, function = _find_explainer(explainer)
     _check_word(word, tokens)
-    if name == 'ante-hoc' and model.class_specific: return _target_maps(model, x, tokens, word, bs)
+    if name == 'ante-hoc' and model.class_specific: return _target_maps(model, x, tokens, word, bs=bs)
     if name not in (*_WITHOUT_CAPTION, *_WITH_BATCHES): bs = 1
     if name in _WITH_LAYER: function = partial(function, layer=f'captioner.{model.layers[-1]}')
     maps = []
@@ -535,7 +536,7 @@ def _region(m, mask):
     "A `ConceptRegion` of a map (H,W), not yet numbered"
     y, x = mask.nonzero()
     box = int(x.min()), int(y.min()), int(x.max()) + 1, int(y.max()) + 1
-    return ConceptRegion(0, box, float(mask.mean()), float(m[mask].sum() / m.sum()), mask)
+    return ConceptRegion(0, box, float(mask.mean()), energy=float(m[mask].sum() / m.sum()), mask=mask)
 
 
 def peak_regions(map, # One map in [0,1]: (H,W), (1,H,W) or (1,1,H,W)
@@ -545,10 +546,10 @@ def peak_regions(map, # One map in [0,1]: (H,W), (1,H,W) or (1,1,H,W)
                 ) -> list[ConceptRegion]: # Most energy first; empty for a map without a peak
     "The parts of a map, one for each of its peaks. `ValueError` as of `to_map`, or for a threshold outside (0,1]."
     if not 0 < threshold <= 1: raise ValueError(f'threshold={threshold} must lie in (0,1]')
-    m = to_map(map)
-    above = m >= threshold
-    peak = _peak_of(m, apart).reshape(m.shape)
-    regions = [_region(m, (peak == top) & above) for top in np.unique(peak[above])]
+    values = to_map(map)
+    above = values >= threshold
+    peak = _peak_of(values, apart).reshape(values.shape)
+    regions = [_region(values, (peak == top) & above) for top in np.unique(peak[above])]
     regions = sorted(regions, key=lambda region: -region.energy)[:n]
     return [replace(region, label=number) for number, region in enumerate(regions, 1)]
 
@@ -586,8 +587,8 @@ def word_maps(model: AntehocModel, # Of a `Captioner`
     "Take one region after the other out of an image, and see which words become less likely."
     if maps is None: maps = caption_maps('ante-hoc', model, x, tokens)
     with torch.no_grad(), eval_mode(model):
-        return [_word_maps_of(model, image, caption[caption != 0], m, fill, **kwargs)
-                for image, caption, m in zip(x, tokens, maps)]
+        return [_word_maps_of(model, image, caption[caption != 0], of_image, fill=fill, **kwargs)
+                for image, caption, of_image in zip(x, tokens, maps)]
 
 # %% ../../nbs/tasks/56_captioner.ipynb #cell0045
 def _n_panels(found): return 2 + sum(word != '<end>' for word in found.words)
@@ -605,8 +606,8 @@ def show_words(image, # One image (C,H,W) in [0,1]
     draw_regions(draw_image(to_rgb(image), axs[0], title, fontsize=8), found.regions[:9])
     show_map(image, map, axs[1], title='map')
     axs[1].title.set_fontsize(8)
-    for ax, word, m in zip(axs[2:], found.words, found.maps):
-        if word != '<end>': draw_image(to_rgb(image) * (.15 + .85 * m.numpy()[..., None]), ax, word, fontsize=8)
+    for ax, word, of_word in zip(axs[2:], found.words, found.maps):
+        if word != '<end>': draw_image(to_rgb(image) * (.15 + .85 * of_word.numpy()[..., None]), ax, word, fontsize=8)
     for ax in axs: ax.axis('off')
     return axs
 
@@ -696,9 +697,9 @@ def _maps_by_word(explainer, model, x, tokens, rows, positions):
     "The map of the word at positions[k] of image rows[k], (M,H,W) on the CPU"
     maps = torch.empty(len(rows), *x.shape[2:])
     for position in set(positions):
-        at = [k for k, other in enumerate(positions) if other == position]
-        images = [rows[k] for k in at]
-        maps[at] = caption_maps(explainer, model, x[images], tokens[images], position)[:, 0].float().cpu()
+        at = [place for place, other in enumerate(positions) if other == position]
+        images = [rows[place] for place in at]
+        maps[at] = caption_maps(explainer, model, x[images], tokens[images], word=position)[:, 0].float().cpu()
     return maps
 
 
@@ -719,14 +720,14 @@ def word_pointing(model: AntehocModel, # Of a `Captioner`
     rows, positions, boxes = named_words(model.cnn.tokenizer, tokens, places)
     whole = {e.removesuffix(' of layers'): caption_maps(e, model, x, tokens) for e in explainers}
     maps = {}
-    for name, m in whole.items():
+    for name, of_kind in whole.items():
         if name in CONTROLS: continue
-        maps[f'{name}, regions by word'] = _maps_by_region(model, x, tokens, m, rows, positions, **kwargs)
+        maps[f'{name}, regions by word'] = _maps_by_region(model, x, tokens, of_kind, rows, positions, **kwargs)
     for name in explainers:
         if name == 'grad-cam' or name == 'ante-hoc' and model.class_specific:
-            maps[f'{name} by word'] = _maps_by_word(name, model, x, tokens, rows, positions)
-    for name, m in whole.items(): maps[f'{name}, whole caption'] = m.cpu()[rows, 0]
-    return {name: pointing_game(m, boxes) for name, m in maps.items()}
+            maps[f'{name} by word'] = _maps_by_word(name, model, x, tokens, rows=rows, positions=positions)
+    for name, of_kind in whole.items(): maps[f'{name}, whole caption'] = of_kind.cpu()[rows, 0]
+    return {name: pointing_game(of_kind, boxes) for name, of_kind in maps.items()}
 
 # %% ../../nbs/tasks/56_captioner.ipynb #cell0055
 CAPTION_EXPLAINERS = 'ante-hoc', 'grad-cam', 'grad-cam++', 'score-cam', PLAIN_AVERAGE, *CONTROLS
@@ -734,12 +735,12 @@ CAPTION_EXPLAINERS = 'ante-hoc', 'grad-cam', 'grad-cam++', 'score-cam', PLAIN_AV
 
 def _score_batch(model, x, tokens, map, kind, metrics, **kwargs):
     "Values of each image, (B,), by (kind of caption, what is masked, metric)"
-    task = Task(x, tokens, {kind: partial(caption_probability, model)}, model.mean, model.std, **kwargs)
+    task = Task(x, tokens, {kind: partial(caption_probability, model)}, mean=model.mean, std=model.std, **kwargs)
     values = {}
     with torch.no_grad(), eval_mode(model):
         for metric in metrics:
-            for (score, masked, what), v in benchmark_metrics[metric](task, map).items():
-                values[score or kind, masked, what] = plain_tensor(v).float().cpu().numpy()
+            for (score, masked, what), numbers in benchmark_metrics[metric](task, map).items():
+                values[score or kind, masked, what] = plain_tensor(numbers).float().cpu().numpy()
     return values
 
 
@@ -761,8 +762,8 @@ def score_captions(model: AntehocModel, # Of a `Captioner`
         found = {}
         for kind, tokens in captions.items():
             for batch in torch.arange(len(x)).split(bs):
-                m = caption_maps(name, model, x[batch], explained[kind][batch])
-                scores = _score_batch(model, x[batch], tokens[batch], m, kind, metrics, **kwargs)
-                for key, v in scores.items(): found.setdefault(key, []).append(v)
-        values[name] = {key: np.concatenate(v) for key, v in found.items()}
+                maps = caption_maps(name, model, x[batch], explained[kind][batch])
+                scores = _score_batch(model, x[batch], tokens[batch], maps, kind=kind, metrics=metrics, **kwargs)
+                for key, numbers in scores.items(): found.setdefault(key, []).append(numbers)
+        values[name] = {key: np.concatenate(numbers) for key, numbers in found.items()}
     return values

@@ -101,7 +101,7 @@ def _backbone(config, paths):
     "State of a backbone that was trained to tell classes apart, resumably; None where the configuration has none"
     encoder = config['encoder']
     if encoder is None: return None
-    settings = {k: encoder[k] for k in ('data', 'size', 'bs', 'epochs', 'lr')}
+    settings = {name: encoder[name] for name in ('data', 'size', 'bs', 'epochs', 'lr')}
     settings |= dict(arch=config['backbone'], seed=config['seed'], channels_last=True, aug=True, plain=True)
     dls = dataset_dls(encoder['data'], encoder['size'], encoder['bs'], config['seed'])
     return train_run(dls, settings, paths.out.parent/f"encoder-{encoder['data']}").model.state_dict()
@@ -109,18 +109,20 @@ def _backbone(config, paths):
 
 def _captioner(config, tokenizer, backbone):
     "An untrained captioner, with its backbone's weights"
-    sizes = {k: config[k] for k in ('emb', 'hidden', 'grid', 'dropout', 'pretrained')}
+    sizes = {name: config[name] for name in ('emb', 'hidden', 'grid', 'dropout', 'pretrained')}
     captioner = Captioner(config['backbone'], tokenizer, **sizes)
-    if backbone is not None: captioner.body.load_state_dict({k: backbone[k] for k in captioner.body.state_dict()})
+    body = captioner.body
+    if backbone is not None: body.load_state_dict({name: backbone[name] for name in body.state_dict()})
     return captioner
 
 
 def _train(config, tokenizer, dls, paths):
     "The learner of the captioner and its weight network, and the model with the class-specific weight network"
     backbone = _backbone(config, paths)
-    settings = {k: config[k] for k in ('backbone', 'encoder', 'pretrained', 'epochs', 'lr', 'seed', 'size', 'bs', 'emb',
-                                       'hidden', 'grid', 'dropout', 'min_freq')}
-    settings |= {k: config[k] for k in EXPLANATION_SETTINGS if k in config}
+    names = ('backbone', 'encoder', 'pretrained', 'epochs', 'lr', 'seed', 'size', 'bs', 'emb', 'hidden', 'grid',
+             'dropout', 'min_freq')
+    settings = {name: config[name] for name in names}
+    settings |= {name: config[name] for name in EXPLANATION_SETTINGS if name in config}
     settings |= dict(data=config['dataset'], channels_last=True)
     learn = train_run(dls, settings, paths.out/'captioner', metric=Perplexity(),
                       build=lambda: _captioner(config, tokenizer, backbone))
@@ -152,9 +154,9 @@ def _score(model, class_specific, x, captions, out, config):
         if not file.exists():
             scores = score_captions(explained, x, captions, [explainer], told=told, steps=steps)[explainer]
             unfinished = out/f'.{name}.npz'
-            np.savez_compressed(unfinished, **{'|'.join(k): v for k, v in scores.items()})
+            np.savez_compressed(unfinished, **{'|'.join(key): numbers for key, numbers in scores.items()})
             unfinished.replace(file)
-        with np.load(file) as arrays: values[name] = {tuple(k.split('|')): arrays[k] for k in arrays.files}
+        with np.load(file) as arrays: values[name] = {tuple(key.split('|')): arrays[key] for key in arrays.files}
     return values
 
 
@@ -162,11 +164,11 @@ def _pointing(model, class_specific, x, tokens, places):
     "Hits of each kind of map, and the half of their 95 % interval over images"
     rows, _, _ = named_words(model.cnn.tokenizer, tokens, places)
     hits = word_pointing(model, x, tokens, places)
-    own = word_pointing(class_specific, x, tokens, places, ['ante-hoc'])
-    hits |= {kind.replace('ante-hoc', CLASS_SPECIFIC): v for kind, v in own.items()}
-    by_image = {kind: pd.Series(v.numpy()).groupby(rows).mean() for kind, v in hits.items()}
-    return {kind: dict(hits=v.mean(), ci=1.96 * v.sem(), images=len(v), words=len(rows))
-            for kind, v in by_image.items()}
+    own = word_pointing(class_specific, x, tokens, places, explainers=['ante-hoc'])
+    hits |= {kind.replace('ante-hoc', CLASS_SPECIFIC): of_kind for kind, of_kind in own.items()}
+    by_image = {kind: pd.Series(of_kind.numpy()).groupby(rows).mean() for kind, of_kind in hits.items()}
+    return {kind: dict(hits=shares.mean(), ci=1.96 * shares.sem(), images=len(shares), words=len(rows))
+            for kind, shares in by_image.items()}
 
 # %% ../../nbs/tasks/57_captioning.ipynb #99b64057
 def _bleu(model, tokenizer, images, captioned, beam):
@@ -186,7 +188,7 @@ def _black_images(model, x, captions):
     nothing = torch.zeros_like(x[:, :1])
     found = {kind: faithfulness(model, x, nothing, tokens, score=caption_probability, areas=())
              for kind, tokens in captions.items()}
-    return {kind: drop_inc_win(o['p_x'], o['energy']) for kind, o in found.items()}
+    return {kind: drop_inc_win(scores['p_x'], scores['energy']) for kind, scores in found.items()}
 
 
 def _run(config: dict, paths: Paths) -> RunResult:
@@ -201,11 +203,11 @@ def _run(config: dict, paths: Paths) -> RunResult:
     learn, class_specific = _train(config, tokenizer, dls, paths)
     model = learn.model.eval()
     images = {split: images_of(dls, [captioned.images[i] for i in captioned.of(split)]) for split in ('valid', 'test')}
-    generated, bleu_scores = _bleu(model, tokenizer, images, captioned, config['beam'])
+    generated, bleu_scores = _bleu(model, tokenizer, images, captioned, beam=config['beam'])
     x, test = images['test'], captioned.of('test')
     reference = encode_captions(tokenizer, [captioned.captions[i][0] for i in test], UNK).to(x.device)
     captions = dict(reference=reference, generated=generated['test']['greedy'])
-    values = _score(model, class_specific, x, captions, paths.out/'scores', config)
+    values = _score(model, class_specific, x, captions, out=paths.out/'scores', config=config)
     results = dict(
         bleu=bleu_scores, epochs=epoch_scores(learn), n_words=tokenizer.get_vocab_size(),
         n_train=len(captioned.of('train')), n_test=len(x), layers=list(model.layers),
@@ -213,7 +215,7 @@ def _run(config: dict, paths: Paths) -> RunResult:
         black=_black_images(model, x, captions),
         **as_results(summarise(values, exclude=(*CONTROLS, WRONG_CAPTION, 'plain average of layers'))))
     if captioned.places:
-        results['pointing'] = _pointing(model, class_specific, x, reference, [captioned.places[i] for i in test])
+        results['pointing'] = _pointing(model, class_specific, x, reference, places=[captioned.places[i] for i in test])
     return RunResult(results, config['seed'], dict(images=fingerprint(dls), title=_title(config, captioned)))
 
 # %% ../../nbs/tasks/57_captioning.ipynb #cell0013
@@ -245,7 +247,8 @@ def caption_verdict(record: dict, # As `run_captioning` makes it
                 *[(f'top {share}%', 'average_drop') for share in (5, 10, 20, 50)],
                 ('', 'insertion'), ('', 'deletion')]
     scores = Benchmark.of(record)
-    return pd.concat({kind: verdict(scores, ours, criteria=[(kind, *o) for o in criteria]) for kind in CAPTIONS})
+    return pd.concat({kind: verdict(scores, ours, criteria=[(kind, *criterion) for criterion in criteria])
+                      for kind in CAPTIONS})
 
 
 def caption_scores(records: dict, # Data set -> record
@@ -286,7 +289,7 @@ def _printed_tables(record, results):
 
 
 captioning = register_experiment(Experiment(
-    'captioning', 'table4', CAPTION_DATASETS, CAPTION_PROFILES, _run, CAPTION_SETTINGS,
+    'captioning', 'table4', CAPTION_DATASETS, CAPTION_PROFILES, run=_run, settings=CAPTION_SETTINGS,
     tables=dict(table4=_printed_tables), figures=dict(table4=FigureSpec(caption_figure, 'captioning', dpi=90))))
 
 
@@ -298,7 +301,7 @@ def run_captioning(dataset: str, # A name in `CAPTION_DATASETS`
                    command: str | None = None, # How the record is made, for the record
                   ) -> dict: # The record
     "Train a captioner, score its captions and its maps, and write `results/captioning/<dataset>-<profile>.json`."
-    return captioning.reproduce(dataset, profile, results, work, data, command)
+    return captioning.reproduce(dataset, profile, results, work, data=data, command=command)
 
 
 def read_captioning(dataset: str, profile: str = 'cpu', results: str | Path = 'results') -> dict:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -56,7 +57,7 @@ def photo_digit_scenes(path, # Not used: the scenes are made
                        n_train, # Training scenes; None: 4,000
                       ) -> DataLoaders:
     "The scenes of photo-digits."
-    return photo_digits_dls(n_train or 4000, 500, size, bs, seed)
+    return photo_digits_dls(n_train or 4000, 500, size, bs, seed=seed)
 
 
 def image_folders(path, # Folder or archive, as `image_dls` takes it
@@ -76,8 +77,8 @@ def image_folders(path, # Folder or archive, as `image_dls` takes it
 def epochs(**profiles: int | dict, # Profile -> epochs of the CNN and of the evaluator, or all settings that differ
           ) -> dict: # For `DatasetSpec.by_profile`
     "How long to train on a data set."
-    return {profile: n if isinstance(n, dict) else dict(epochs=n, evaluator_epochs=n)
-            for profile, n in profiles.items()}
+    return {profile: count if isinstance(count, dict) else dict(epochs=count, evaluator_epochs=count)
+            for profile, count in profiles.items()}
 
 
 _IN_TINY_IMAGENET = dict(test_split='val', boxes='boxes.csv', side=64)
@@ -182,8 +183,8 @@ def cnn_config(config: dict, # From `classification.config`
                seed: int, # Of the run
               ) -> dict: # For `train_run`
     "How the CNN of a profile is trained."
-    taken = {k: config[k] for k in ('arch', 'eta', 'weight_net', 'class_specific', 'epochs', 'lr', 'size')}
-    of_pretrained = {k: config[k] for k in ('pretrained', 'fine_tune') if k in config}
+    taken = {name: config[name] for name in ('arch', 'eta', 'weight_net', 'class_specific', 'epochs', 'lr', 'size')}
+    of_pretrained = {name: config[name] for name in ('pretrained', 'fine_tune') if name in config}
     dataset = config['dataset']
     common = dict(seed=seed, channels_last=True, aug=DATASETS[dataset].archive is not None, data=dataset)
     return taken | of_pretrained | common
@@ -194,7 +195,7 @@ def run_dls(config: dict, # From `classification.config`
             data: str | Path | None = None, # Folder or archive instead of the one under ANTEHOC_DATA
            ) -> DataLoaders: # Test images as validation images
     "The images of a run, normalised as its CNN needs them. Errors as of `dataset_dls`."
-    dls = dataset_dls(config['dataset'], config['size'], config['bs'], seed, config['n_train'], data)
+    dls = dataset_dls(config['dataset'], config['size'], config['bs'], seed, n_train=config['n_train'], data=data)
     if config.get('pretrained'): normalise_for(dls, config['arch'])
     n, n_valid = len(dls.valid_ds), config.get('n_valid')
     if not n_valid or n_valid >= n: return dls
@@ -229,7 +230,8 @@ def train_weight_net(cnn: nn.Module, # Finished; it stays as it is
     cnn = deepcopy(cnn).requires_grad_()  # that of a run which is only read is frozen still
     if build: cnn.build = build
     alone = dict(train_cnn=False, epochs=max(1, round(images / len(dls.train_ds))), cnn=weights_digest(cnn))
-    settings = {k: v for k, v in cnn_config(config, seed).items() if k not in ('pretrained', 'fine_tune')}
+    settings = cnn_config(config, seed)
+    for name in ('pretrained', 'fine_tune'): settings.pop(name, None)
     return train_run(dls, settings | net | alone, out, build=lambda: cnn)
 
 
@@ -241,8 +243,8 @@ def train_class_specific(model: AntehocModel, # Trained
                         ) -> Learner: # Of the same CNN, with a class-specific weight network
     "Train the weight network of `config['class_specific_net']` alone, on a finished CNN. Errors as of `train_run`."
     build = model.meta.get('cnn') or getattr(model.cnn, 'build', None)
-    return train_weight_net(model.cnn, build, dls, config, seed, out, config['class_specific_net'],
-                            config['class_specific_images'])
+    return train_weight_net(model.cnn, build, dls, config, seed=seed, out=out, net=config['class_specific_net'],
+                            images=config['class_specific_images'])
 
 
 def train_class_agnostic(dls: DataLoaders, # From `run_dls`
@@ -255,11 +257,12 @@ def train_class_agnostic(dls: DataLoaders, # From `run_dls`
     if not config.get('fine_tune'):
         learn = train_run(dls, settings, out/'cnn')
         return learn, dict(train_seconds=round(learn.checkpoint.seconds))
-    of_cnn = {k: v for k, v in settings.items() if k not in EXPLANATION_SETTINGS}
+    of_cnn = {name: value for name, value in settings.items() if name not in EXPLANATION_SETTINGS}
     tuned = train_run(dls, of_cnn | dict(plain=True), out/'fine-tuned')
     build = dict(arch=config['arch'], n_out=dls.c)
-    net = {k: config[k] for k in ('weight_net', 'class_specific')}
-    learn = train_weight_net(tuned.model, build, dls, config, seed, out/'cnn', net, config['class_agnostic_images'])
+    net = {name: config[name] for name in ('weight_net', 'class_specific')}
+    learn = train_weight_net(tuned.model, build, dls, config, seed=seed, out=out/'cnn', net=net,
+                             images=config['class_agnostic_images'])
     return learn, dict(train_seconds=round(tuned.checkpoint.seconds),
                        class_agnostic_seconds=round(learn.checkpoint.seconds),
                        class_agnostic_epochs=len(learn.recorder.values))
@@ -333,7 +336,7 @@ def _shared_incs(scores, slow):
     found = []
     for ours in OURS:
         for baseline in MAIN_EXPLAINERS[1:]:
-            of_both = next((o for o in (scores, slow) if o and baseline in o.values), None)
+            of_both = next((bench for bench in (scores, slow) if bench and baseline in bench.values), None)
             if of_both is None: continue
             found += [shared_inc(of_both, ours, baseline, masks) for masks in ('energy', 'binarised')]
     return found
@@ -344,9 +347,10 @@ def _one_seed(config, seed, out, data):
     dls = run_dls(config, seed, data)
     learn, seconds = train_class_agnostic(dls, config, seed, out)
     evaluator = _train_evaluator(dls, config, seed, out)
-    class_specific = train_class_specific(learn.model, dls, config, seed, out/'class-specific')
-    tame = trained_tame(learn.model, dls, config, seed, out/'tame') if TAME_MAP in config['explainers'] else None
-    scores, slow = _score(config, learn.model, class_specific.model, evaluator.model, dls, out, tame)
+    class_specific = train_class_specific(learn.model, dls, config, seed, out=out/'class-specific')
+    tame = trained_tame(learn.model, dls, config, seed, out=out/'tame') if TAME_MAP in config['explainers'] else None
+    scores, slow = _score(config, learn.model, class_specific.model, evaluator=evaluator.model, dls=dls, out=out,
+                          tame=tame)
     facts = dict(seed=seed, accuracy=float(learn.recorder.values[-1][2]),
                  evaluator_accuracy=float(evaluator.recorder.values[-1][-1]),
                  benchmark_accuracy=scores.record['results']['accuracy'], n_train=len(dls.train_ds),
@@ -410,7 +414,8 @@ def verdict(scores: Benchmark, # With the numbers of the `criteria`
     """Where an explainer is ahead of the baselines, criterion by criterion.
 
     A baseline that was scored on fewer images is compared on these; `significant` then holds for both sets."""
-    tables = [o.df.set_index(['explainer', 'scorer', 'masks', 'metric']) for o in (scores, slow_scores(scores)) if o]
+    every = [bench for bench in (scores, slow_scores(scores)) if bench]
+    tables = [bench.df.set_index(['explainer', 'scorer', 'masks', 'metric']) for bench in every]
     tables_of = {e: next((table for table in tables if e in table.index), tables[0]) for e in baselines}
     rows = {}
     for criterion in criteria:
@@ -471,7 +476,7 @@ def paper_table(table: str, # 'table1' or 'table2'
 def _columns_of_table(scores, masks):
     "The columns of a table of the paper, with the slow explainers where they were scored on fewer images"
     slow = slow_scores(scores)
-    parts = [o.pivot(('drop', 'inc', 'win', 'area'), (masks,), ('cnn',)) for o in (scores, slow) if o]
+    parts = [bench.pivot(('drop', 'inc', 'win', 'area'), (masks,), ('cnn',)) for bench in (scores, slow) if bench]
     for part in parts[1:]: part.drop(index=list(OURS), inplace=True)
     wide = pd.concat(parts)
     wide.columns = wide.columns.get_level_values(2)
@@ -507,20 +512,43 @@ def words_of_classes(dls: DataLoaders, # From `dataset_dls`
 _PARTS = {'class-agnostic': 'cnn', 'class-specific': 'class-specific'}  # kind of map -> folder of its model
 
 
+class _FigureImages(NamedTuple):
+    "What a figure is drawn from."
+    config: dict # of the run
+    models: dict # kind of map -> its model
+    dls: DataLoaders # of the run
+    x: torch.Tensor # test images
+    y: torch.Tensor # their classes
+    words: list # the classes in words
+
+
 def _figure_images(dataset, profile, work, data, n):
-    "The settings of a run, its models by kind of map, its images, `n` test images, their classes, the classes in words"
+    "The models of a run, and `n` test images"
     config = classification.config(dataset, profile)
     seed = config['seeds'][0]
-    models = {kind: trained_model(dataset, profile, seed, work, part) for kind, part in _PARTS.items()}
+    models = {kind: trained_model(dataset, profile, seed, work, part=part) for kind, part in _PARTS.items()}
     dls = run_dls(config, seed, data)
     x, y, _ = test_images(dls.valid, n, absent_ok=True)
-    return config, {kind: model.to(x.device) for kind, model in models.items()}, dls, x, y, words_of_classes(dls)
+    models = {kind: model.to(x.device) for kind, model in models.items()}
+    return _FigureImages(config, models, dls, x=x, y=y, words=words_of_classes(dls))
 
 
-def _explained(model, x): # Maps of what is predicted
+class _Explained(NamedTuple):
+    "Maps of what is predicted."
+    maps: torch.Tensor # (N,1,H,W)
+    pixels: torch.Tensor # (N,C,H,W) in [0,1]
+    probabilities: torch.Tensor # (N,K)
+
+
+def _explained(model, x):
     parts = [model.explain(batch).cpu() for batch in x.split(64)]
-    return (torch.cat([part.map for part in parts]), torch.cat([part.pixels for part in parts]),
-            torch.cat([plain_tensor(part.pred).softmax(1) for part in parts]))
+    return _Explained(torch.cat([part.map for part in parts]), torch.cat([part.pixels for part in parts]),
+                      torch.cat([plain_tensor(part.pred).softmax(1) for part in parts]))
+
+
+def _explained_by_kind(run):
+    "Kind of map -> the test images of a `_FigureImages`, explained"
+    return {kind: _explained(model, run.x) for kind, model in run.models.items()}
 
 
 def _without_ticks(axs):
@@ -564,21 +592,22 @@ def figure1(dataset: str, profile: str = 'cpu', # Names, as for `run_classificat
             n: int = 6, # Images, one a class
            ): # A matplotlib figure
     "Dominant features: both of our maps of the predicted class, and their strongest regions (the paper's Figure 1)."
-    _, models, _, x, y, words = _figure_images(dataset, profile, work, data, n)
-    found = {kind: _explained(model, x) for kind, model in models.items()}
-    _, pixels, probabilities = found['class-agnostic']
-    predicted = probabilities.argmax(1).tolist()
-    titles = [f'{words[k]} {p:.0%}' for k, p in zip(predicted, probabilities.amax(1).tolist())]
-    colors = ['black' if k == int(label) else 'C3' for k, label in zip(predicted, y)]
-    return _map_sheet(pixels, titles, colors, {kind: maps for kind, (maps, *_) in found.items()})
+    run = _figure_images(dataset, profile, work, data, n=n)
+    found = _explained_by_kind(run)
+    shares, predicted = (part.tolist() for part in found['class-agnostic'].probabilities.max(1))
+    titles = [f'{run.words[number]} {share:.0%}' for number, share in zip(predicted, shares)]
+    colors = ['black' if number == int(label) else 'C3' for number, label in zip(predicted, run.y)]
+    maps = {kind: explained.maps for kind, explained in found.items()}
+    return _map_sheet(found['class-agnostic'].pixels, titles, colors, maps)
 
 # %% ../../nbs/tasks/51_classification.ipynb #73042153
 def _right_images(probabilities, y, classes, each):
     "Class -> positions of up to `each` images that the CNN is right about, of the first classes that have them"
-    right = probabilities.argmax(1) == y.cpu()
-    found = {k: (right & (y.cpu() == k)).nonzero().flatten()[:each].tolist() for k in y.unique().tolist()}
-    most = sorted(found, key=lambda k: -len(found[k]))[:classes]
-    return {k: found[k] for k in sorted(most)}
+    y = y.cpu()
+    right = probabilities.argmax(1) == y
+    found = {number: (right & (y == number)).nonzero().flatten()[:each].tolist() for number in y.unique().tolist()}
+    most = sorted(found, key=lambda number: -len(found[number]))[:classes]
+    return {number: found[number] for number in sorted(most)}
 
 
 def figure3(dataset: str, profile: str = 'cpu', # Names, as for `run_classification`
@@ -589,18 +618,18 @@ def figure3(dataset: str, profile: str = 'cpu', # Names, as for `run_classificat
            ): # A matplotlib figure
     "Concepts: where both of our maps are above 0.8, on images of each class (the paper's Figure 3)."
     n_classes = len(run_dls(classification.config(dataset, profile), 0, data).vocab)
-    _, models, _, x, y, words = _figure_images(dataset, profile, work, data, 2 * each * n_classes)
-    found = {kind: _explained(model, x) for kind, model in models.items()}
-    _, pixels, probabilities = found['class-agnostic']
-    rows = _right_images(probabilities, y, classes, each)
+    run = _figure_images(dataset, profile, work, data, n=2 * each * n_classes)
+    found = _explained_by_kind(run)
+    pixels = found['class-agnostic'].pixels
+    rows = _right_images(found['class-agnostic'].probabilities, run.y, classes, each)
     columns = 1 + len(found)
     size = 1.2 * columns * each + .4, 1.25 * len(rows) + .3
     fig, axs = plt.subplots(len(rows), columns * each, figsize=size, layout='constrained', squeeze=False)
-    for (k, of_class), row in zip(rows.items(), axs):
-        row[0].set_ylabel(textwrap.fill(words[k], 14), fontsize=8)
+    for (number, of_class), row in zip(rows.items(), axs):
+        row[0].set_ylabel(textwrap.fill(run.words[number], 14), fontsize=8)
         for i, (image, *others) in zip(of_class, row.reshape(each, columns)):
             image.imshow(pixels[i].permute(1, 2, 0))
-            for (maps, *_), ax in zip(found.values(), others): _draw_concepts(pixels[i], maps[i], ax)
+            for of_kind, ax in zip(found.values(), others): _draw_concepts(pixels[i], of_kind.maps[i], ax)
     for ax, title in zip(axs[0], ['image', *found] * each): ax.set_title(title, fontsize=8)
     _without_ticks(axs)
     for ax in axs.flat: ax.set_axis_on() if ax.images else ax.set_axis_off()
@@ -612,7 +641,7 @@ def _single_weights(model, dls, config, out):
     build = model.meta.get('cnn') or getattr(model.cnn, 'build', None)
     net = dict(weight_net='scalars', class_specific=False, cells=model.cells or 'pixels')
     images = min(4000, config.get('class_agnostic_images', config['class_specific_images']))
-    learn = train_weight_net(model.cnn, build, dls, config, config['seeds'][0], out, net, images)
+    learn = train_weight_net(model.cnn, build, dls, config, seed=config['seeds'][0], out=out, net=net, images=images)
     return learn.model.eval()
 
 
@@ -622,13 +651,13 @@ def figure5(dataset: str, profile: str = 'cpu', # Names, as for `run_classificat
             n: int = 6, # Images, one a class
            ): # A matplotlib figure
     "Regions of interest with one weight for each soft attention map, and with weights for each pixel (Figure 5)."
-    config, models, dls, x, y, words = _figure_images(dataset, profile, work, data, n)
-    model = models['class-agnostic']
-    folder = classification.run_folder(dataset, profile, work)/f'seed{config["seeds"][0]}'/'single-weights'
-    single = _single_weights(model, dls, config, folder)
-    maps, pixels, _ = _explained(model, x)
-    kinds = {'one weight\na layer': _explained(single, x)[0], 'weights of\nevery pixel': maps}
-    return _map_sheet(pixels, [words[int(k)] for k in y], ['black'] * n, kinds)
+    run = _figure_images(dataset, profile, work, data, n=n)
+    model = run.models['class-agnostic']
+    folder = classification.run_folder(dataset, profile, work)/f'seed{run.config["seeds"][0]}'/'single-weights'
+    single = _single_weights(model, run.dls, run.config, folder)
+    explained = _explained(model, run.x)
+    kinds = {'one weight\na layer': _explained(single, run.x).maps, 'weights of\nevery pixel': explained.maps}
+    return _map_sheet(explained.pixels, [run.words[int(label)] for label in run.y], ['black'] * n, kinds)
 
 # %% ../../nbs/tasks/51_classification.ipynb #0270642d
 def method_sheet(dataset: str, profile: str = 'cpu', # Names, as for `run_classification`
@@ -638,24 +667,24 @@ def method_sheet(dataset: str, profile: str = 'cpu', # Names, as for `run_classi
                  explainers: Sequence[str] = ('ante-hoc', CLASS_SPECIFIC, *MAIN_EXPLAINERS[1:]), # Names
                 ): # A matplotlib figure
     "The maps of all methods for the true class, side by side."
-    _, models, _, x, y, words = _figure_images(dataset, profile, work, data, n)
-    model = models['class-agnostic']
-    own = {CLASS_SPECIFIC: class_specific_explainer(models['class-specific'])}
-    pixels = model.explain(x).cpu().pixels
+    run = _figure_images(dataset, profile, work, data, n=n)
+    model = run.models['class-agnostic']
+    own = {CLASS_SPECIFIC: class_specific_explainer(run.models['class-specific'])}
+    pixels = model.explain(run.x).cpu().pixels
     columns = 1 + len(explainers)
     fig, axs = plt.subplots(n, columns, figsize=(1.5 * columns, 1.55 * n), layout='constrained', squeeze=False)
-    for ax, image, label in zip(axs[:, 0], pixels, y):
+    for ax, image, label in zip(axs[:, 0], pixels, run.y):
         ax.imshow(image.permute(1, 2, 0))
-        ax.set_ylabel(textwrap.fill(words[int(label)], 16), fontsize=8)
+        ax.set_ylabel(textwrap.fill(run.words[int(label)], 16), fontsize=8)
     for column, name in zip(axs.T[1:], explainers):
-        maps = explain_with(own.get(name, name), model, x, y)
+        maps = explain_with(own.get(name, name), model, run.x, run.y)
         for i, ax in enumerate(column): show_map(pixels[i], maps[i].cpu(), ax, title=name if i == 0 else None)
     _without_ticks(axs)
     return fig
 
 # %% ../../nbs/tasks/51_classification.ipynb #610c84cd
 classification = register_experiment(Experiment(
-    'classification', 'table1', DATASETS, PROFILES, _run, SETTINGS | SCORED,
+    'classification', 'table1', DATASETS, PROFILES, run=_run, settings=SETTINGS | SCORED,
     tables={table: partial(_printed_table, table=table) for table in TABLES},
     figures=dict(figure1=FigureSpec(figure1, 'figure1', dpi=100), figure3=FigureSpec(figure3, 'figure3', dpi=100),
                  figure5=FigureSpec(figure5, 'figure5', dpi=100), methods=FigureSpec(method_sheet, 'methods', dpi=80))))
@@ -670,7 +699,7 @@ def run_classification(dataset: str, # A name in `DATASETS`
                        seeds: int | None = None, # So many seeds, instead of the profile's; those that are done are kept
                       ) -> dict: # The record
     "Train, evaluate and score one data set, and write `results/classification/<dataset>-<profile>.json`."
-    return classification.reproduce(dataset, profile, results, work, data, command, seeds)
+    return classification.reproduce(dataset, profile, results, work, data=data, command=command, seeds=seeds)
 
 
 def read_classification(dataset: str, profile: str = 'cpu', results: str | Path = 'results') -> Benchmark:

@@ -88,8 +88,8 @@ def _find_last_linear(cnn, x):
     outputs = {}
 
     def record(name): return lambda module, args, out: outputs.__setitem__(name, out)
-    linear = [(name, m) for name, m in cnn.named_modules() if name and isinstance(m, nn.Linear)]
-    handles = [m.register_forward_hook(record(name)) for name, m in linear]
+    linear = [(name, part) for name, part in cnn.named_modules() if name and isinstance(part, nn.Linear)]
+    handles = [part.register_forward_hook(record(name)) for name, part in linear]
     try:
         with torch.no_grad(), eval_mode(cnn), torch.random.fork_rng([]): y = cnn(x)
     finally:
@@ -160,7 +160,8 @@ class ConceptModel(nn.Module):
                ) -> Concepts:
         "Prediction, concepts and relevances, in evaluation mode and without autograd."
         with torch.no_grad(), eval_mode(self): found = self.find_concepts(plain_tensor(x))
-        return Concepts(**{k: v.detach() for k, v in vars(found).items()})  # a head's own weights are among them
+        tensors = vars(found)  # a head's own weights are among them
+        return Concepts(**{name: value.detach() for name, value in tensors.items()})
 
 # %% ../../nbs/tasks/53_concept_models.ipynb #596aaac3
 @patch
@@ -289,7 +290,7 @@ class Cbah(ConceptModel):
         concepts = self.concepts(encoding)
         relevance = self.head.weight.T.expand(len(x), -1, -1)
         task = self.classifier(encoding)
-        return Concepts(self.head(concepts), concepts, relevance, self.head.bias, task, x)
+        return Concepts(self.head(concepts), concepts, relevance, bias=self.head.bias, task=task, x=x)
 
 # %% ../../nbs/tasks/53_concept_models.ipynb #cell0024
 def _check_weights(**weights):
@@ -423,7 +424,7 @@ class ConceptTerm(Metric):
     def value(self):
         values = self.loss.values.get(self.term, []) if self.loss else []
         if not values: return float('nan')
-        return sum(value * n for value, n in values) / sum(n for _, n in values)
+        return sum(value * count for value, count in values) / sum(count for _, count in values)
 
     @property
     def name(self): return self.term
@@ -452,8 +453,8 @@ def _parameter_groups(model, of=trainable_params):
     model = getattr(model, 'module', model)  # out of a distributed wrapper
     groups = list(of(model.cnn))
     if groups and isinstance(groups[0], nn.Parameter): groups = [groups]
-    of_cnn = {id(p) for p in model.cnn.parameters()}
-    added = [p for p in model.parameters() if id(p) not in of_cnn]
+    of_cnn = {id(parameter) for parameter in model.cnn.parameters()}
+    added = [parameter for parameter in model.parameters() if id(parameter) not in of_cnn]
     return [*groups[:-1], [*groups[-1], *added]]
 
 
@@ -489,7 +490,7 @@ def senn_learner(dls, # fastai DataLoaders with images (B,C,H,W) and classes
     Errors as of `Senn` and `SennLoss`."""
     make_model = partial(Senn, concepts=concepts, dropout=dropout, positive=positive)
     loss = SennLoss(robustness, sparsity, reconstruction, directions)
-    return _concept_learner(dls, arch, make_model, loss, cbs, kwargs)
+    return _concept_learner(dls, arch, make_model, loss, cbs=cbs, kwargs=kwargs)
 
 
 def cbah_learner(dls, # fastai DataLoaders with images (B,C,H,W) and classes
@@ -508,7 +509,7 @@ def cbah_learner(dls, # fastai DataLoaders with images (B,C,H,W) and classes
     Errors as of `Cbah` and `CbahLoss`."""
     make_model = partial(Cbah, concepts=concepts, rotation=gamma > 0)
     loss = CbahLoss(alpha, beta, gamma, fidelity)
-    return _concept_learner(dls, arch, make_model, loss, cbs, kwargs, metrics=[ClassifierAccuracy()])
+    return _concept_learner(dls, arch, make_model, loss, cbs=cbs, kwargs=kwargs, metrics=[ClassifierAccuracy()])
 
 # %% ../../nbs/tasks/53_concept_models.ipynb #cell0036
 def _draw_pixels(ax, pixels, title, fontsize):
@@ -538,12 +539,13 @@ def show_concept_images(model: ConceptModel, # Trained
     n = min(n, len(x))
     figsize = (1.25 * n, 1.5 * len(concepts))
     fig, axs = plt.subplots(len(concepts), n, figsize=figsize, layout='constrained', squeeze=False)
-    for row, k in zip(axs, concepts):
-        best = activations[:, k].argsort(descending=True)[:n]
+    for row, concept in zip(axs, concepts):
+        best = activations[:, concept].argsort(descending=True)[:n]
         pixels = model.pixels(x[best]).clamp(0, 1)
-        for ax, image, i in zip(row, pixels, best): _draw_pixels(ax, image, f'{activations[i, k]:.2f}', fontsize=8)
-        most = int(contributions[best, k].mean(0).argmax())
-        row[0].set_ylabel(f'concept {k}\nfor {_class_name(getattr(dl, "vocab", None), most)}', fontsize=8)
+        for ax, image, i in zip(row, pixels, best):
+            _draw_pixels(ax, image, f'{activations[i, concept]:.2f}', fontsize=8)
+        most = int(contributions[best, concept].mean(0).argmax())
+        row[0].set_ylabel(f'concept {concept}\nfor {_class_name(getattr(dl, "vocab", None), most)}', fontsize=8)
     return fig
 
 # %% ../../nbs/tasks/53_concept_models.ipynb #cell0040
@@ -552,7 +554,7 @@ def _draw_bars(ax, contributions, logit, top):
     largest = contributions.abs().argsort(descending=True)[:top].flip(0)
     values = contributions[largest]
     rest = logit - values.sum().item()
-    colors = ['0.6', *('C0' if v > 0 else 'C3' for v in values)]
+    colors = ['0.6', *('C0' if value > 0 else 'C3' for value in values)]
     places = range(len(largest) + 1)
     ax.barh(places, [rest, *values.tolist()], color=colors)
     ax.set_yticks(places, ['rest', *map(str, largest.tolist())], fontsize=7)
@@ -572,11 +574,11 @@ def show_contributions(model: ConceptModel, # Trained
     fig, axs = plt.subplots(3, len(x), figsize=(1.7 * len(x), 5), layout='constrained', squeeze=False,
                             height_ratios=(1, 1, 1.3))
     for i, (above, middle, below) in enumerate(axs.T):
-        k = int(predicted[i])
-        _draw_pixels(above, pixels[i], f'{_class_name(vocab, k)}: {found.pred[i, k]:.2f}', fontsize=9)
+        label = int(predicted[i])
+        _draw_pixels(above, pixels[i], f'{_class_name(vocab, label)}: {found.pred[i, label]:.2f}', fontsize=9)
         show_map(pixels[i], maps[i], middle)
         middle.set(xticks=[], yticks=[])
-        _draw_bars(below, found.contributions[i, :, k].cpu(), found.pred[i, k].item(), top)
+        _draw_bars(below, found.contributions[i, :, label].cpu(), found.pred[i, label].item(), top)
     axs[2, 0].set_ylabel('concept', fontsize=8)
     return fig
 

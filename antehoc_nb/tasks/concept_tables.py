@@ -104,7 +104,7 @@ def _facts(method, seed, learn):
     epochs = epoch_scores(learn)
     cnn = learn.model.cnn if isinstance(learn.model, AntehocModel) else learn.model
     return dict(method=method, seed=seed, accuracy=epochs[-1]['accuracy'], epochs=epochs,
-                parameters=sum(p.numel() for p in learn.model.parameters()),
+                parameters=sum(parameter.numel() for parameter in learn.model.parameters()),
                 trained_seconds=round(learn.checkpoint.seconds),
                 cnn_sha256=weights_digest(cnn) if method in ('plain', 'ante-hoc') else None)
 
@@ -113,12 +113,12 @@ def _concepts(model, dls, n):
     "Size of the concepts, how much and how many vary over test images, and how often CBAH's two heads agree"
     x, _, _ = test_images(dls.valid, n, absent_ok=True)
     found = [model.explain(batch) for batch in x.split(64)]
-    concepts = torch.cat([o.concepts for o in found])
+    concepts = torch.cat([of_batch.concepts for of_batch in found])
     size, spread = concepts.abs().mean().item(), concepts.std(0)
     varying = (spread > .01 * concepts.abs().mean(0).clamp_min(1e-12)).float().mean().item()
     facts = dict(size=size, variation=spread.mean().item() / max(size, 1e-12), varying=varying)
     if not isinstance(model, Cbah): return facts
-    agree = torch.cat([o.pred.argmax(1) == o.task.argmax(1) for o in found])
+    agree = torch.cat([of_batch.pred.argmax(1) == of_batch.task.argmax(1) for of_batch in found])
     return facts | dict(agreement=agree.float().mean().item())
 
 
@@ -151,7 +151,7 @@ def _run(config: dict, paths: Paths) -> RunResult:
         for method in METHODS:
             dls = run_dls(config, seed, paths.data)
             out = paths.out/f'seed{seed}'/method
-            learn = _train(method, dls, config, seed, out)
+            learn = _train(method, dls, config, seed, out=out)
             runs.append(_facts(method, seed, learn))
             if method in CONCEPTS: runs[-1]['concepts'] = _concepts(learn.model, dls, config['n_test'])
             if method != 'plain' and seed == seeds[0]: maps[method] = _map_scores(method, learn.model, dls, config, out)
@@ -215,7 +215,7 @@ def map_table(record: dict, # As `run_concept_models` makes it
              ) -> pd.DataFrame: # Index: (model, explainer); columns: metrics
     "Scores of each model's own map on that model, beside Grad-CAM's and the controls'."
     tables = {}
-    for method, results in ((m, record['results']['maps'].get(m)) for m in METHODS):
+    for method, results in ((of_method, record['results']['maps'].get(of_method)) for of_method in METHODS):
         if results is None: continue
         rows = Benchmark.of(dict(results=results)).df
         rows = rows[rows.metric.isin(metrics) & rows.masks.isin(['', masks])]
@@ -240,7 +240,7 @@ def _printed_table(record, results):
 
 
 concept_experiment = register_experiment(Experiment(
-    'concepts', 'table3', DATASETS, CONCEPT_PROFILES, _run, tables=dict(table3=_printed_table),
+    'concepts', 'table3', DATASETS, CONCEPT_PROFILES, run=_run, tables=dict(table3=_printed_table),
     settings=SETTINGS | {method: settings for method, (_, settings) in CONCEPTS.items()} | dict(rates=RATES)))
 
 
@@ -252,7 +252,7 @@ def run_concept_models(dataset: str, # A name in `DATASETS`
                        command: str | None = None, # How the record is made, for the record
                       ) -> dict: # The record
     "Train the four methods on one data set, and write `results/concepts/<dataset>-<profile>.json`."
-    return concept_experiment.reproduce(dataset, profile, results, work, data, command)
+    return concept_experiment.reproduce(dataset, profile, results, work, data=data, command=command)
 
 
 def read_concept_models(dataset: str, profile: str = 'cpu', results: str | Path = 'results') -> dict:

@@ -36,6 +36,11 @@ from ..train.archs import build_cnn, packaged_weights
 from ..train.learner import antehoc_learner
 
 # %% ../../nbs/tasks/59_default.ipynb #ce75e980
+def _items_of(dataset, name):
+    "(file, class) of the images of a class"
+    return [(file, str(label)) for file, label in dataset.items if str(label) == name]
+
+
 def few_images(path: str | Path, # Folder or archive with train/<class>/ and test images in val/<class>/
                classes: list[str], # Their folders' names
                per_class: int, # Training images of each
@@ -48,21 +53,18 @@ def few_images(path: str | Path, # Folder or archive with train/<class>/ and tes
               ) -> dict[str, DataLoaders]: # 'valid' and 'test': the same training images, other images to score on
     "A few images of some classes. `ValueError` if a class has too few."
     whole = image_dls(path, size, bs, valid=test, verify=False)
-    vocab = [str(name) for name in whole.vocab]
-
-    def items_of(dataset): return [(file, str(label)) for file, label in dataset.items if str(label) in classes]
-    train, valid, test = [], [], []
+    train, scored = [], dict(valid=[], test=[])
     for name in classes:
-        test += [item for item in items_of(whole.valid_ds) if item[1] == name][:n_test]
-        of_class = [item for item in items_of(whole.train_ds) if item[1] == name]
+        scored['test'] += _items_of(whole.valid_ds, name)[:n_test]
+        of_class = _items_of(whole.train_ds, name)
         if len(of_class) < per_class + n_valid:
             raise ValueError(f'class {name!r}: {len(of_class)} images, {per_class + n_valid} are needed; '
-                             f'choose among {", ".join(vocab)}')
+                             f'choose among {", ".join(map(str, whole.vocab))}')
         order = np.random.default_rng(seed).permutation(len(of_class))
         train += [of_class[i] for i in order[:per_class]]
-        valid += [of_class[i] for i in order[-n_valid:]]
-    made = {name: labelled_dls(train, scored, list(classes), bs, Fit(size), [FlipShift()])
-            for name, scored in dict(valid=valid, test=test).items()}
+        scored['valid'] += [of_class[i] for i in order[-n_valid:]]
+    made = {split: labelled_dls(train, items, list(classes), bs, item_tfms=Fit(size), batch_tfms=[FlipShift()])
+            for split, items in scored.items()}
     for dls in made.values(): seed_loaders(dls, seed)
     return made
 
@@ -147,6 +149,11 @@ def _images_of(dls):
     return torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])
 
 
+def _predicted(model, x):
+    "The predicted classes, (N,)"
+    with torch.no_grad(), eval_mode(model): return torch.cat([model(images) for images in x.split(32)]).argmax(1)
+
+
 def _maps(explain, x): return torch.cat([explain(images) for images in x.split(32)])
 
 
@@ -154,15 +161,14 @@ def _own_maps(model, x, ahead=0):
     "Maps of the predicted class, or of the class that follows it in the list"
     def explain(images):
         if not ahead: return model.explain(images).map
-        with torch.no_grad(), eval_mode(model): predicted = model(images).argmax(1)
-        return model.explain(images, target=(predicted + ahead) % model.classes).map
+        return model.explain(images, target=(_predicted(model, images) + ahead) % model.classes).map
     return _maps(explain, x)
 
 
 def _baselines(model, x):
     "Maps that need no training"
-    with torch.no_grad(), eval_mode(model): predicted = torch.cat([model(images) for images in x.split(32)]).argmax(1)
-    cams = [grad_cam(model, images, of_images) for images, of_images in zip(x.split(32), predicted.split(32))]
+    batches = zip(x.split(32), _predicted(model, x).split(32))
+    cams = [grad_cam(model, images, of_images) for images, of_images in batches]
     normalisation = dict(mean=model.mean.flatten().tolist(), std=model.std.flatten().tolist())
     untrained = AntehocModel(model.cnn, x[:2], layers=model.layers, **normalisation)
     average = AntehocModel(model.cnn, x[:2], layers=model.layers, weight_net='mean', **normalisation)
@@ -184,8 +190,8 @@ def _learner(cnn_kind, dls, settings, config):
 def _run_part(cnn_kind, seed, name, config, path):
     "Train one candidate, and score it with what it is compared with"
     how = config[cnn_kind]
-    loaders = few_images(path, config['classes'], config['per_class'], config['n_valid'], how['size'], how['bs'], seed,
-                         config['n_test'])
+    counts = {key: config[key] for key in ('classes', 'per_class', 'n_valid', 'n_test')}
+    loaders = few_images(path, **counts, size=how['size'], bs=how['bs'], seed=seed)
     set_seed(seed)
     learn = _learner(cnn_kind, loaders['valid'], config['candidates'][name], config)
     with bars_on_terminals(learn): learn.fit_one_cycle(how['epochs'], how['lr'])
@@ -197,8 +203,7 @@ def _run_part(cnn_kind, seed, name, config, path):
         maps = {name: _own_maps(model, x)}
         if name == 'auto': maps |= {WRONG_TARGET: _own_maps(model, x, ahead=1)} | _baselines(model, x)
         part['rows'][split] = {key: score_maps(model, x, of_key, boxes) for key, of_key in maps.items()}
-        with torch.no_grad(): predicted = torch.cat([model(images) for images in x.split(32)]).argmax(1)
-        part[f'{split}_accuracy'] = (predicted == y).float().mean().item()
+        part[f'{split}_accuracy'] = (_predicted(model, x) == y).float().mean().item()
     return part
 
 
@@ -212,7 +217,7 @@ def _run(config: dict, paths: Paths) -> RunResult:
     for cnn_kind, seed, name in tqdm(jobs, desc='candidates', disable=None):
         file = paths.out/f'{cnn_kind}-seed{seed}-{name.replace(", ", "-")}.json'
         if not file.exists():
-            part = _run_part(cnn_kind, seed, name, config, path)
+            part = _run_part(cnn_kind, seed, name, config, path=path)
             unfinished = file.with_suffix('.part')
             unfinished.write_text(json.dumps(dict(cnn=cnn_kind, seed=seed, candidate=name) | part))
             unfinished.replace(file)
@@ -280,4 +285,5 @@ def _printed(record, results):
 
 
 default_choice = register_experiment(Experiment(
-    'default', 'default', SMALL_DATASETS, DEFAULT_PROFILES, _run, DEFAULT_SETTINGS, tables={'default': _printed}))
+    'default', 'default', SMALL_DATASETS, DEFAULT_PROFILES, run=_run, settings=DEFAULT_SETTINGS,
+    tables={'default': _printed}))

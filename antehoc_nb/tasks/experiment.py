@@ -204,7 +204,7 @@ def train_run(dls, # fastai DataLoaders
     set_seed(config['seed'] + run.done)
     seed_loaders(dls, config['seed'] + run.done)
     checkpoint = Checkpoint(run.checkpoint)
-    learn = _make_learner(dls, config, run.out, metric, build, [checkpoint, *cbs])
+    learn = _make_learner(dls, config, run.out, metric, build=build, cbs=[checkpoint, *cbs])
     noted = _noted(config)
     run.check(noted | dict(images=fingerprint(dls)))
     if run.history and not run.checkpoint.exists(): _load_weights(learn, run, config)
@@ -311,7 +311,7 @@ def _make_learner(dls, config, out, metric, build, cbs):
     if config.get('channels_last'): cbs.append(ChannelsLast())
     common = dict(build=build, pretrained=config.get('pretrained', False), metrics=metric, path=out, cbs=cbs)
     if config.get('plain'): return _build(plain_learner, dls, config['arch'] if not build else None, **common)
-    explanation = {k: config[k] for k in EXPLANATION_SETTINGS if k in config}
+    explanation = {name: config[name] for name in EXPLANATION_SETTINGS if name in config}
     return _build(antehoc_learner, dls, config['arch'] if not build else None, **common, **explanation)
 
 
@@ -495,7 +495,7 @@ def config(self: Experiment,
     spec, of_profile = self.datasets[dataset], self.profiles[profile]
     own = self.settings | of_profile
     every = self.settings | spec.settings | of_profile | spec.by_profile.get(profile, {})
-    config = dict(dataset=dataset, profile=profile) | deepcopy({k: every[k] for k in own})
+    config = dict(dataset=dataset, profile=profile) | deepcopy({name: every[name] for name in own})
     if seeds is None: return config
     if 'seeds' not in own: raise ValueError(f'seeds={seeds}: {self.name} has one seed only; leave it out')
     if seeds < 1: raise ValueError(f'seeds={seeds}: give 1 or more')

@@ -99,7 +99,7 @@ def predicted_classes(cnn: nn.Module, # Of 1,000 classes
                      ) -> list[int]: # Numbers of classes
     "What a CNN takes photographs for."
     unlabelled = [(file, 0) for file in files]
-    dls = photo_dls(unlabelled[:1], unlabelled, size, bs, arch)
+    dls = photo_dls(unlabelled[:1], unlabelled, size, bs, arch=arch)
     with torch.no_grad(), eval_mode(cnn):
         return torch.cat([cnn(plain_tensor(x)).argmax(1).cpu() for x, _ in dls.valid]).tolist()
 
@@ -142,7 +142,7 @@ def _training_photos(config, photos, cnn, out):
     about = dict(cnn=weights_digest(cnn), size=config['train_size'], files=len(others))
     check_config(out, about, 'predicted-of.json')
     if not file.exists():
-        found = predicted_classes(cnn, others, config['train_size'], config['bs'], config['arch'])
+        found = predicted_classes(cnn, others, config['train_size'], bs=config['bs'], arch=config['arch'])
         unfinished = file.with_suffix('.part')
         unfinished.write_text(json.dumps(found))
         unfinished.replace(file)
@@ -212,10 +212,11 @@ def _run(config: dict, paths: Paths) -> RunResult:
     cnn = imagenet_cnn(config['arch'], config['pretrained'])
     paths.out.mkdir(parents=True, exist_ok=True)
     train = _training_photos(config, photos, cnn, paths.out)
-    dls = photo_dls(train, photos['valid'], config['train_size'], config['bs'], config['arch'], config['seed'])
+    dls = photo_dls(train, photos['valid'], config['train_size'], bs=config['bs'], arch=config['arch'],
+                    seed=config['seed'])
     models, seconds = _train_nets(config, cnn, dls, paths.out)
     models[UNTRAINED] = _untrained(config, cnn, dls, models[CLASS_SPECIFIC])
-    test_dls = photo_dls(train[:1], photos['test'], config['size'], config['bs'], config['arch'])
+    test_dls = photo_dls(train[:1], photos['test'], config['size'], bs=config['bs'], arch=config['arch'])
     scores, slow = _score(config, models, test_dls, paths.out)
     found = scores.record['results']
     results = dict(n=found['n'], accuracy=found['accuracy'], n_train=len(train), n_labelled=len(photos['train']),
@@ -256,12 +257,12 @@ def _sheet_photographs(data):
 def _kept_maps(explainer, model, x, target, folder):
     "Maps of an explainer, one by one; those in the folder are read"
     maps = []
-    for image, k in zip(x.split(1), target.split(1)):
-        file = folder/f'{explainer}-{tensor_digest(image, k)[:16]}.npy'
+    for image, number in zip(x.split(1), target.split(1)):
+        file = folder/f'{explainer}-{tensor_digest(image, number)[:16]}.npy'
         if not file.exists():
             folder.mkdir(parents=True, exist_ok=True)
             unfinished = file.with_suffix('.part')
-            with open(unfinished, 'wb') as opened: np.save(opened, explain_with(explainer, model, image, k).cpu())
+            with open(unfinished, 'wb') as opened: np.save(opened, explain_with(explainer, model, image, number).cpu())
             unfinished.replace(file)
         maps.append(torch.from_numpy(np.load(file)))
     return torch.cat(maps)
@@ -283,9 +284,9 @@ def photograph_sheet(dataset: str = 'imagenet600', profile: str = 'transfer', # 
     target = plain_tensor(explanation.pred).argmax(1)
     folder = imagenet.run_folder(dataset, profile, work)/'photographs'
     maps = {'ours': explanation.map.cpu()} | {
-        title: _kept_maps(name, model, explanation.image, target, folder) for title, name in explainers.items()}
+        title: _kept_maps(name, model, explanation.image, target, folder=folder) for title, name in explainers.items()}
     shares = explanation.probabilities.amax(1).tolist()
-    said = [f'{imagenet_names()[k]} {share:.0%}' for k, share in zip(target.tolist(), shares)]
+    said = [f'{imagenet_names()[number]} {share:.0%}' for number, share in zip(target.tolist(), shares)]
     maps = {title: resize(of_kind, squares[0].size) for title, of_kind in maps.items()}
     return _draw_sheet(squares, titles, said, maps)
 
@@ -340,7 +341,7 @@ IMAGENET_DATASETS.update({
     'imagenet600': DatasetSpec(
         '600 photographs of ImageNet (training split)', labelled_photos, archive='imagenet_600.tar')})
 imagenet = register_experiment(Experiment(
-    'imagenet', 'imagenet', IMAGENET_DATASETS, IMAGENET_PROFILES, _run, IMAGENET_SETTINGS,
+    'imagenet', 'imagenet', IMAGENET_DATASETS, IMAGENET_PROFILES, run=_run, settings=IMAGENET_SETTINGS,
     tables=dict(imagenet=_printed_table),
     figures=dict(photographs=FigureSpec(photograph_sheet, 'photographs', dpi=150))))
 
@@ -352,4 +353,4 @@ def run_imagenet(dataset: str = 'imagenet600', # A name in `IMAGENET_DATASETS`
                  data: str | Path | None = None, # Folder or archive, if it is not under ANTEHOC_DATA
                 ) -> dict: # The record
     "Train and score, and write `results/imagenet/<dataset>-<profile>.json`."
-    return imagenet.reproduce(dataset, profile, results, work, data)
+    return imagenet.reproduce(dataset, profile, results, work, data=data)

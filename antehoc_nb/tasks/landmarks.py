@@ -118,8 +118,10 @@ def score_maps(model: AntehocModel, # A detector
     if not seen.any(): raise ValueError(f'group: none of the {len(x)} images shows {group}; its points lie outside')
     each = energy_in_region(maps[seen], own[seen])
     energy, density = _energies(maps, regions)
-    def error(masks, fill): return _errors(model, x, masks, fill, points, idx, scheme.ends, bs).mean().item()
-    def means(values): return {name: v.nanmean().item() for name, v in values.items()}
+    def error(masks, fill):
+        errors = _errors(model, x, masks, fill, points=points, idx=idx, ends=scheme.ends, bs=bs)
+        return errors.mean().item()
+    def means(values): return {name: of_images.nanmean().item() for name, of_images in values.items()}
     return dict(own=each.nanmean().item(), pointing=pointing_game(maps[seen], own[seen]).mean().item(),
                 area=map_area(maps).mean().item(), energy=means(energy), density=means(density),
                 nme=error(maps, 'black'), nme_blur=error(maps, 'blur'),
@@ -163,11 +165,11 @@ def _detector(landmarks, group, config, out, kind='ante-hoc'):
     "A trained detector, resumably: 'ante-hoc', 'plain', or with 'defaults' of the library for the weight network"
     turns = inspect.signature(TurnFaces).parameters
     aug = dict(degrees=landmarks.scheme.degrees, zoom=turns['zoom'].default, p_mirror=turns['p_mirror'].default)
-    settings = {k: config[k] for k in ('arch', 'epochs', 'lr', 'seed', 'size', 'bs')}
+    settings = {name: config[name] for name in ('arch', 'epochs', 'lr', 'seed', 'size', 'bs')}
     settings |= dict(group=group, data=config['dataset'], channels_last=True, aug=aug)
     if kind == 'plain': settings['plain'] = True
     elif kind == 'defaults': settings['eta'] = config['eta']
-    else: settings |= {k: config[k] for k in EXPLANATION_SETTINGS if k in config}
+    else: settings |= {name: config[name] for name in EXPLANATION_SETTINGS if name in config}
     dls = landmark_dls(landmarks, group, config['size'], config['bs'])
     return train_run(dls, settings, out/group/kind, metric=nme_metric(landmarks.scheme, group))
 
@@ -205,7 +207,8 @@ def _maps(learn, usual: Learner | None, x, cam_layer):
 def _alone(model, x, regions, points, scheme, group):
     "Errors with one region left as it is, the rest black (nme) or blurred (nme_blur), where the image shows it"
     def error(region, fill):
-        errors = _errors(model, x, region[:, None].float(), fill, points, scheme.points(group), scheme.ends)
+        errors = _errors(model, x, region[:, None].float(), fill, points=points, idx=scheme.points(group),
+                         ends=scheme.ends)
         return errors[_in_image(region)].mean().item()
 
     return {name: dict(nme=error(region, 'black'), nme_blur=error(region, 'blur'))
@@ -215,19 +218,20 @@ def _alone(model, x, regions, points, scheme, group):
 def _score_group(landmarks, group, config, out, ids, regions):
     "Train and score one detector: what the record says of it, and its images"
     learn = _detector(landmarks, group, config, out)
-    twin = _detector(landmarks, group, config, out, 'plain')
+    twin = _detector(landmarks, group, config, out, kind='plain')
     model, x = learn.model.eval(), _pictures(learn.dls, learn.dls.valid_ds, ids)
     points, scheme = landmarks.points[landmarks.test][ids], landmarks.scheme
     cam_layer = _best_cam_layer(learn, landmarks, group, config['n_cam'])
-    usual = _detector(landmarks, group, config, out, 'defaults') if group in config['compare'] else None
+    usual = _detector(landmarks, group, config, out, kind='defaults') if group in config['compare'] else None
     maps = _maps(learn, usual, x, cam_layer)
-    errors, errors_plain = ([float(values[2]) for values in o.recorder.values] for o in (learn, twin))
+    scores = {name: score_maps(model, x, of_kind, points, scheme=scheme, group=group, regions=regions)
+              for name, of_kind in maps.items()}
+    errors, errors_plain = ([float(values[2]) for values in trained.recorder.values] for trained in (learn, twin))
     found = dict(nme=errors[-1], nme_plain=errors_plain[-1], epochs=errors,
                  layers=list(model.layers), cam_layer=cam_layer,
                  cnn_sha256=weights_digest(model.cnn), plain_sha256=weights_digest(twin.model),
                  seconds=round(learn.checkpoint.seconds), plain_seconds=round(twin.checkpoint.seconds),
-                 maps={k: score_maps(model, x, m, points, scheme, group, regions=regions) for k, m in maps.items()},
-                 alone=_alone(model, x, regions, points, scheme, group))
+                 maps=scores, alone=_alone(model, x, regions, points, scheme=scheme, group=group))
     return found, learn.dls
 
 
@@ -239,7 +243,7 @@ def _run(config: dict, paths: Paths) -> RunResult:
     regions = group_regions(landmarks.points[test][ids], landmarks.scheme, config['size'])
     detectors = {}
     for group in config['groups']:
-        detectors[group], dls = _score_group(landmarks, group, config, paths.out, ids, regions)
+        detectors[group], dls = _score_group(landmarks, group, config, out=paths.out, ids=ids, regions=regions)
     people = np.unique(landmarks.people[test][ids], return_inverse=True)[1]
     results = dict(detectors=detectors, n_train=int((~test).sum()), n_test=int(test.sum()), n_scored=len(ids),
                    n_dropped=landmarks.dropped, people=people)
@@ -352,7 +356,7 @@ def _draw_detections(axs, explanation, size):
 
 # %% ../../nbs/tasks/55_landmarks.ipynb #093cc5d2
 landmark_experiment = register_experiment(Experiment(
-    'landmarks', 'figure4', FACE_DATASETS, LANDMARK_PROFILES, _run, LANDMARK_SETTINGS,
+    'landmarks', 'figure4', FACE_DATASETS, LANDMARK_PROFILES, run=_run, settings=LANDMARK_SETTINGS,
     tables=dict(figure4=lambda record, results: detector_table(record).round(3).to_string()),
     figures=dict(figure4=FigureSpec(figure4, 'figure4'))))
 
@@ -365,7 +369,7 @@ def run_landmarks(dataset: str, # A name in `FACE_DATASETS`
                   command: str | None = None, # How the record is made, for the record
                  ) -> dict: # The record
     "Train the detectors and their twins, score their maps, and write `results/landmarks/<dataset>-<profile>.json`."
-    return landmark_experiment.reproduce(dataset, profile, results, work, data, command)
+    return landmark_experiment.reproduce(dataset, profile, results, work, data=data, command=command)
 
 
 def read_landmarks(dataset: str, profile: str = 'cpu', results: str | Path = 'results') -> dict:

@@ -40,7 +40,7 @@ def _scores(explainer, model, x, y, draws):
     def maps(images):  # all in one call, so that each meets its class
         return explain_with(explainer, model, images, y, bs=32)
 
-    table = noise_stability(maps, model, x, y, AMOUNTS, areas=(), bs=len(x))
+    table = noise_stability(maps, model, x, y, amounts=AMOUNTS, areas=(), bs=len(x))
     sensitivity = max_sensitivity(maps, x, n=draws, bs=len(x)).nanmean().item()
     def numbers(amount):
         return {masks: json.loads(table.loc[(amount, masks), _COLUMNS].to_json()) for masks in ('energy', 'binarised')}
@@ -52,7 +52,7 @@ def _scores(explainer, model, x, y, draws):
 def _explainer(name, dataset, profile, seed, work):
     "What makes the maps of a row: the class-specific network of the run, or an explainer by name"
     if name != CLASS_SPECIFIC: return name
-    return class_specific_explainer(trained_model(dataset, profile, seed, work, 'class-specific'))
+    return class_specific_explainer(trained_model(dataset, profile, seed, work, part='class-specific'))
 
 
 def _run(config: dict, paths: Paths, explainers: Sequence[str] | None = None) -> RunResult:
@@ -71,8 +71,8 @@ def _run(config: dict, paths: Paths, explainers: Sequence[str] | None = None) ->
     for name in tqdm(names, desc='stability', disable=None):
         part = paths.out/f'{name}.json'
         if not part.exists():
-            explainer = _explainer(name, dataset, profile, seed, paths.work)
-            write_record(_scores(explainer, model, x, y, config['draws']), part)
+            explainer = _explainer(name, dataset, profile, seed, work=paths.work)
+            write_record(_scores(explainer, model, x, y, draws=config['draws']), part)
         results[name] = json.loads(part.read_text())
     return RunResult(results, seed, about | dict(title=DATASETS[dataset].title, arch=trained['arch']))
 
@@ -86,7 +86,7 @@ def stability_table(record: dict, # As `run_stability` makes it
         at = {amount: scores['noise'][f'{amount:g}'][masks] for amount in AMOUNTS}
         changes = {(metric, f'{amount:.0%}'): at[amount][metric] for metric in ('CD', 'CI') for amount in AMOUNTS}
         rows[explainer] = changes | {
-            ('SSIM', 'mean'): sum(v['ssim'] for v in at.values()) / len(at),
+            ('SSIM', 'mean'): sum(of_amount['ssim'] for of_amount in at.values()) / len(at),
             ('max-sensitivity', ''): scores['max_sensitivity']}
     table = pd.DataFrame(rows, dtype=float).T
     table.columns = pd.MultiIndex.from_tuples(table.columns)
@@ -118,7 +118,7 @@ def _printed_table(record, results):
 
 # %% ../../nbs/tasks/52_noise.ipynb #b1719fa0
 stability = register_experiment(Experiment(
-    'stability', 'table5', DATASETS, STABILITY_PROFILES, _run, dict(amounts=AMOUNTS),
+    'stability', 'table5', DATASETS, STABILITY_PROFILES, run=_run, settings=dict(amounts=AMOUNTS),
     tables=dict(table5=_printed_table)))
 
 
@@ -134,7 +134,7 @@ def run_stability(dataset: str, # A name in `DATASETS`
 
     `FileNotFoundError` names the command that trains the CNN, if it is not trained yet."""
     chosen = replace(stability, run=partial(_run, explainers=explainers))
-    return chosen.reproduce(dataset, profile, results, work, data, command)
+    return chosen.reproduce(dataset, profile, results, work, data=data, command=command)
 
 
 def read_stability(dataset: str, profile: str = 'cpu', results: str | Path = 'results') -> dict:

@@ -202,7 +202,7 @@ def _last_layer(network):
     "How the names of the weights of a network's last layer begin, as a tuple"
     config = getattr(network, 'pretrained_cfg', None) or {}
     if config.get('classifier'): names = config['classifier']
-    else: names = [name for name, o in network.named_modules() if isinstance(o, (nn.Linear, nn.Conv2d))][-1:]
+    else: names = [name for name, module in network.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))][-1:]
     return tuple(f'{name}.' for name in ([names] if isinstance(names, str) else names))
 
 # %% ../../nbs/train/10_archs.ipynb #15fdd6a8
@@ -235,15 +235,15 @@ def _load_weights(cnn, arch, file, cut=None, n_in=3):
     if file == packaged_weights(arch): weights = _renamed(weights, arch, file)
     has_fastai_head = type(cnn) is nn.Sequential and len(cnn) == 2 and arch not in own_cnns
     is_of_build_cnn = 2 * len(weights.keys() & cnn.state_dict().keys()) > len(weights)
-    if not has_fastai_head: _take_weights(cnn, _for_channels(weights, cnn), _last_layer(cnn), arch, file)
-    elif is_of_build_cnn: _take_weights(cnn, weights, ('1.',), arch, file)
+    if not has_fastai_head: _take_weights(cnn, _for_channels(weights, cnn), _last_layer(cnn), arch, file=file)
+    elif is_of_build_cnn: _take_weights(cnn, weights, ('1.',), arch, file=file)
     elif isinstance(cnn[0], TimmBody):
         network = cnn[0].model
-        _take_weights(network, _for_channels(weights, network), _last_layer(network), arch, file)
+        _take_weights(network, _for_channels(weights, network), _last_layer(network), arch, file=file)
     else:
         found = find_arch(arch)
         network = _library_network(found)
-        _take_weights(network, weights, _last_layer(network), arch, file)
+        _take_weights(network, weights, _last_layer(network), arch, file=file)
         cut = model_meta.get(found, dict(cut=None))['cut'] if cut is None else cut
         cnn[0].load_state_dict(create_body(network, n_in, True, cut).state_dict())
 
@@ -326,8 +326,8 @@ def build_cnn(arch: str, # As for `find_arch`
     given = dict(head)
     if arch in own_cnns: cnn = found(n_out, **head)
     elif whole: cnn = _whole_network(found, n_out, download, **head)
-    else: cnn = _with_head(arch, found, n_out, download, head)
-    if file: _load_weights(cnn, arch, file, given.get('cut'), given.get('n_in', 3))
+    else: cnn = _with_head(arch, found, n_out, pretrained=download, head=head)
+    if file: _load_weights(cnn, arch, file, cut=given.get('cut'), n_in=given.get('n_in', 3))
     return cnn
 
 # %% ../../nbs/train/10_archs.ipynb #a8113c94

@@ -38,12 +38,16 @@ def _float_tensors(state):
     return [tensor for value in state for tensor in _float_tensors(value)]
 
 # %% ../../nbs/train/13_checkpoint.ipynb #f177977d
+def _epoch_rows(recorder):
+    "Losses and metrics of the epochs as floats, nan for those that were not computed"
+    return [[float('nan') if value is None else float(value) for value in row] for row in recorder.values]
+
+
 def _recorder_state(recorder):
     "Losses, learning rates and metrics so far"
-    values = [[float('nan') if value is None else float(value) for value in row] for row in recorder.values]
     return dict(losses=torch.stack([torch.as_tensor(loss) for loss in recorder.losses]),
-                lrs=[float(lr) for lr in recorder.lrs], iters=[int(i) for i in recorder.iters], values=values,
-                smooth=(int(recorder.smooth_loss.count), recorder.smooth_loss.val))
+                lrs=[float(lr) for lr in recorder.lrs], iters=[int(i) for i in recorder.iters],
+                values=_epoch_rows(recorder), smooth=(int(recorder.smooth_loss.count), recorder.smooth_loss.val))
 
 
 def _set_recorder_state(recorder, state):
@@ -238,8 +242,8 @@ def training_history(learn, # Trained
                     ) -> dict: # JSON can hold it
     "Losses and learning rate of every step, scores of every epoch, of the last fit."
     recorder, two_pass = learn.recorder, getattr(learn, 'two_pass', None)
-    rows = [[float('nan') if value is None else float(value) for value in row] for row in recorder.values]
-    return dict(columns=[str(name) for name in recorder.metric_names[1:-1]], values=[_numbers(row) for row in rows],
+    return dict(columns=[str(name) for name in recorder.metric_names[1:-1]],
+                values=[_numbers(row) for row in _epoch_rows(recorder)],
                 losses=_numbers(map(float, recorder.losses)), lrs=_numbers(map(float, recorder.lrs)),
                 iters=[int(step) for step in recorder.iters],
                 int_losses=_numbers(two_pass.int_losses) if two_pass else [])

@@ -32,8 +32,8 @@ from .two_pass import TwoPass, normalisation
 # %% ../../nbs/train/12_learner.ipynb #b2f74b4b
 def _normalise_transforms(dls):
     "All `Normalize` transforms of all loaders"
-    return [o for loader in dls.loaders for o in getattr(getattr(loader, 'after_batch', None), 'fs', ())
-            if isinstance(o, Normalize)]
+    return [transform for loader in dls.loaders for transform in getattr(getattr(loader, 'after_batch', None), 'fs', ())
+            if isinstance(transform, Normalize)]
 
 
 def _is_close(stats, others): return torch.allclose(torch.tensor(stats), torch.tensor(others), atol=1e-4)
@@ -199,7 +199,7 @@ def antehoc_learner(dls, # fastai DataLoaders with images (B,C,H,W) as first inp
                   weight_net=weight_net, class_specific=class_specific, cells=cells, scale=scale, output=output)
     if task is not None: method['meta'] = dict(task=_known_task(task))
     if isinstance(arch, AntehocModel): method = _without_defaults(method)  # it has its own; `TwoPass` refuses others
-    two_pass = TwoPass(mask, fill, int_loss, train_cnn, keep_maps, keep_best, **method)
+    two_pass = TwoPass(mask, fill, int_loss, train_cnn, keep_maps=keep_maps, keep_best=keep_best, **method)
     return plain_learner(dls, arch, cbs=[*L(cbs), two_pass], **kwargs)
 
 # %% ../../nbs/train/12_learner.ipynb #cell0005

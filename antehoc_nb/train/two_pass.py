@@ -173,7 +173,7 @@ def sample_batch(dls, # fastai DataLoaders
     if loader is dls.train: _check_not_empty(loader)
     with untouched(dls): batch = _first_batch(_inner(loader))
     _check_batch(batch)
-    first = [plain_tensor(o)[:n] if isinstance(o, torch.Tensor) else o for o in batch]
+    first = [plain_tensor(part)[:n] if isinstance(part, torch.Tensor) else part for part in batch]
     n_inputs = _n_inputs(dls, batch)
     return tuple(first[:n_inputs]), tuple(first[n_inputs:])
 
@@ -411,29 +411,41 @@ def _loss_name(loss_func):
     return ' '.join(names).lower()
 
 
+def _is_binary(loss_name): return 'bce' in loss_name or 'binary' in loss_name
+
+
+def _task_of_binary(labels):
+    "The task of labels that a binary cross-entropy compares with; None for those of pixels"
+    if labels.ndim > 2 and labels[0].numel() > 1: return None
+    return 'binary' if labels.numel() == len(labels) else 'multi-label'
+
+
+def _are_shares(labels):
+    "Whether labels are shares of the classes, as for mixed images"
+    are_positive = labels.ndim == 2 and labels.shape[1] > 1 and bool((labels >= 0).all())
+    return are_positive and torch.allclose(labels.sum(1), labels.new_ones(1))
+
+
 def _task_of_labels(labels, loss_name, names):
     "The task that a batch of labels and a loss are for; None if it is not known"
-    is_binary = 'bce' in loss_name or 'binary' in loss_name
     if any(word in loss_name for word in ('mse', 'l1', 'huber')): return 'regression'
-    if not labels.is_floating_point():
-        if labels.ndim == 1: return 'binary' if is_binary else 'single-label'
-        if labels.ndim == 3: return 'segmentation'
-    if is_binary and labels.ndim > 2 and labels[0].numel() > 1: return None  # of pixels
-    if is_binary: return 'binary' if labels.numel() == len(labels) else 'multi-label'
-    if labels.ndim == 2 and names is not None and labels.shape[1] == len(names) and 'entropy' not in loss_name:
-        if ((labels == 0) | (labels == 1)).all(): return 'multi-label'
-    if not labels.is_floating_point(): return 'captions' if 'caption' in loss_name else None
-    shares = labels.ndim == 2 and labels.shape[1] > 1 and bool((labels >= 0).all())
-    if shares and names is not None and torch.allclose(labels.sum(1), labels.new_ones(1)): return 'single-label'
-    return None if 'entropy' in loss_name else 'regression'
+    is_whole = not labels.is_floating_point()
+    if is_whole and labels.ndim == 1: return 'binary' if _is_binary(loss_name) else 'single-label'
+    if is_whole and labels.ndim == 3: return 'segmentation'
+    if _is_binary(loss_name): return _task_of_binary(labels)
+    has_entropy = 'entropy' in loss_name
+    is_of_classes = labels.ndim == 2 and names is not None and labels.shape[1] == len(names)
+    if is_of_classes and not has_entropy and ((labels == 0) | (labels == 1)).all(): return 'multi-label'
+    if is_whole: return 'captions' if 'caption' in loss_name else None
+    if names is not None and _are_shares(labels): return 'single-label'
+    return None if has_entropy else 'regression'
 
 
 def _task_of_exported(dls, loss_name):
     "The task of a learner without labels, which was exported and loaded; None if it is not known"
     transforms = {type(transform).__name__ for pipeline in getattr(dls, 'tls', [])[1:] for transform in pipeline.tfms}
-    is_binary = 'bce' in loss_name or 'binary' in loss_name
     if any(name.endswith('MultiCategorize') for name in transforms): return 'multi-label'
-    if 'Categorize' in transforms: return 'binary' if is_binary else 'single-label'
+    if 'Categorize' in transforms: return 'binary' if _is_binary(loss_name) else 'single-label'
     return 'regression' if 'RegressionSetup' in transforms else None
 
 
@@ -444,7 +456,7 @@ def _output_facts(learn, labels):
     elif len(labels) > 1 or not isinstance(labels[0], torch.Tensor): task = None
     else: task = _task_of_labels(labels[0], loss_name, names)
     if task is None: return {}
-    has_probabilities = ('bce' in loss_name or 'binary' in loss_name) and 'logit' not in loss_name
+    has_probabilities = _is_binary(loss_name) and 'logit' not in loss_name
     activation = None if has_probabilities else ACTIVATIONS.get(task)
     facts = dict(task=task, activation=activation)
     if task in ('multi-label', 'binary'): facts['threshold'] = float(getattr(learn.loss_func, 'thresh', .5))
@@ -457,7 +469,7 @@ def _learner_facts(learn, sample, labels):
     if names is not None: facts['vocab'] = names
     return facts | _output_facts(learn, labels)
 
-
+# %% ../../nbs/train/11_two_pass.ipynb #844b03b6
 def _labels_of(dls):
     "The labels of a few images; none if the learner has no images"
     try: return sample_batch(dls)[1]
@@ -493,7 +505,7 @@ def read_learner(learn) -> dict: # cnn, sample, mean, std, meta, class_specific
     return dict(cnn=learn.model, sample=sample, mean=mean, std=std, meta=facts,
                 class_specific=None if has_classes else False)
 
-
+# %% ../../nbs/train/11_two_pass.ipynb #3645c56d
 @patch
 def _wrap_model(self: TwoPass):
     "Put the learner's CNN into an `AntehocModel`."
@@ -805,15 +817,15 @@ def _second_pass(self: TwoPass, mask):
     numbers = self._image_numbers(len(x))
     with self._autocast():
         target = self._targets(y1, others, numbers)
-        return interpretation_loss(self.antehoc, x, sams, y1, numbers, mask=mask, fill=self.fill, loss=self.int_loss,
-                                   target=target, others=others)
+        return interpretation_loss(self.antehoc, x, sams, y1, number=numbers, mask=mask, fill=self.fill,
+                                   loss=self.int_loss, target=target, others=others)
 
 # %% ../../nbs/train/11_two_pass.ipynb #87bacbf6
 @patch
 def _check_finite(self: TwoPass, loss, what):
     "`FloatingPointError` if the loss is not finite"
     if torch.isfinite(loss).all(): return
-    good = all(p.isfinite().all() for p in self.antehoc.parameters())
+    good = all(parameter.isfinite().all() for parameter in self.antehoc.parameters())
     weights = ('the model still holds its last finite weights' if good
                else 'an earlier step has spoilt the weights, a checkpoint is good')
     raise FloatingPointError(f'{what} is {loss.float().mean().item()} at epoch {self.epoch}, batch {self.iter}. '
@@ -946,7 +958,7 @@ def _changes(y1, y2, activation):
     "How much the output of each image changes, in per cent, (N,), from lists with the tensors of each batch"
     whole = _joined(y1), _joined(y2)
     pairs = [whole] if None not in whole else zip(y1, y2)
-    return 100 * torch.cat([output_change(a, b, activation=activation) for a, b in pairs])
+    return 100 * torch.cat([output_change(before, after, activation=activation) for before, after in pairs])
 
 
 def _only_class(y1, labels):
@@ -974,15 +986,16 @@ def _outputs(self: TwoPass, inputs, weight_nets):
     model.recording = True
     y1 = model(x.clone(), *others)  # some CNNs write to their input
     sams = model.take_recorded()
+    is_of_embeddings = model.class_specific and model.task == 'embedding'
     target = model.find_target(None, y1, *others).to(x.device) if model.class_specific else None
-    if model.class_specific and model.task == 'embedding': target = nearest_references(model.explained(y1))
+    if is_of_embeddings: target = nearest_references(model.explained(y1))
     outputs = [y1]
     for weight_net in weight_nets:
         with _other_weight_net(model, weight_net): maps, *_ = model.interpret(sams, x.shape[2:], target)
         outputs.append(output_at_area(model, x, maps, fill=self.fill, others=others))
     outputs = [model.explained(output) for output in outputs]
     if self._measures_scores(): outputs = [target_scores(output, target, model.task)[:, None] for output in outputs]
-    if model.class_specific and model.task == 'embedding': outputs[0] = torch.ones_like(outputs[0])
+    if is_of_embeddings: outputs[0] = torch.ones_like(outputs[0])
     return [[tensor.cpu() for tensor in output_tensors(output)] for output in outputs]
 
 
@@ -1060,6 +1073,20 @@ def _clearly_lower(changes, others):
     return bool(differences.mean() > 2 * differences.std(correction=0) / len(differences)**.5)
 
 
+def _is_earlier_better(changes, drops, untrained_drop):
+    "Whether the weight network of an earlier epoch, the last of those measured, is to be kept, and not the final one"
+    if drops[0] <= _SATURATED: return False
+    in_vain = drops[0] >= untrained_drop > drops[-1]
+    return in_vain or _clearly_lower(changes[-1], changes[0])
+
+
+@patch
+def _measure_in_words(self: TwoPass):
+    "What `_measure` measures"
+    if self._measures_scores() and self.antehoc.task == 'embedding': return 'average distance from a similar image'
+    return 'average drop' if self._activation else 'average change of the output'
+
+
 @patch
 def _choose_weight_net(self: TwoPass):
     "Load the best weight network into the model, and note it in `best`."
@@ -1069,13 +1096,9 @@ def _choose_weight_net(self: TwoPass):
     *changes, untrained = self._measure(*weight_nets.values(), self._untrained)
     drops, untrained_drop = [of_net.mean().item() for of_net in changes], untrained.mean().item()
     if np.isnan([*drops, untrained_drop]).any(): return
-    in_vain = drops[0] >= untrained_drop > drops[-1]
-    earlier = drops[0] > _SATURATED and (in_vain or _clearly_lower(changes[-1], changes[0]))
-    drop, kept = list(zip(drops, weight_nets))[-1 if earlier else 0]
-    images = sum(len(batch[0]) for batch in self._batches)
-    measure = 'average drop' if self._activation else 'average change of the output'
-    if self._measures_scores() and self.antehoc.task == 'embedding': measure = 'average distance from a similar image'
-    best = KeptWeights(kept, drop, untrained_drop, images, measure)
+    drop, kept = list(zip(drops, weight_nets))[-1 if _is_earlier_better(changes, drops, untrained_drop) else 0]
+    best = KeptWeights(kept, drop, untrained_drop, images=sum(len(batch[0]) for batch in self._batches),
+                       measure=self._measure_in_words())
     if self.keep_best and not best.helped: best = replace(best, kept='untrained')
     weight_nets['untrained'] = self._untrained
     self.antehoc.weight_net.load_state_dict(weight_nets[best.kept].state_dict())
