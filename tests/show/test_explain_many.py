@@ -530,9 +530,9 @@ def test_shards_are_divided_and_each_is_made_once(model, tmp_path, monkeypatch):
             self.is_main_process = index == 0
     written, real = [], module._write_shard
 
-    def write(out, shard, *args):
+    def write(out, shard, *args, **kwargs):
         written.append(shard)
-        real(out, shard, *args)
+        real(out, shard, *args, **kwargs)
     monkeypatch.setattr(module, '_write_shard', write)
     monkeypatch.setattr(module, '_processes', lambda model: Fake(0))
     with pytest.raises(FileNotFoundError):  # the real one would wait for the other
