@@ -227,8 +227,8 @@ def hang_after_three_shards(model, images, out, written):
     "In a process of its own: write three shards, begin a file of the fourth, and hang"
     write = module._write_shard
 
-    def slowly(folder, shard, *args):
-        write(folder, shard, *args)
+    def slowly(folder, shard, *args, **kwargs):
+        write(folder, shard, *args, **kwargs)
         if shard < 2: return
         (out/'maps'/'00003.npz.part').write_bytes(b'torn')
         written.set()
