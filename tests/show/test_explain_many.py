@@ -227,8 +227,8 @@ def hang_after_three_shards(model, images, out, written):
     "In a process of its own: write three shards, begin a file of the fourth, and hang"
     write = module._write_shard
 
-    def slowly(folder, shard, *args):
-        write(folder, shard, *args)
+    def slowly(folder, shard, *args, **kwargs):
+        write(folder, shard, *args, **kwargs)
         if shard < 2: return
         (out/'maps'/'00003.npz.part').write_bytes(b'torn')
         written.set()
@@ -530,9 +530,9 @@ def test_shards_are_divided_and_each_is_made_once(model, tmp_path, monkeypatch):
             self.is_main_process = index == 0
     written, real = [], module._write_shard
 
-    def write(out, shard, *args):
+    def write(out, shard, *args, **kwargs):
         written.append(shard)
-        real(out, shard, *args)
+        real(out, shard, *args, **kwargs)
     monkeypatch.setattr(module, '_write_shard', write)
     monkeypatch.setattr(module, '_processes', lambda model: Fake(0))
     with pytest.raises(FileNotFoundError):  # the real one would wait for the other

@@ -436,9 +436,9 @@ def test_figures():
 
 @pytest.mark.slow
 def test_table3(tmp_path, monkeypatch):
-    def fewer(n_train, n_valid, *args):
+    def fewer(n_train, n_valid, *args, **kwargs):
         assert n_valid == 500
-        return photo_digits_dls(n_train, 60, *args)
+        return photo_digits_dls(n_train, 60, *args, **kwargs)
     monkeypatch.setattr(classification, 'photo_digits_dls', fewer)
     monkeypatch.setattr(concept_tables, 'epoch_seconds', partial(concept_tables.epoch_seconds, rounds=1))
     command = 'antehoc reproduce table3'

@@ -88,7 +88,7 @@ def test_a_finished_run_is_read(run, photos, monkeypatch):
     monkeypatch.setenv('ANTEHOC_DATA', str(d/'data'))
     smoke = IMAGENET_PROFILES['smoke'] | dict(others=('other',), n_others=4)
     monkeypatch.setitem(IMAGENET_PROFILES, 'smoke', smoke)
-    monkeypatch.setattr(M, 'predicted_classes', lambda *args: pytest.fail('predicted again'))
+    monkeypatch.setattr(M, 'predicted_classes', lambda *args, **kwargs: pytest.fail('predicted again'))
     def written(): return {f: f.stat().st_mtime_ns for f in (d/'work').rglob('*') if f.suffix in ('.npz', '.pt')}
     before = written()
     assert M.run_imagenet('imagenet600', 'smoke', d/'results', d/'work', photos)['results'] == record['results']
