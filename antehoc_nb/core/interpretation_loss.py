@@ -285,7 +285,8 @@ def interpretation_loss(model, # An `AntehocModel`
     """The loss of pass 2 (paper, section 2.1), differentiable in the weight network alone.
 
     Errors as of `masked_input` and `int_loss`."""
-    x, *others = map_tensors(torch.Tensor.detach, (x, *others))
+    images = getattr(recorded, 'images', None)  # before the CNN wrote to them
+    x, *others = map_tensors(torch.Tensor.detach, (x if images is None else images, *others))
     maps, *_ = model.interpret(recorded, x.shape[2:], target, exponent=1.)  # a narrower mask asks for more
     y2 = model.cnn(masked_input(x, maps, number, mask, fill=fill, mean=model.mean, std=model.std), *others)
     y1, y2 = (explained_output(y, model.output) for y in (y1, y2))

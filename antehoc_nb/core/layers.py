@@ -9,10 +9,11 @@ __all__ = ['Layer', 'parse_layer', 'token_grid', 'Layout', 'layer_layout', 'cand
 # %% ../../nbs/core/01_layers.ipynb #cell0002
 import math
 import re
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from numbers import Integral
@@ -21,7 +22,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from .utils import always_called, as_inputs, every_module, frozen, shape_or_type, unknown_name
+from antehoc_nb.core.utils import (
+    always_called, as_inputs, copied_images, every_module, frozen, shape_or_type, unknown_name,
+)
 
 # %% ../../nbs/core/01_layers.ipynb #cell0005
 CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
@@ -85,14 +88,24 @@ class ModuleCall:
         return known and not isinstance(self.module, (*_GATES, nn.MultiheadAttention))
 
 # %% ../../nbs/core/01_layers.ipynb #a69fe39d
+def _eager():
+    "A context in which compiled functions run as they were before; one that does nothing inside of such a function"
+    try: return torch.compiler.set_stance('force_eager')
+    except RuntimeError: return nullcontext()
+
+
 @contextmanager
 def hooks_run(cnn: nn.Module): # Any network
-    "Inside the block, modules that were compiled run as they were before, so that they call their hooks."
+    """Inside the block, modules and functions that were compiled run as they were before, so that the hooks of modules
+    are called."""
     compiled = any(module._compiled_call_impl is not None or '_orig_mod' in module._modules
                    for module in every_module(cnn))
-    if not compiled or torch.compiler.is_compiling(): yield
-    else:
+    if torch.compiler.is_compiling(): yield
+    elif compiled:
         with torch.compiler.set_stance('force_eager'): yield
+    elif 'torch._dynamo' in sys.modules:  # else nothing was compiled
+        with _eager(): yield
+    else: yield
 
 
 def first_tensor(output): # What a module returned
@@ -164,12 +177,13 @@ def watch_calls(cnn: nn.Module, # Any network
                 sample, # Input like the ones to come, (B,C,H,W); a tuple if the CNN takes several
                ) -> list[ModuleCall]: # In the order in which they returned
     "Run `cnn` once in evaluation mode, and list every module call that returned a tensor of three or four axes."
-    inputs = as_inputs(sample)
+    inputs = copied_images(sample)
     log, several = _CallLog(len(inputs[0])), len(inputs) > 1
-    if several: inputs = (inputs[0].detach().clone().requires_grad_() * 1, *inputs[1:])
+    if several: inputs = (inputs[0].requires_grad_() * 1, *inputs[1:])
     handles = []
     try:
         for name, module in cnn.named_modules():
+            if isinstance(module, torch.jit.ScriptModule): continue  # it takes no hooks
             if name: handles.append(module.register_forward_hook(log.hook(name)))
         with hooks_run(cnn), frozen(cnn), torch.set_grad_enabled(several): cnn(*inputs)
     finally:
@@ -791,7 +805,7 @@ def channel_gradients(cnn: nn.Module, # Any network, with frozen weights
     with torch.enable_grad(), hooks_run(cnn):
         handle = cnn.get_submodule(name).register_forward_hook(probe.hook())
         try:
-            found = scores(cnn(*inputs))
+            found = scores(cnn(*copied_images(inputs)))
             probe.is_done = True
             if probe.row is None or not found.requires_grad: return None
             gradients = _gradients(found.sum(0), probe.row, probe.numel)

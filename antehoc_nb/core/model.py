@@ -37,9 +37,9 @@ from .interpretation_loss import class_shares, describe_outputs, explained_outpu
 from .layers import channel_gradients, choose_layers, unseen_share
 from .masking import masked
 from antehoc_nb.core.utils import (
-    as_inputs, as_normalisation, cnn_builders, eval_mode, frozen, full_precision, import_extra, in_channels,
-    map_tensors, noise_images, own_seed, own_sizes, plain_tensor, rgb_images, shape_or_type, train_functions,
-    trial_copy, unknown_name, usual_mode, whole_or_not_at_all, with_versions,
+    as_inputs, as_normalisation, cnn_builders, copied_images, eval_mode, frozen, full_precision, import_extra,
+    in_channels, map_tensors, noise_images, own_seed, own_sizes, plain_tensor, rgb_images, shape_or_type,
+    train_functions, trial_copy, unknown_name, usual_mode, whole_or_not_at_all, with_versions,
 )
 from antehoc_nb.core.weight_net import (
     EVIDENCE_EXPONENT, class_numbers, contrast, count_classes, evidence_gate, gives_logits, in_deviations,
@@ -367,7 +367,8 @@ def _check_network(cnn):
     "`TypeError` for what is no network, or is one that explains itself already"
     if not isinstance(cnn, nn.Module):
         name = getattr(cnn, '__name__', type(cnn).__name__)
-        hint = f'; call it first: AntehocModel({name}(...))' if callable(cnn) else ''
+        hint = f'; call it first: AntehocModel({name}(...))' if hasattr(cnn, '__name__') else ''
+        if isinstance(cnn, Mapping): hint = '; these may be weights: build the network, and load them into it'
         raise TypeError(f'cnn: a {type(cnn).__name__} ({name}) is no network; give an nn.Module, the name of an '
                         f'architecture or a fastai learner{hint}')
     if isinstance(cnn, AntehocModel):
@@ -377,15 +378,33 @@ def _check_network(cnn):
     if isinstance(cnn, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         raise TypeError(f'cnn: a {type(cnn).__name__} runs copies of a network, in which no layer can be recorded; '
                         'give the network itself, cnn.module')
+    _check_initialised(cnn)
     convolutions = ((name, module) for name, module in cnn.named_modules() if 'quantized' in type(module).__module__)
     quantised = next(((name, module) for name, module in convolutions if 'Conv' in type(module).__name__), None)
     if quantised:
         raise TypeError(f'cnn: its module {quantised[0]!r} is a quantised {type(quantised[1]).__name__}, whose integer '
                         'activations cannot be read; give the network as it was before (or one with quantised linear '
                         'layers alone, as quantize_dynamic makes it)')
+    nodes = cnn.graph.nodes if isinstance(cnn, torch.fx.GraphModule) else ()
+    if nodes and not {node.target for node in nodes if node.op == 'call_module'} - {'_guards_fn'}:
+        raise TypeError('cnn: this graph was exported, and has no modules whose outputs can be recorded; give the '
+                        'nn.Module that it was made from')
     if isinstance(cnn, torch.jit.ScriptModule):
         raise TypeError(f'cnn: {cnn.original_name} was scripted or traced, and its layers cannot be recorded; give the '
                         'nn.Module that it was made from')
+
+
+def _check_initialised(cnn):
+    "`ValueError` for modules whose sizes are not known before their first call"
+    for name, module in cnn.named_modules():
+        own = (*module.parameters(False), *module.buffers(False))
+        if any(tensor.is_meta for tensor in own):
+            raise ValueError(f'cnn: the weights of its module {name!r} ({type(module).__name__}) are on the device '
+                             "'meta', where they have no values; load them first, as by "
+                             'cnn.load_state_dict(weights, assign=True)')
+        if any(isinstance(tensor, nn.parameter.UninitializedTensorMixin) for tensor in own):
+            raise ValueError(f'cnn: its module {name!r} ({type(module).__name__}) gets its size from the first images; '
+                             'run the network once before: cnn(images)')
 
 
 def _check_classes(classes):
@@ -442,7 +461,7 @@ def _noise_for(cnn):
     for size in [*own_sizes(cnn), (128, 128), (224, 224)]:
         sample = as_cnn_takes(noise_images(cnn, size), cnn)
         try:
-            with torch.no_grad(), frozen(cnn): cnn(*sample)
+            with torch.no_grad(), frozen(cnn): cnn(*copied_images(sample))
             return sample
         except Exception as e: first = first or (size, e)
     (height, width), error = first
@@ -463,7 +482,7 @@ def _size_error(cnn, sample, error):
 def as_cnn_takes(sample, cnn):
     "The sample with the floating-point type of the CNN's first convolution, and as ordinary tensors"
     convolutions = (module for module in cnn.modules() if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)))
-    weight = getattr(next(convolutions, None), 'weight', None)
+    weight = next(next(convolutions, nn.Identity()).parameters(), None)  # to read `weight` may write to its norm
 
     def ordinary(tensor): return tensor.clone() if tensor.is_inference() else tensor
 
@@ -478,6 +497,8 @@ class AntehocModel(nn.Module):
     Raises `ValueError` if the CNN has no usable convolutions or does not take the sample, `eta` exceeds the layers
     found, or a name of a layer, soft attention or weight network is not known; `TypeError` for a network, a sample or
     facts of the wrong kind."""
+    writes_to_images = None # Whether the CNN's forward changes the batch that it is given; None: not known yet
+
     @torch.inference_mode(False)  # weights made in that mode could never be trained
     def __init__(self,
                  cnn: nn.Module, # Any CNN; its first argument is the image batch (B,C,H,W). Or a fastai learner; or
@@ -620,7 +641,7 @@ def _find_sizes(self: AntehocModel, sample, classes, class_specific):
     segmentation without a class at each pixel."""
     def n_channels(activation): return activation.shape[1]
     with torch.no_grad(), frozen(self.cnn):
-        out, channels = record_sams(self.cnn, self.layers, as_inputs(sample), attention=n_channels)
+        out, channels = record_sams(self.cnn, self.layers, copied_images(sample), attention=n_channels)
     if self.cnn_finds_targets: return channels, None if class_specific is False else self.cnn.n_words
     explained = explained_output(out, self.output)
     if not isinstance(explained, torch.Tensor): self._several_outputs = describe_outputs(out)
@@ -762,7 +783,7 @@ def _measure_border_with(self: AntehocModel, noise, sample):
             found.append(strength(pool_cells(scaled, None, cells, nth)[0] if cells else scaled).mean(0, keepdim=True))
         return torch.stack(found).mean(0) * scale
     with trial_copy(self.cnn) as cnn, torch.no_grad(), frozen(cnn):
-        found = [record_sams(cnn, self.layers, (images, *others), attention=mean_strength)[1]
+        found = [record_sams(cnn, self.layers, copied_images((images, *others)), attention=mean_strength)[1]
                  for images in noise]
     for i, (name, of_batches) in enumerate(zip(self._border_names, zip(*found))):
         response = torch.stack(of_batches).mean(0)
@@ -891,6 +912,7 @@ class LayerMaps(NamedTuple):
 class Recorded(list):
     "`LayerMaps` of each layer, with the scores of the same forward pass"
     scores: torch.Tensor | None = None # Of the classes, (B,K), detached, if the evidence for others is subtracted
+    images: torch.Tensor | None = None # What the CNN got, (B,C,H,W), if it writes to its images
 
 
 @patch
@@ -931,9 +953,13 @@ def _run_and_record(self: AntehocModel, args, kwargs):
     "What the CNN returns, and the `LayerMaps` of each layer"
     cells = self.map_cells(args[0].shape[2:])
     recorders = [partial(self._record, i, cells) for i in range(self.eta)]
+    images = None if torch.compiler.is_compiling() or self.writes_to_images is False else args[0].detach().clone()
     out, maps = record_sams(self.cnn, self.layers, args, kwargs, attention=recorders)
     recorded = Recorded(maps)
     recorded.scores = self._scores_of(out)
+    if images is not None:
+        if self.writes_to_images is None: self.writes_to_images = not torch.equal(images, args[0])
+        recorded.images = plain_tensor(images) if self.writes_to_images else None
     return out, recorded
 
 

@@ -15,17 +15,20 @@ import inspect
 import io
 import json
 import os
+import random
 import shlex
 import stat
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from copy import deepcopy
+from copy import copy, deepcopy
 from dataclasses import fields, is_dataclass
 from functools import cache, lru_cache, partial
 from pathlib import Path
+from types import CellType, SimpleNamespace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -79,6 +82,21 @@ cnn_builders = Registry('CNN builder')  # name -> f(arch, n_out, **head), which 
 train_functions = Registry('function of antehoc_nb.train')  # what core calls of it: 'describe_cnn', 'read_learner'
 
 # %% ../../nbs/core/00_utils.ipynb #cell0008
+def _like_mapping(out, new):
+    "A mapping of the kind of `out` that holds `new`"
+    if not hasattr(out, 'copy') or type(out) is dict: return type(out)(new)
+    copied = out.copy()  # a `defaultdict` or a class of one's own is made of other things than its content
+    copied.update(new)
+    return copied
+
+
+def _like_object(f, out, names):
+    "A copy of an object, with `f` applied to every tensor in its attributes `names`; it is not made anew"
+    copied = copy(out)
+    for name in names: object.__setattr__(copied, name, map_tensors(f, getattr(out, name)))  # also if it is frozen
+    return copied
+
+# %% ../../nbs/core/00_utils.ipynb #397f3777
 def map_tensors(f: Callable, # tensor -> tensor
                 out: Any, # What a CNN returned: a tensor, or tensors in tuples, lists, dicts or dataclasses
                ) -> Any: # The same structure with `f` applied to every tensor; anything else as it was
@@ -86,11 +104,11 @@ def map_tensors(f: Callable, # tensor -> tensor
     if isinstance(out, torch.Tensor): return f(out)
     if isinstance(out, Mapping):
         new = {key: map_tensors(f, value) for key, value in out.items()}
-        return type(out)(**new) if is_dataclass(out) else type(out)(new)
+        return type(out)(**new) if is_dataclass(out) else _like_mapping(out, new)
     if isinstance(out, tuple) and hasattr(out, '_fields'): return type(out)(*(map_tensors(f, part) for part in out))
     if isinstance(out, (tuple, list)): return type(out)(map_tensors(f, part) for part in out)
-    if is_dataclass(out):
-        return type(out)(**{field.name: map_tensors(f, getattr(out, field.name)) for field in fields(out)})
+    if is_dataclass(out) and not isinstance(out, type): return _like_object(f, out, [o.name for o in fields(out)])
+    if isinstance(out, SimpleNamespace): return _like_object(f, out, [*vars(out)])
     return out
 
 
@@ -117,6 +135,13 @@ def as_inputs(sample: Any, # A tensor, or a tuple or list of the CNN's arguments
              ) -> tuple: # The arguments of the CNN's forward
     "`sample` as a tuple of arguments: a lone tensor becomes a tuple of one."
     return tuple(sample) if isinstance(sample, (tuple, list)) else (sample,)
+
+
+def copied_images(sample: Any, # As of `as_inputs`
+                 ) -> tuple: # The arguments of the CNN's forward
+    "The same, with a copy of the images, since some CNNs write to their input."
+    images, *others = as_inputs(sample)
+    return images.detach().clone(), *others
 
 
 def plain_tensor(tensor: torch.Tensor) -> torch.Tensor:
@@ -388,6 +413,134 @@ def eval_mode(module: nn.Module): # Any module
     modules = every_module(module)
     with _switched_by_train(modules), _training.off(modules): yield module
 
+# %% ../../nbs/core/00_utils.ipynb #4198ce59
+_OWN = {*vars(nn.Module()), 'training'}  # attributes that every module has
+_PLAIN = (type(None), bool, int, float, complex, str)
+_NOT_THERE = object()
+_STREAMS = {torch.Generator: (torch.Generator.get_state, torch.Generator.set_state),
+            random.Random: (random.Random.getstate, random.Random.setstate),
+            np.random.RandomState: (np.random.RandomState.get_state, np.random.RandomState.set_state),
+            np.random.Generator: (lambda stream: deepcopy(stream.bit_generator.state),
+                                  lambda stream, state: setattr(stream.bit_generator, 'state', state))}
+
+
+def _holders(module):
+    if isinstance(module, torch.jit.ScriptModule): return {}, {}, {}  # what it holds is not in dictionaries
+    return module._parameters, module._buffers, vars(module)
+
+
+def _content(value):
+    "What can change inside a value: where a tensor's numbers lie and a copy of them; the state of a random stream"
+    if isinstance(value, torch.Tensor): return value.data, value.detach().clone()
+    return next((read(value) for kind, (read, _) in _STREAMS.items() if isinstance(value, kind)), None)
+
+
+def _state(module, names=None):
+    "What a module holds by itself: its parameters, buffers and attributes, or those of them that are called `names`"
+    return [(holder, name, value, _content(value)) for holder in _holders(module) for name, value in holder.items()
+            if name not in _OWN and (names is None or name in names)]
+
+
+def _put_back(module, state, names):
+    "Make what is called `names` in a module as it was when `_state` was called"
+    there = {(id(holder), name) for holder, name, *_ in state}
+    for holder in _holders(module):
+        for name in names:
+            if (id(holder), name) not in there: holder.pop(name, None)
+    for holder, name, value, content in state:
+        if name not in names: continue
+        holder[name] = value
+        if isinstance(value, torch.Tensor):
+            data, numbers = content
+            if value.data_ptr() != data.data_ptr(): value.data = data
+            data.copy_(numbers)
+        for kind, (_, write) in _STREAMS.items():
+            if isinstance(value, kind): write(value, content)
+
+# %% ../../nbs/core/00_utils.ipynb #cf2dd29b
+def _differ(before, after):
+    "Whether a value was written to; a random stream always counts"
+    if isinstance(before, tuple(_STREAMS)): return True
+    if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor):
+        return type(before) is not type(after) or isinstance(before, _PLAIN) and before != after
+    if before.shape != after.shape or before.dtype != after.dtype: return True
+    if before.is_meta or before.is_quantized or before.is_sparse: return False
+    before, after = before.detach(), after.detach()
+    return not torch.equal(before, after) and bool(((before != after) & ~(before.isnan() & after.isnan())).any())
+
+
+def _names_written(before, after):
+    "Which names in the holders of a module have other values in `after`"
+    pairs = [(name, old.get(name, _NOT_THERE), new.get(name, _NOT_THERE)) for old, new in zip(before, after)
+             for name in {**old, **new} if name not in _OWN]
+    return {name for name, old, new in pairs if _differ(old, new)}
+
+
+class _WrittenState:
+    "What modules write when they run in evaluation mode, and blocks after which it is as before"
+    def __init__(self):
+        self.lock = threading.Lock()
+        self.names = WeakKeyDictionary()  # module -> what is written, by name
+        self.open_blocks = {}  # module -> [number of open blocks, names, their state before the first of them]
+
+    def note(self, module, names):
+        if names: self.names[module] = self.names.get(module, set()) | names
+
+    def note_copies(self, network, copied):
+        "Note what a copy of a network has written since it was made"
+        modules, copies = every_module(network), every_module(copied)
+        if len(modules) != len(copies): return
+        for module, of_copy in zip(modules, copies):
+            names = self.names.get(of_copy, set())  # noted where the copy was copied
+            self.note(module, names | _names_written(_holders(module), _holders(of_copy)))
+
+    def note_states(self, states):
+        "Note what modules have written since their `_state` was taken"
+        for module, state in states.items():
+            before = [{}, {}, {}]
+            for holder, name, value, content in state:
+                place = next(i for i, own in enumerate(_holders(module)) if own is holder)
+                before[place][name] = content[1] if isinstance(value, torch.Tensor) else value
+            self.note(module, _names_written(before, _holders(module)))
+
+    def _open(self, modules):
+        with self.lock:
+            mine = [module for module in modules if module in self.names or module in self.open_blocks]
+            for module in mine:
+                if module not in self.open_blocks:
+                    names = set(self.names[module])
+                    self.open_blocks[module] = [0, names, _state(module, names)]
+                self.open_blocks[module][0] += 1
+        return mine
+
+    def _close(self, mine):
+        with self.lock, torch.no_grad():
+            for module in mine:
+                entry = self.open_blocks[module]
+                entry[0] -= 1
+                if entry[0]: continue
+                del self.open_blocks[module]
+                _put_back(module, entry[2], entry[1])
+
+    @contextmanager
+    def kept(self, modules):
+        mine = self._open(modules) if self.names else []
+        try: yield
+        finally: self._close(mine)
+
+
+_written = _WrittenState()
+
+
+@contextmanager
+def _other_streams():
+    "The random streams of Python and NumPy are after the block where they were before it"
+    of_python, of_numpy = random.getstate(), np.random.get_state()
+    try: yield
+    finally:
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)
+
 # %% ../../nbs/core/00_utils.ipynb #cad99396
 _OF_LISTS = {'append', 'appendleft', 'extend', 'put'}  # methods that return nothing, and that no tensor has
 
@@ -399,9 +552,50 @@ def _code_of(hook):
     return getattr(getattr(hook, '__func__', hook), '__code__', None)
 
 
+def _is_method(hook):
+    "Whether the first argument of a hook's code is the object that it belongs to"
+    while isinstance(hook, partial): hook = hook.func
+    return hasattr(hook, '__func__') or not hasattr(hook, '__code__')
+
+
 def _defined_in(hook):
     while isinstance(hook, partial): hook = hook.func
     return (getattr(hook, '__module__', None) or type(hook).__module__ or '').partition('.')[0]
+
+
+def _pushed_by(instructions, end):
+    "Where the instructions begin that put the value on the stack which `instructions[end - 1]` leaves on top"
+    depth = 0
+    while depth < 1:
+        end -= 1
+        instruction = instructions[end]
+        depth += dis.stack_effect(instruction.opcode, instruction.arg, jump=False)
+    return end
+
+
+def _root(instructions, end, skip):
+    "The instruction that a value begins with, such as the name in `name.attribute[0]`; `skip` values lie above it"
+    for _ in range(skip): end = _pushed_by(instructions, end)
+    start = _pushed_by(instructions, end)
+    if instructions[start].opname == 'COPY': return _root(instructions, start, instructions[start].arg - 1)
+    return instructions[start]
+
+
+@lru_cache(maxsize=1024)
+def _writes_to_arguments(code, is_method):
+    "Whether a function sets items or attributes of its arguments, or changes them by `+=` and the like; also if unsure"
+    names = {*code.co_varnames} - {*code.co_varnames[:is_method]}
+    instructions = [i for i in dis.get_instructions(code) if i.opname not in ('CACHE', 'EXTENDED_ARG')]
+    places = dict(STORE_SUBSCR=1, STORE_SLICE=2, STORE_ATTR=0)  # values above the one that is written to
+    try:
+        for i, instruction in enumerate(instructions):
+            above = places.get(instruction.opname)
+            if instruction.opname == 'BINARY_OP' and instruction.argrepr.endswith('='): above = 1
+            if above is None: continue
+            root = _root(instructions, i, above)
+            if root.opname.startswith('LOAD_FAST') and root.argval in names: return True
+    except (IndexError, ValueError): return True
+    return False
 
 
 @lru_cache(maxsize=1024)
@@ -423,11 +617,12 @@ def always_called(hook: Callable) -> Callable: # A forward hook of this library,
     return hook
 
 
-def only_watches(hook: Callable) -> bool: # A forward hook
-    "Whether a forward hook can't change any output. Those of torch and of this library are left alone."
+def only_watches(hook: Callable) -> bool: # A hook of a module
+    "Whether a hook can't change any output, input or gradient. Those of torch and of this library are left alone."
     code = _code_of(hook)
     if code is None or hasattr(hook, 'always_called') or _defined_in(hook) in ('torch', 'antehoc_nb'): return False
-    return _returns_nothing(code)
+    if {'setattr', 'delattr'} & {*code.co_names}: return False
+    return _returns_nothing(code) and not _writes_to_arguments(code, _is_method(hook))
 
 # %% ../../nbs/core/00_utils.ipynb #b461fdb8
 _SHARED = (type(None), bool, int, float, str, bytes, type)  # of which different objects can be the same one
@@ -469,28 +664,32 @@ def _works_with(hook):
     return closure | _ids(used)
 
 
+_HOOKS = '_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks'
+
+
 class _SilentHooks:
-    "Forward hooks that only watch are taken off as long as any thread has an open block that needs it."
+    "Hooks that only watch are taken off as long as any thread has an open block that needs it."
     def __init__(self):
         self.lock = threading.Lock()
-        self.open_blocks = {}  # module -> [number of open blocks, its hooks in order, the ones that were taken off]
+        self.open_blocks = {}  # (module, kind) -> [number of open blocks, its hooks in order, what was taken off]
 
-    def _take_off(self, module, held):
-        hooks = module._forward_hooks
+    def _take_off(self, module, kind, held):
+        hooks = getattr(module, kind)
+        if not hooks and (module, kind) not in self.open_blocks: return False
         watching = {key: hook for key, hook in hooks.items() if only_watches(hook) and not _works_with(hook) & held()}
-        if not watching and module not in self.open_blocks: return False
-        entry = self.open_blocks.setdefault(module, [0, list(hooks), {}])
+        if not watching and (module, kind) not in self.open_blocks: return False
+        entry = self.open_blocks.setdefault((module, kind), [0, list(hooks), {}])
         entry[0] += 1
         entry[2].update(watching)
         for key in watching: del hooks[key]
         return True
 
-    def _put_back(self, module):
-        entry = self.open_blocks[module]
+    def _put_back(self, module, kind):
+        entry = self.open_blocks[module, kind]
         entry[0] -= 1
         if entry[0]: return
-        del self.open_blocks[module]
-        hooks = module._forward_hooks
+        del self.open_blocks[module, kind]
+        hooks = getattr(module, kind)
         hooks.update(entry[2])
         newer = [key for key in hooks if key not in entry[1]]
         for key in [*entry[1], *newer]:
@@ -500,12 +699,11 @@ class _SilentHooks:
     def off(self, modules):
         held = cache(lambda: _held_by(modules))  # found only where there are hooks
         with self.lock:
-            mine = [module for module in modules
-                    if (module._forward_hooks or module in self.open_blocks) and self._take_off(module, held)]
+            mine = [(module, kind) for module in modules for kind in _HOOKS if self._take_off(module, kind, held)]
         try: yield
         finally:
             with self.lock:
-                for module in mine: self._put_back(module)
+                for module, kind in mine: self._put_back(module, kind)
 
 
 _hooks = _SilentHooks()
@@ -513,43 +711,72 @@ _hooks = _SilentHooks()
 # %% ../../nbs/core/00_utils.ipynb #cell0014
 @contextmanager
 def frozen(cnn: nn.Module): # The network that pass 2 must not change
-    """Evaluation mode inside the block, no gradients for the weights, no move of torch's random streams, and no call of
-    forward hooks that only watch.
+    """Evaluation mode inside the block, no gradients for the weights, no move of the random streams of torch, NumPy and
+    Python, and no call of forward hooks that only watch.
 
-    The CNN's input still gets its gradient. All is as before after the block, also after an error.
-    Threads may freeze one network at the same time. Torch's random streams belong to the process, though:
-    what another thread draws meanwhile is drawn again after the block."""
+    The CNN's input still gets its gradient. All is as before after the block, also after an error, and also what a
+    module is known to write in evaluation mode (see `trial_copy`). Threads may freeze one network at the same time. The
+    random streams belong to the process, though: what another thread draws meanwhile is drawn again after the block."""
     devices = {parameter.device for parameter in cnn.parameters() if parameter.is_cuda}
-    learning = [parameter for parameter in cnn.parameters() if not parameter.is_inference()]
-    hooks_off = _hooks.off(every_module(cnn))
-    with _requires_grad.off(learning), eval_mode(cnn), torch.random.fork_rng(devices), hooks_off: yield
+    learning = [parameter for parameter in cnn.parameters() if not parameter.is_inference() and parameter.is_leaf]
+    modules = every_module(cnn)
+    streams = torch.random.fork_rng(devices), _other_streams()
+    with _written.kept(modules), streams[0], streams[1], _requires_grad.off(learning), eval_mode(cnn), \
+            _hooks.off(modules): yield
 
 # %% ../../nbs/core/00_utils.ipynb #532de2ee
+def _reached_by(function, depth=4):
+    "Ids of what a function works with: its object, its closure, and what functions in there work with"
+    while isinstance(function, partial): function = function.func
+    inner = getattr(function, '__func__', function)
+    owner = getattr(function, '__self__', None)
+    cells = [cell.cell_contents for cell in getattr(inner, '__closure__', None) or () if cell != _EMPTY]
+    found = _ids([*cells, owner])
+    for part in cells if depth else ():
+        if callable(part) and not isinstance(part, (type, nn.Module)): found |= _reached_by(part, depth - 1)
+    return found
+
+
+_EMPTY = CellType()
+
+
+def _functions_of(modules):
+    "The functions in attributes of modules, such as a `forward` that was put in place of another"
+    values = [value for module in modules for name, value in vars(module).items() if name not in _OWN]
+    values += [part for value in values if isinstance(value, (list, tuple)) for part in value]
+    return [value for value in values if inspect.isfunction(value)]
+
+
 def _copies_follow(network):
-    "Whether the hooks of a copy would work with the copy: a function that is copied keeps its closure"
+    "Whether functions of a copy would work with the copy: a function that is copied keeps its closure"
     modules = every_module(network)
     hooks = [hook for module in modules for hook in module._forward_hooks.values()]
-    if not hooks: return True
+    functions = _functions_of(modules)
+    if not hooks and not functions: return True
     held = _held_by(modules)
-    return not any(_in_closure(hook) & held for hook in hooks)
+    return not any(_in_closure(hook) & held for hook in hooks) and not any(
+        _reached_by(function) & held for function in functions)
 
 # %% ../../nbs/core/00_utils.ipynb #e85f1fa3
 @contextmanager
 def trial_copy(network: nn.Module): # Any network
     """A copy to try things out on, without hooks that only watch. If it can't be copied, the network itself, whose
-    weights and buffers are as before after the block."""
-    with _hooks.off(every_module(network)):
+    weights, buffers and attributes are as before after the block. What its modules write is noted for `frozen`."""
+    modules = every_module(network)
+    with _hooks.off(modules):
         try: copied = deepcopy(network) if _copies_follow(network) else None
         except Exception: copied = None
-    if copied is not None: yield copied
+    if copied is not None:
+        yield copied
+        _written.note_copies(network, copied)
     else:
-        tensors = [*network.parameters(), *network.buffers()]
-        before = [tensor.detach().clone() for tensor in tensors]
+        states = {module: _state(module) for module in modules}
         try:
-            with _hooks.off(every_module(network)): yield network
+            with _hooks.off(modules): yield network
+            _written.note_states(states)
         finally:
             with torch.no_grad():
-                for tensor, value in zip(tensors, before): tensor.copy_(value)
+                for module, state in states.items(): _put_back(module, state, [name for _, name, *_ in state])
 
 # %% ../../nbs/core/00_utils.ipynb #a145a2ff
 def _taken_channels(cnn, of_convolution):

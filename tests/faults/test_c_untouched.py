@@ -1,18 +1,21 @@
 """A network that writes when it runs, or is watched, is as in plain training, to the bit."""
+import random
 from copy import deepcopy
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from fastai.callback.hook import ActivationStats
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from torch import nn
+from torch.nn.utils import prune
 from torch.utils.data import DataLoader, TensorDataset
 
 from antehoc_nb.core.interpretation_loss import two_pass_step
 from antehoc_nb.core.model import AntehocModel
-from antehoc_nb.core.utils import eval_mode, frozen, own_sizes, trial_copy, weights_digest
+from antehoc_nb.core.utils import eval_mode, frozen, only_watches, own_sizes, trial_copy, weights_digest
 from antehoc_nb.train.two_pass import TwoPass
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -207,3 +210,184 @@ def test_hooks_that_the_network_reads_are_called(way):
     cnn(torch.rand(1, 3, 16, 16))
     with frozen(cnn): assert torch.equal(cnn(x), expected)
     assert torch.equal(model.explain(x).pred, expected)
+
+
+# --- What is written in evaluation mode too
+
+class CountsCalls(nn.Module):
+    "Counts its calls in any mode, in a buffer and in an attribute, and remembers the last image."
+    def __init__(self):
+        super().__init__()
+        self.register_buffer('n', torch.zeros(()))
+        self.calls, self.last = 0, None
+
+    def forward(self, x):
+        self.n += 1
+        self.calls += 1
+        if self.last is not None and self.last.shape == x.shape: x = x + .1 * self.last
+        self.last = x.detach()
+        return x + .01 * self.n + .01 * self.calls
+
+
+class ReplacesBuffer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer('mean', torch.zeros(()))
+
+    def forward(self, x):
+        self.mean = .9 * self.mean + .1 * x.detach().mean()
+        return x - self.mean
+
+
+class ShortWeights(nn.Conv2d):
+    "Limits the length of its weights at every call, as EEGNet does."
+    def __init__(self): super().__init__(3, 3, 1)
+
+    def forward(self, x):
+        self.weight.data = torch.renorm(self.weight.data, 2, 0, .3)
+        return super().forward(x) * (self.weight.sum() + 1)
+
+
+class AlwaysTraining(nn.BatchNorm2d):
+    def __init__(self): super().__init__(3)
+    def train(self, mode=True): return super().train(True)
+
+
+class Draws(nn.Module):
+    "Draws from other streams than torch's, also in evaluation mode."
+    def __init__(self):
+        super().__init__()
+        self.streams = None
+        self.own, self.of_numpy = torch.Generator().manual_seed(0), np.random.default_rng(0)
+
+    def forward(self, x):
+        noise = random.random() + np.random.rand() + self.of_numpy.random()
+        return x + .01 * noise + .01 * torch.randn(x.shape, generator=self.own)
+
+
+def numbers(network): return [v for k, v in vars(network[0]).items() if isinstance(v, (int, float))]
+
+
+@pytest.mark.parametrize('kind', [CountsCalls, ReplacesBuffer, ShortWeights, AlwaysTraining, Draws])
+def test_training_of_modules_that_write_in_evaluation_mode(cnn, kind):
+    outcomes = []
+    for cbs in ([], [TwoPass(eta=2)]):
+        torch.manual_seed(0)
+        random.seed(0)
+        np.random.seed(0)
+        network = nn.Sequential(kind(), *cnn())
+        trained(network, cbs, 1)
+        state = [numbers(network), random.random(), np.random.rand(), torch.rand(1).item()]
+        outcomes.append((weights_digest(network), state))
+    assert outcomes[0] == outcomes[1]
+
+
+@pytest.mark.parametrize('kind', [CountsCalls, ReplacesBuffer, ShortWeights, AlwaysTraining])
+@pytest.mark.parametrize('copied', [True, False])
+def test_a_block_of_threads_puts_back_once(cnn, kind, copied):
+    class NotCopied(kind):
+        def __deepcopy__(self, memo): raise TypeError('no copy')
+    network = nn.Sequential((kind if copied else NotCopied)(), *cnn())
+    before, of_before = weights_digest(network), numbers(network)
+    model = AntehocModel(network, X[:2], eta=2)
+    assert weights_digest(network) == before and numbers(network) == of_before
+    with frozen(network):
+        with frozen(network): network(X)
+        network(X)
+    with pytest.raises(ZeroDivisionError), frozen(model): model(X) / (1 // 0)
+    assert weights_digest(network) == before and numbers(network) == of_before
+
+
+@pytest.mark.parametrize('norm', [nn.utils.parametrizations.spectral_norm, nn.utils.spectral_norm,
+                                  nn.utils.parametrizations.orthogonal,
+                                  lambda layer: prune.l1_unstructured(layer, 'weight', .5)])
+def test_weights_that_are_computed_when_read(cnn, norm):
+    "In training mode, to read the weight of a spectral norm moves its vectors."
+    found = []
+    for cbs in ([], [TwoPass(eta=2)]):
+        torch.manual_seed(0)
+        network = cnn().train()
+        norm(network[0][0])
+        before = weights_digest(network)
+        if cbs:
+            model = AntehocModel(network, X[:2], eta=2)
+            assert weights_digest(network) == before and network.training
+            assert torch.equal(model.explain(X).pred, network.eval()(X)) and weights_digest(network) == before
+            network.train()
+        trained(network, cbs, 1)
+        found.append(weights_digest(network))
+    assert found[0] == found[1]
+
+
+class InPlace(nn.Module):
+    "Normalises the batch that it is given."
+    def __init__(self):
+        super().__init__()
+        self.got = []
+
+    def forward(self, x):
+        self.got.append(x.detach().clone())
+        return x.mul_(2).sub_(1)
+
+
+@pytest.mark.parametrize('loaded', [False, True])
+def test_networks_that_write_to_their_images(cnn, tmp_path, loaded):
+    network, x = nn.Sequential(InPlace(), *cnn()), X.clone()
+    model = AntehocModel(network, x, eta=2)
+    if loaded:
+        with pytest.warns(UserWarning, match='by name'): model.save_pretrained(tmp_path)
+        model = AntehocModel.from_pretrained(tmp_path, cnn=network)
+    assert torch.equal(model.explain(x).map, model.explain(x).map) and torch.equal(x, X)
+    network[0].got.clear()
+    two_pass_step(model.train(), x, Y, number=0, fill='mean')
+    assert torch.equal(x, X * 2 - 1) and torch.equal(network[0].got[0], X)  # as by a plain forward pass
+    assert network[0].got[-1].min() >= 0  # pass 2 masks the images as they were
+
+
+def hook_counts(cbs, cnn):
+    network, notes = cnn(), {}
+    def note(kind): return lambda *args: notes.setdefault(kind, []).append(len(args))
+    network[1].register_forward_hook(note('forward'))
+    network[1].register_forward_hook(note('with keywords'), with_kwargs=True)
+    network[1].register_forward_pre_hook(note('before'))
+    network[1].register_full_backward_hook(note('backward'))
+    network[1].register_full_backward_pre_hook(note('before backward'))
+    network[0][0].weight.register_hook(lambda gradient: notes.setdefault('weight', []).append(0))
+    trained(network, cbs, 1)
+    return notes
+
+
+def test_hooks_of_every_kind(cnn):
+    plain, explained = hook_counts([], cnn), hook_counts([TwoPass(eta=2)], cnn)
+    assert plain == explained and len(plain) == 6
+
+
+SEEN_AS = 'seen',
+
+
+def in_place(module, args, output): output[:, 1] = 0
+def in_place_of_tuple(module, args, output): args[0][..., 0] *= 0
+def alias(module, args, output):
+    out = output
+    out += 1
+def on_module(module, args, output): module.seen = output
+def by_name(module, args, output): setattr(module, *SEEN_AS, output)
+
+
+SEEN = {}
+def into_dict(module, args, output): SEEN['mean'] = output.mean().item()
+def summed(module, args, output): SEEN['n'] = SEEN.get('n', 0) + len(output)
+
+
+@pytest.mark.parametrize('hook, watches', [(in_place, False), (in_place_of_tuple, False), (alias, False),
+                                           (on_module, False), (by_name, False), (into_dict, True), (summed, True)])
+def test_hooks_that_write_in_place_are_called(cnn, hook, watches):
+    network = cnn()
+    assert only_watches(hook) == watches
+    network[1].register_forward_hook(hook)
+    with torch.no_grad(): expected = network(X)
+    AntehocModel(network, X, eta=2)
+    seen = getattr(network[1], 'seen', None)
+    SEEN.clear()
+    with frozen(network), torch.no_grad(): assert torch.equal(network(X), expected)
+    assert not SEEN and getattr(network[1], 'seen', None) is seen

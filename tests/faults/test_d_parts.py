@@ -1,8 +1,14 @@
 """A part of an explanation has that part of the CNN's output, whatever its structure."""
+from collections import OrderedDict, defaultdict
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
 import pytest
 import torch
+from torch import nn
 
-from antehoc_nb.core.model import Explanation
+from antehoc_nb.core.model import AntehocModel, Explanation
+from antehoc_nb.core.utils import map_tensors, output_tensors
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -49,3 +55,53 @@ def test_detections_beside_losses():
     pred = dict(loss=torch.tensor(1.)), [detection(4), detection(6)]
     losses, detections = explained(pred)[1].pred
     assert losses['loss'] == 1 and [len(of_image['boxes']) for of_image in detections] == [6]
+
+
+@dataclass(frozen=True)
+class Scores:
+    logits: torch.Tensor
+    doubled: torch.Tensor = field(init=False)
+
+    def __post_init__(self): object.__setattr__(self, 'doubled', self.logits * 2)
+
+
+class Results(dict):
+    "A dictionary that is made of something else than its content."
+    def __init__(self, name):
+        super().__init__()
+        self.name = name
+
+    def copy(self):
+        new = Results(self.name)
+        new.update(self)
+        return new
+
+
+def in_results(logits):
+    results = Results('a')
+    results['logits'] = logits
+    return results
+
+
+KINDS = dict(dataclass=Scores, namespace=lambda y: SimpleNamespace(logits=y), default=lambda y: defaultdict(list, a=y),
+             ordered=lambda y: OrderedDict(logits=y), own=in_results, nested=lambda y: [dict(a=(y, None, 'x')), {1, 2}],
+             classes=lambda y: (y, Scores))
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_outputs_of_every_kind(cnn, kind):
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cnn = cnn()
+
+        def forward(self, x): return KINDS[kind](self.cnn(x))
+    network, x = Network(), torch.rand(2, 3, 32, 32)
+    explanation = AntehocModel(network, x, eta=2).explain(x)
+    expected = network(x)
+    assert type(explanation.pred) is type(expected)
+    for part, n in ((explanation, 2), (explanation[1], 1), (explanation.cpu(), 2)):
+        found, whole = output_tensors(part.pred), output_tensors(expected)
+        assert len(found) == len(whole) and all(torch.equal(a, b[-n:]) for a, b in zip(found, whole))
+    assert type(map_tensors(torch.Tensor.double, expected)) is type(expected)
+    assert output_tensors(expected)[0].dtype == torch.float32

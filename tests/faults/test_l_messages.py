@@ -115,3 +115,92 @@ def test_plain_weights(cnn, tmp_path):
     learn.model.cnn.load_state_dict(cnn().state_dict())
     learn.model.load_state_dict(AntehocModel(cnn(), x[:2], eta=2).state_dict())
     with pytest.raises(RuntimeError, match='Missing key'): learn.model.load_state_dict({})
+
+
+def lazy(cnn): return nn.Sequential(*cnn()[:3], nn.Flatten(), nn.LazyLinear(3))
+
+
+@pytest.mark.parametrize('sample', [X, None])
+def test_networks_that_have_no_size_yet(cnn, sample):
+    with pytest.raises(ValueError) as error: AntehocModel(lazy(cnn), sample)
+    assert str(error.value) == ("cnn: its module '4' (LazyLinear) gets its size from the first images; run the network "
+                                'once before: cnn(images)')
+    network = lazy(cnn)
+    network(X)
+    assert AntehocModel(network, X).explain(X).map.shape == (2, 1, 32, 32)
+
+
+@pytest.mark.parametrize('part', [slice(None), slice(1, 2), slice(5, 6)])
+def test_networks_without_values(cnn, part):
+    network = cnn()
+    network[part].to('meta')
+    name, kind = ('5', 'Linear') if part.start == 5 else (f'{part.start or 0}.0', 'Conv2d')
+    with pytest.raises(ValueError) as error: AntehocModel(network, X)
+    assert str(error.value) == (f"cnn: the weights of its module '{name}' ({kind}) are on the device 'meta', where "
+                                'they have no values; load them first, as by cnn.load_state_dict(weights, assign=True)')
+    network.load_state_dict(cnn().state_dict(), assign=True)
+    assert torch.equal(AntehocModel(network.eval(), X).explain(X).pred, cnn()(X))
+
+
+def test_weights_and_exported_programs(cnn):
+    with pytest.raises(TypeError, match='OrderedDict.*these may be weights: build the network, and load them into it'):
+        AntehocModel(cnn().state_dict(), X)
+    program = torch.export.export(cnn(), (X,))
+    with pytest.raises(TypeError, match='ExportedProgram.* is no network; give an nn.Module'): AntehocModel(program, X)
+    with pytest.raises(TypeError, match='this graph was exported, and has no modules.*give the nn.Module that it was'):
+        AntehocModel(program.module(), X)
+    assert AntehocModel(torch.fx.symbolic_trace(cnn()), X).eta == 3
+
+
+def test_a_part_that_was_scripted(cnn):
+    network = cnn()
+    expected = network(X)
+    network[2] = torch.jit.script(network[2])
+    explanation = AntehocModel(network, X).explain(X)
+    assert explanation.layers[:2] == ('0.2', '1.2') and torch.allclose(explanation.pred, expected)
+
+
+def put_forward(network):
+    forward = network.forward
+    network.forward = lambda x: forward(x) * 2
+
+
+def put_wrapped(network):
+    forward = network.forward
+
+    def outer(f): return lambda x: f(x) * 2
+    network.forward = outer(lambda x: forward(x))
+
+
+def put_function(network): network[0].forward = lambda x: nn.Sequential.forward(network[0], x) * 2
+
+
+@pytest.mark.parametrize('put', [put_forward, put_wrapped, put_function])
+def test_functions_that_stand_for_methods(cnn, put):
+    "A copy of the network would call the original."
+    network = cnn()
+    put(network)
+    model = AntehocModel(network, X)
+    own = ['0'] if put is put_function else []  # twice the activation, one more layer
+    assert [*model.layers] == ['0.2', *own, '1.2', '2.2'] and torch.equal(model.explain(X).pred, network(X))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('how', ['forward', 'decorator', 'part', 'lambda'])
+def test_functions_that_were_compiled(cnn, how):
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cnn = cnn()
+            if how == 'part': self.first = torch.compile(self.cnn[:3], backend='eager')
+            elif how == 'lambda': self.first = torch.compile(lambda x: self.cnn[:3](x), backend='eager')
+            else: self.first = self.cnn[:3]
+
+        def forward(self, x): return self.cnn[3:](self.first(x))
+    if how == 'decorator': Network.forward = torch.compile(Network.forward, backend='eager')
+    network = Network().eval()
+    if how == 'forward': network.forward = torch.compile(network.forward, backend='eager')
+    network(X)
+    model = AntehocModel(network, X)
+    network(X)
+    assert model.eta == 3 and torch.allclose(model.explain(X).map, AntehocModel(cnn(), X).explain(X).map, atol=1e-5)
