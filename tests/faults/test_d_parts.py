@@ -84,7 +84,8 @@ def in_results(logits):
 
 
 KINDS = dict(dataclass=Scores, namespace=lambda y: SimpleNamespace(logits=y), default=lambda y: defaultdict(list, a=y),
-             ordered=lambda y: OrderedDict(logits=y), own=in_results, nested=lambda y: [dict(a=(y, None, 'x')), {1, 2}],
+             ordered=lambda y: OrderedDict(logits=y), own=in_results,
+             nested=lambda y: [dict(a=(y, None, 'x')), {1, 2}, 3],
              classes=lambda y: (y, Scores))
 
 
