@@ -458,11 +458,11 @@ def explain(
     with _in_one_line(output):
         from antehoc_nb.show.explain_files import explain_files
         if not 0 < threshold <= 1: raise ValueError(f'--threshold {threshold} must lie in (0,1]')
+        _check_address(images)
         found_device = _find_device(device)
         _check_out(out)
         if maps is None: _check_for_pictures(images, out, table, workers)
-        _check_address(images)
-        if arrays and maps is not None: raise ValueError('--arrays and --maps exclude each other: --arrays writes a file for every image')
+        elif arrays: raise ValueError('--arrays and --maps exclude each other: --arrays writes a file for every image')
         if maps is not None:
             net = _load_model(model).to(found_device)
             return _explain_many(net, images, out, output, found_device, maps=maps.value, bs=bs, workers=workers,
