@@ -322,6 +322,7 @@ def train(
     output = _Output(quiet, as_json)
     with _in_one_line(output):
         found_device = _find_device(device)
+        _check_address(data)
         _check_out(out, Path(data))
         if eta and layers: raise ValueError('--eta and --layers: give one of the two')
         _check_start(arch, pretrained, weights)
@@ -344,11 +345,19 @@ def train(
         _finished(learn, out, plain, output, device=found_device)
 
 # %% ../nbs/90_cli.ipynb #cell0010
+def _check_address(path):
+    "`ValueError` for a web address, of which a path has kept one slash"
+    scheme, colon, rest = str(path).partition(':/')
+    if colon and len(scheme) > 1 and scheme.isalnum():
+        raise ValueError(f'{scheme}://{rest.lstrip("/")} is an address; download it first, and give the file or folder')
+
+
 def _image_files(images, out):
     """The image files of a folder and its subfolders, but for explanations in it, with their names; or the one image.
     And what is to be said about images that can't be read"""
     from antehoc_nb.data.images import IMAGES, files_below, unread_images
     from antehoc_nb.show.explain_files import written_files
+    _check_address(images)
     if not images.exists(): raise FileNotFoundError(f'{images}: no such image or folder')
     if images.is_file(): return [(images, images.name)], ''
     below = files_below(images)
@@ -366,6 +375,7 @@ def _load_model(folder):
     "The model of a folder, or of the run above it; errors that say what to train"
     import antehoc_nb.train.archs  # noqa: F401  builds CNNs by name
     from antehoc_nb.core.model import AntehocModel
+    _check_address(folder)
     if not folder.exists(): raise FileNotFoundError(f'{folder}: no such model folder')
     if not folder.is_dir(): raise NotADirectoryError(f'{folder} is a file; give the folder that antehoc train wrote')
     if (folder/'model'/'config.json').exists(): return AntehocModel.from_pretrained(folder/'model')
@@ -379,7 +389,8 @@ def _load_model(folder):
 def _target_class(target, model):
     "What --target means to a model: a number, or a name; None where it is not given. `ValueError` if it has none"
     from antehoc_nb.core.utils import unknown_name
-    if not target: return None
+    if target is None: return None
+    if not target: raise ValueError('--target is empty; give the name or number of a class, or leave it out')
     if not model.class_specific:
         raise ValueError(f'--target {target}: the maps of this model are about its whole output, not about one class. '
                          'Train one for maps of a class: antehoc train ... --weight-net auto '
@@ -471,8 +482,8 @@ def explain(
     table: Annotated[TableForm | None, _option('With --maps, the form of the table. Default: csv.')] = None,
     workers: Annotated[int | None, _option('With --maps, processes that decode images. Default: by the cores.',
                                            min=0)] = None,
-    target: Annotated[str, _option('The class that the maps are about, by name or number, for a model with a '
-                                   'class-specific weight network. Default: the predicted one.')] = '',
+    target: Annotated[str | None, _option('The class that the maps are about, by name or number, for a model with a '
+                                   'class-specific weight network. Default: the predicted one.')] = None,
     bs: Annotated[int | None, _option('Images at a time. Default: 32; with --maps on a CPU fewer, if they are large.',
                                       min=1)] = None,
     device: _Device = '',
@@ -484,6 +495,7 @@ def explain(
     output = _Output(quiet, as_json)
     with _in_one_line(output):
         if not 0 < threshold <= 1: raise ValueError(f'--threshold {threshold} must lie in (0,1]')
+        _check_address(images)
         found_device = _find_device(device)
         _check_out(out)
         options = dict(device=found_device, threshold=threshold, target=target, bs=bs)
@@ -567,12 +579,17 @@ def _python_line(file):
 # %% ../nbs/90_cli.ipynb #01a1bd0b
 def _tell_report(found, seconds, output):
     "What a report has found, and what to do next"
+    from antehoc_nb.show.report import LEAST_IMAGES
     groups = [dict(group=f'{group.class_name}, group {group.number}', place=group.place, score=group.score,
                    share=group.share) for group in found.candidates]
     for group in groups[:5]:
         output.say(f'{group["group"]}: the map is at the {group["place"]}; at least {group["score"]:.1f} times as '
                    'common as in other classes')
     n = len(groups)
+    is_tested = any(group.score == group.score for group in found.groups)  # NaN: not tested
+    if not is_tested:
+        output.say(f'no class was tested: give {LEAST_IMAGES} images or more that are predicted as it, and as many of '
+                   'another class')
     summary = f'{n} candidate{"s" * (n != 1)} for a shortcut; open {found.path} in a browser'
     drops = None if found.trust is None else found.trust.table['drop'].round(2).to_dict()
     output.end(summary, candidates=groups, report=str(found.path), average_drop=drops, seconds=round(seconds))

@@ -530,12 +530,15 @@ def is_detector(cnn) -> bool: # Any network
 
 
 def _check_tensors(x, label):
-    "`TypeError` for images or labels that are no tensors"
+    "`TypeError` for images or labels that are no tensors, `ValueError` for what is no batch of images"
     if not isinstance(x, torch.Tensor):
         unpack = '; take the images and labels out of the batch: x, y = batch' if isinstance(x, (tuple, list)) else ''
         raise TypeError(f'two_pass_step: x is a {type(x).__name__}; give a tensor of images (B,C,H,W){unpack}')
     if label is not None and not isinstance(label, torch.Tensor):
         raise TypeError(f'two_pass_step: label is a {type(label).__name__}; give a tensor: torch.as_tensor(label)')
+    if x.ndim < 4:
+        hint = '; add a batch dimension with x[None]' if x.ndim == 3 else ', then label'
+        raise ValueError(f'two_pass_step: x must be a batch of images (B,C,H,W), got {tuple(x.shape)}{hint}')
 
 
 def _check_images(model, x):

@@ -10,12 +10,15 @@ __all__ = ['ACTIVATIONS', 'TASKS', 'MAP_COLOURS', 'has_other_units', 'Explanatio
 import json
 import math
 import operator
+import os
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from functools import partial
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -286,6 +289,8 @@ def save(self: Explanation,
          alpha: float = .5, # Opacity of the map, in [0,1]
         ) -> list[Path]: # The files: `path`, or for several images 'overlay-0.png', 'overlay-1.png', ...
     "Write the overlay of each image to a file. `ValueError` for a name that does not end like an image file's."
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"path: a {type(path).__name__} is no path; give the name of a file, such as 'overlay.png'")
     path = Path(path)
     kind = Image.registered_extensions().get(path.suffix.lower())
     if kind not in Image.SAVE:
@@ -333,7 +338,12 @@ def show(self: Explanation,
          size: float = 2.5, # Of each image, in inches
          alpha: float = .5, # Opacity of the map, in [0,1]
         ): # Array (rows,cols) of matplotlib's `Axes`
-    "Draw the overlays in a grid, each titled with what was predicted."
+    """Draw the overlays in a grid, each titled with what was predicted. `ValueError` for a number of columns or a size
+    that is not above 0."""
+    if cols is not None and (not isinstance(cols, Integral) or cols < 1):
+        raise ValueError(f'cols={cols!r} must be a whole number from 1, or None')
+    if not isinstance(size, Real) or not 0 < size < math.inf:
+        raise ValueError(f'size={size!r} must be a number of inches above 0')
     import matplotlib.pyplot as plt  # imported here, since the core needs no figures
     cols = min(len(self), cols or math.ceil(math.sqrt(len(self))))
     rows = math.ceil(len(self) / cols)
@@ -368,7 +378,8 @@ def _check_network(cnn):
     if not isinstance(cnn, nn.Module):
         name = getattr(cnn, '__name__', type(cnn).__name__)
         hint = f'; call it first: AntehocModel({name}(...))' if hasattr(cnn, '__name__') else ''
-        if isinstance(cnn, Mapping): hint = '; these may be weights: build the network, and load them into it'
+        if isinstance(cnn, Mapping): hint = '; build it, and put the weights in: cnn.load_state_dict(...)'
+        if isinstance(cnn, os.PathLike): hint = '; what save_pretrained wrote is read by AntehocModel.from_pretrained'
         raise TypeError(f'cnn: a {type(cnn).__name__} ({name}) is no network; give an nn.Module, the name of an '
                         f'architecture or a fastai learner{hint}')
     if isinstance(cnn, AntehocModel):
@@ -431,9 +442,28 @@ def _check_settings(temperature, soft_attention):
     soft_attentions[soft_attention]  # raises the error for an unknown name
 
 
+def _is_size(size):
+    "Whether a size is a number of pixels, or height and width"
+    sides = size if isinstance(size, (tuple, list)) and len(size) == 2 else (size,)
+    return all(isinstance(side, Integral) and not isinstance(side, bool) and side > 0 for side in sides)
+
+
+def _check_facts(meta):
+    "`ValueError` for a misspelt fact, and for a size or names of classes that can't be used"
+    known = 'size', 'vocab', 'task', 'activation'
+    for name in meta:
+        meant = 'vocab' if name == 'classes' else ([] if name in known else get_close_matches(str(name), known, 1, .7))
+        if meant: raise ValueError(f"meta: {name!r} is not known; use {meant if name == 'classes' else meant[0]!r}")
+    size, vocab = meta.get('size'), meta.get('vocab')
+    if size is not None and not _is_size(size):
+        raise ValueError(f'meta: size={size!r} must be a number of pixels or [height, width], each above 0')
+    if isinstance(vocab, (str, bytes)): raise ValueError(f'meta: vocab={vocab!r} is one text; give a list of names')
+
+
 def _check_meta(meta):
-    "`TypeError` for what is no dict"
-    if meta is None or isinstance(meta, Mapping): return
+    "`TypeError` for what is no dict, else errors as of `_check_facts`"
+    if meta is None: return
+    if isinstance(meta, Mapping): return _check_facts(meta)
     raise TypeError(f"meta: a {type(meta).__name__} is given; give a dict, such as meta=dict(vocab=['cat', 'dog'])")
 
 

@@ -34,7 +34,7 @@ from fastai.data.transforms import IndexSplitter, IntToFloatTensor, ItemGetter, 
 from fastai.vision.core import PILImage, TensorImage, imagenet_stats
 from fastcore.foundation import L
 from fasttransform import Transform
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from ..core.utils import open_rgb, rgb_image, usual_mode
@@ -411,13 +411,19 @@ def _check_image(path):
     open_rgb(path)
 
 
+def _why_unreadable(path, error):
+    "What is wrong with an image file, in words"
+    if path.exists() and not path.stat().st_size: return 'the file is empty'
+    return 'not an image, or damaged' if isinstance(error, UnidentifiedImageError) else str(error)
+
+
 def _unreadable(items):
     "One message for each image file that cannot be read"
     files = [path for path, _ in items if isinstance(path, Path)]
     messages = []
     for file in tqdm(files, desc='checking images', disable=len(files) < 5000, leave=False):
         try: _check_image(file)
-        except Exception as e: messages.append(f'{file} ({type(e).__name__}: {e})')
+        except Exception as e: messages.append(f'{file} ({_why_unreadable(file, e)})')
     return messages
 
 # %% ../../nbs/data/20_images.ipynb #9f1ddb40
@@ -493,6 +499,15 @@ def unread_images(files: list[Path] # Any files
 def _used_files(splits): return {file for items in splits.values() for file, _ in items if isinstance(file, Path)}
 
 
+def _check_no_explanations(path, used):
+    "`ValueError` if pictures that `antehoc explain` wrote would be taken for photographs"
+    folders = {folder for file in used for folder in list(file.parents)[:2]}
+    written = sorted(folder for folder in folders if (folder/'explanations.csv').exists())
+    if not written: return
+    raise ValueError(f'path={str(path)!r}: {written[0]} was written by antehoc explain, and its pictures would be '
+                     'trained on; move it out of the folder of the images')
+
+
 def _check_class_folders(path, splits):
     "`ValueError` for a class folder whose images are all of kinds that are not read"
     files, used = files_below(unpacked(path)), _used_files(splits)
@@ -524,7 +539,12 @@ def _read_splits(path):
     items = splits.get('train', splits.get('all'))
     has_files = bool(_used_files(splits)) or not items  # CIFAR-10's batches are none
     if has_files: _check_class_folders(path, splits)
+    _check_no_explanations(path, _used_files(splits))
     if not items:
+        loose = [file for file in files_below(unpacked(path)) if file.suffix.lower() in IMAGES]
+        if loose:
+            raise ValueError(f'path={str(path)!r}: no images found in class folders, but {len(loose)} outside them; '
+                             'move those of each class into a folder of its own, as <class>/<image>.jpg')
         raise ValueError(f'path={str(path)!r}: no images found; expected <class>/<image>.jpg, '
                          'train/<class>/<image>.jpg or data_batch_1')
     vocab = sorted({label for _, label in items})

@@ -1118,7 +1118,8 @@ def after_fit(self: TwoPass):
 
 @patch
 def _no_help_line(self: TwoPass):
-    trained_cnn = ', or a CNN that is trained already (pretrained=True, or TwoPass(train_cnn=False) after its training)'
+    trained_cnn = (', or a CNN that is trained already (pretrained=True, or TwoPass(train_cnn=False) after its '
+                   'training; in a shell --pretrained)')
     return f'TwoPass: {self.best}. Try more epochs{trained_cnn * self.train_cnn}.'
 
 

@@ -198,7 +198,8 @@ def run_loudly(learn, epochs):
 
 def test_the_line_that_says_so():
     for train_cnn, advice in ((True, 'more epochs, or a CNN that is trained already (pretrained=True, or '
-                                     'TwoPass(train_cnn=False) after its training).'), (False, 'more epochs.')):
+                                     'TwoPass(train_cnn=False) after its training; in a shell --pretrained).'),
+                              (False, 'more epochs.')):
         two_pass = Scripted([(34.06, 33)], (34.06, 34.06, 33), train_cnn=train_cnn)
         learn = Learner(scenes(n=16), small_cnn(), cbs=two_pass)
         text, _ = output_of(partial(run_loudly, learn, 1))
