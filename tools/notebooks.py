@@ -1,10 +1,9 @@
 """Run notebooks as `nbdev_test` does, side by side, those first that take longest: else one worker ends alone.
 
 `python tools/notebooks.py` runs all of them but the slow ones (`SLOW`) and the cells marked slow. Paths choose some;
-`--slow` runs the slow notebooks and those with slow cells, these cells too; `--all` runs all notebooks so. The slow
-cell of `index.ipynb` is left out: it is README's example, which CI runs with the wheel. `--save` runs all cells of the
-notebooks that are named, as Jupyter does, and saves their outputs: figures of 150 dots per inch (`tools/matplotlibrc`),
-the largest in 256 colours if they take too much space. Exits with 1 if a notebook fails.
+`--slow` runs the slow notebooks and those with slow cells, these cells too; `--all` runs all notebooks so. `--save`
+runs all cells of the notebooks that are named, as Jupyter does, and saves their outputs: figures of 150 dots per inch
+(`tools/matplotlibrc`), the largest in 256 colours if they take too much space. Exits with 1 if a notebook fails.
 """
 import argparse
 import base64
@@ -41,20 +40,16 @@ class PlainShell(CaptureShell):
 nbdev.test.CaptureShell = PlainShell  # which `test_nb` makes
 
 
-def has_slow_cells(path): return path.name != 'index.ipynb' and '"#| slow' in path.read_text(encoding='utf-8')
-
-
-def run_one(path, slow, **kwargs):
-    "`test_nb` of nbdev: whether the notebook ran without an error, and the seconds"
-    return nbdev.test.test_nb(path, force_flags=['slow'] if slow and has_slow_cells(path) else [], **kwargs)
+def has_slow_cells(path): return '"#| slow' in path.read_text(encoding='utf-8')
 
 
 def run(paths, workers, slow=False):
     "Run notebooks; True if all went well."
     import fastai.vision.all  # noqa: F401  nearly every notebook needs it: the workers, forked from here, have it
     config = get_config()
-    results = parallel(run_one, paths, slow=slow, n_workers=workers, pause=.01, basepath=config.config_path,
-                       do_print=True, skip_flags=config.tst_flags.split())
+    flags = dict(skip_flags=config.tst_flags.split(), force_flags=['slow'] if slow else [])
+    results = parallel(nbdev.test.test_nb, paths, n_workers=workers, pause=.01, basepath=config.config_path,
+                       do_print=True, **flags)
     by_time = sorted(zip(paths, results), key=lambda pair: -pair[1][1])
     for path, (_, seconds) in by_time: print(f'{seconds:4.0f} s  {path.relative_to(NBS)}')
     failed = [path.name for path, (passed, _) in by_time if not passed]
