@@ -9,11 +9,10 @@ __all__ = ['Layer', 'parse_layer', 'token_grid', 'Layout', 'layer_layout', 'cand
 # %% ../../nbs/core/01_layers.ipynb #cell0002
 import math
 import re
-import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from numbers import Integral
@@ -88,24 +87,19 @@ class ModuleCall:
         return known and not isinstance(self.module, (*_GATES, nn.MultiheadAttention))
 
 # %% ../../nbs/core/01_layers.ipynb #a69fe39d
-def _eager():
-    "A context in which compiled functions run as they were before; one that does nothing inside of such a function"
-    try: return torch.compiler.set_stance('force_eager')
-    except RuntimeError: return nullcontext()
+def _is_compiled(module):
+    "Whether a module, or the function that it runs, was compiled"
+    if module._compiled_call_impl is not None or '_orig_mod' in module._modules: return True
+    return any(hasattr(function, '_torchdynamo_orig_callable') for function in (module.forward, *vars(module).values()))
 
 
 @contextmanager
 def hooks_run(cnn: nn.Module): # Any network
     """Inside the block, modules and functions that were compiled run as they were before, so that the hooks of modules
     are called."""
-    compiled = any(module._compiled_call_impl is not None or '_orig_mod' in module._modules
-                   for module in every_module(cnn))
-    if torch.compiler.is_compiling(): yield
-    elif compiled:
+    if torch.compiler.is_compiling() or not any(_is_compiled(module) for module in every_module(cnn)): yield
+    else:
         with torch.compiler.set_stance('force_eager'): yield
-    elif 'torch._dynamo' in sys.modules:  # else nothing was compiled
-        with _eager(): yield
-    else: yield
 
 
 def first_tensor(output): # What a module returned

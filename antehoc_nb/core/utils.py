@@ -742,6 +742,7 @@ _EMPTY = CellType()
 
 def _functions_of(modules):
     "The functions in attributes of modules, such as a `forward` that was put in place of another"
+    modules = [module for module in modules if '_orig_mod' not in module._modules]  # a compiled module makes its own
     values = [value for module in modules for name, value in vars(module).items() if name not in _OWN]
     values += [part for value in values if isinstance(value, (list, tuple)) for part in value]
     return [value for value in values if inspect.isfunction(value)]

@@ -143,7 +143,7 @@ def test_networks_without_values(cnn, part):
 
 
 def test_weights_and_exported_programs(cnn):
-    with pytest.raises(TypeError, match='OrderedDict.*these may be weights: build the network, and load them into it'):
+    with pytest.raises(TypeError, match='OrderedDict.*build it, and put the weights in: cnn.load_state_dict'):
         AntehocModel(cnn().state_dict(), X)
     program = torch.export.export(cnn(), (X,))
     with pytest.raises(TypeError, match='ExportedProgram.* is no network; give an nn.Module'): AntehocModel(program, X)
