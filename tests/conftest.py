@@ -2,6 +2,7 @@
 import os
 import random
 import shutil
+import time
 
 os.environ['MPLBACKEND'] = 'Agg'  # also for processes that tests start
 
@@ -21,8 +22,18 @@ LONGEST = ('test_figure4', 'test_table3', 'test_a_planted_tag_is_found', 'test_i
 
 
 def pytest_collection_modifyitems(items):
-    "The longest tests come first: else one worker ends alone with them."
-    items.sort(key=lambda item: not item.name.startswith(LONGEST))
+    "The longest tests come first: else one worker ends alone with them. The other slow ones come last."
+    def place(item):
+        if item.name.startswith(LONGEST): return 0
+        return 2 if item.get_closest_marker('slow') else 1
+    items.sort(key=place)
+
+
+def pytest_runtest_setup(item):
+    "Slow tests begin until SLOW_UNTIL, seconds since 1970, if that is set: CI has to end."
+    until = os.environ.get('SLOW_UNTIL')
+    if until and item.get_closest_marker('slow') and time.time() > float(until):
+        pytest.skip('the time for slow tests is over (SLOW_UNTIL)')
 
 
 @pytest.fixture(autouse=True)
