@@ -282,8 +282,8 @@ def test_several_images(saved, maps, table):
     (('--arch', 'alexnet', '--size', 32), '--arch alexnet does not take images of 32 x 32 pixels (Given input size: '
      '(256x1x1). Calculated output size: (256x0x0). Output size is too small); give another --size, or another --arch, '
      'such as resnet18, efficientnet_b0 or convnext_tiny'),
-    (('--arch', 'small_cnn', '--eta', 9), '--eta 9 is larger than the 6 layers found (0.2, 1.2, 2.2, 3.2, 4.2, 5.2); use '
-     '--eta 6 or less, or name the layers yourself with --layers ...'),
+    (('--arch', 'small_cnn', '--eta', 9), '--eta 9 is larger than the 6 layers found (0.2, 1.2, 2.2, 3.2, 4.2, 5.2); '
+     'use --eta 6 or less, or name the layers yourself with --layers ...'),
     (('--temperature', -1), '--temperature -1.0: give a number above 0'),
     (('--weight-net', 'paper', '--class-specific'), '--class-specific: --weight-net paper has one map for all classes; '
      'use --weight-net auto')])
