@@ -482,11 +482,17 @@ def _check_meta(meta):
     if isinstance(meta, Mapping): return _check_facts(meta)
     raise TypeError(f"meta: a {type(meta).__name__} is given; give a dict, such as meta=dict(vocab=['cat', 'dog'])")
 
-# %% ../../nbs/core/07_model.ipynb #b6ee598f
+# %% ../../nbs/core/07_model.ipynb #96d2f985
 def _is_number(value): return isinstance(value, Real) and not isinstance(value, bool) and 0 < value < math.inf
 
 
-def _are_names(layers): return hasattr(layers, '__len__') and all(isinstance(name, str) for name in layers)
+def _are_layers(layers):
+    "Whether there are any; `TypeError` for one that is no name"
+    if not hasattr(layers, '__len__') or not len(layers): return False
+    wrong = next((layer for layer in layers if not isinstance(layer, str)), None)
+    if wrong is None: return True
+    raise TypeError(f"layers: a layer is given by its name, such as 'layer4.1', not by a {type(wrong).__name__}; "
+                    'layer_table(cnn, images) lists the names')
 
 
 def _is_list(values): return isinstance(values, Sequence) and not isinstance(values, str)
@@ -494,7 +500,7 @@ def _is_list(values): return isinstance(values, Sequence) and not isinstance(val
 
 _SETTINGS = dict(  # argument -> whether a value other than None can be right, and what to give instead
     eta=(partial(is_whole, least=1), 'give a whole number of layers, 1 or more'),
-    layers=(lambda layers: _are_names(layers) and len(layers), "give names of layers, such as ['layer3', 'layer4']"),
+    layers=(_are_layers, "give names of layers, such as ['layer3', 'layer4']"),
     temperature=(_is_number, 'give a number above 0'),
     class_specific=(is_bool, 'give True, False or None'),
     scale=(is_bool, 'give True or False'),
@@ -529,7 +535,7 @@ def check_settings(soft_attention='softmax_l2', weight_net='auto', mean=None, st
     as_normalisation(mean, std)
     _check_meta(meta)
 
-# %% ../../nbs/core/07_model.ipynb #d66c2b2c
+# %% ../../nbs/core/07_model.ipynb #eec192a0
 def _check_sample(images):
     "Errors for a sample that is no batch of images as a CNN takes them"
     if not isinstance(images, torch.Tensor):

@@ -120,7 +120,7 @@ def _check_not_empty(loader):
         raise ValueError('the training set has no images; a learner that comes from load_learner has no data: '
                          'set learn.dls = dls before fit')
     raise ValueError(f'the training DataLoader gives no batch: it has {count} images, and drop_last leaves out a batch '
-                     'that is not full; lower the batch size')
+                     f'that is not full; lower the batch size, as by bs={min(8, count)} where the loader is made')
 
 
 def _check_batch(batch):
