@@ -29,7 +29,7 @@ from typer.core import TyperCommand, TyperGroup
 
 import antehoc_nb
 
-# %% ../nbs/90_cli.ipynb #5971ee0c
+# %% ../nbs/90_cli.ipynb #411e85f4
 class _PlainFlags:
     "Help that shows no value for options that take none."
     def get_params(self, ctx):
