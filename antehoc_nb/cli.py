@@ -12,6 +12,7 @@ import importlib
 import io
 import json
 import os
+import re
 import shlex
 import sys
 import time
@@ -24,12 +25,29 @@ from typing import Annotated
 from urllib.error import URLError
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 import antehoc_nb
 
+# %% ../nbs/90_cli.ipynb #411e85f4
+class _PlainFlags:
+    "Help that shows no value for options that take none."
+    def get_params(self, ctx):
+        params = super().get_params(ctx)
+        for parameter in params:
+            if getattr(parameter, 'is_flag', False): parameter.metavar = ''
+        return params
+
+
+class _Group(_PlainFlags, TyperGroup): pass
+
+
+class _Command(_PlainFlags, TyperCommand): pass
+
+
 app = typer.Typer(
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode='markdown',
+    cls=_Group, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    rich_markup_mode='markdown',
     help='CNNs that explain themselves: one forward pass gives the prediction and a map of the pixels it rests on.')
 
 # %% ../nbs/90_cli.ipynb #914d20e5
@@ -67,6 +85,27 @@ class _Output:
 
 # %% ../nbs/90_cli.ipynb #cell0006
 _FORESEEN = ValueError, OSError, FloatingPointError, ImportError
+_ARGUMENT = re.compile(r"""\b(\w+)=('[^']*'|"[^"]*"|\[[^]]*\]|[\w.-]*\w)""")
+
+
+def _options():
+    "What stands for an argument on the command line, by its name: the option, and the one that turns it off"
+    parameters = [parameter for command in typer.main.get_command(app).commands.values() for parameter in command.params]
+    return {parameter.name: (parameter.opts[0], *parameter.secondary_opts) for parameter in parameters
+            if parameter.opts[0].startswith('--')}
+
+
+def _as_typed(text):
+    "A message with options in place of arguments: `--size 64`, not `size=64`, and no name before the folder of images"
+    options = _options() | dict(path=('',))
+
+    def typed(found):
+        name, value = found[1], found[2].strip('[]').replace("'", '').replace('"', '').replace(', ', ',')
+        if name not in options: return found[0]
+        on, *off = options[name]
+        if value == 'True' or value == 'False' and off: return on if value == 'True' else off[0]
+        return f'{on} {value}'.strip()
+    return _ARGUMENT.sub(typed, text.replace("pretrained='", "weights='"))
 
 
 def _is_disk_full(error, text):
@@ -85,7 +124,7 @@ def _in_words(error):
     if isinstance(error, PermissionError) and error.filename: return f'no permission for {error.filename}'
     if 'out of memory' in text: return "the GPU's memory is full: use a smaller --bs or --size, or --device cpu"
     text = text.split(' (file could not be opened')[0]  # where tarfile lists all formats that it has tried
-    if isinstance(error, _FORESEEN): return text.strip()
+    if isinstance(error, _FORESEEN): return _as_typed(text.strip())
     first_line = (text.strip().splitlines() or ['no message'])[0]
     return f'{type(error).__name__}: {first_line} (ANTEHOC_DEBUG=1 shows where)'
 
@@ -195,7 +234,7 @@ def _cells(value: str | None):
     return int(value)
 
 
-class _CommandWithChoices(TyperCommand):
+class _CommandWithChoices(_Command):
     "A command whose help names the entries of registries, which are imported for it"
     def format_help(self, ctx, formatter):
         choices = {}
@@ -248,12 +287,31 @@ def _finished(learn, out, plain, output, device):
 # %% ../nbs/90_cli.ipynb #d4726f67
 def _check_start(arch, pretrained, weights):
     "Errors of an architecture, and of the weights to start from"
-    from antehoc_nb.train.archs import find_arch, own_cnns, read_weights
+    from antehoc_nb.train.archs import find_arch, own_cnns
     find_arch(arch)
     if pretrained and weights: raise ValueError('--pretrained and --weights: give one of the two')
     if pretrained and arch in own_cnns:
         raise ValueError(f'--pretrained: {arch} has no ImageNet weights; leave it out, or choose another --arch')
-    if weights: read_weights(weights)  # says what is wrong with the file
+
+
+def _check_network(arch, size, weights, eta, layers):
+    "Errors of a network: one that can't be built, does not take images of this size, or has not these layers"
+    from antehoc_nb.core.layers import choose_layers
+    from antehoc_nb.core.utils import noise_images, own_seed
+    from antehoc_nb.train.archs import build_cnn
+    cnn = own_seed(lambda: build_cnn(arch, 2, pretrained=weights or False)).eval()
+    try: choose_layers(cnn, noise_images(cnn, (size, size)), eta, layers)
+    except ValueError: raise
+    except Exception as e:  # each network has its own way of refusing images
+        reason = (str(e).strip().splitlines() or [type(e).__name__])[-1].rstrip('.')
+        raise ValueError(f'--arch {arch} does not take images of {size} x {size} pixels ({reason}); give another '
+                         "--size, or another --arch, such as resnet18, efficientnet_b0 or convnext_tiny") from e
+
+
+def _check_method(**options):
+    "Errors of the options for research; None: not given"
+    from antehoc_nb.train.two_pass import TwoPass
+    TwoPass(**{name: value for name, value in options.items() if value is not None})
 
 
 _FEW_STEPS = 50  # from random weights, a CNN learns next to nothing in fewer
@@ -269,8 +327,8 @@ def _say_if_few(batches, epochs, bs, output):
 @app.command(cls=_CommandWithChoices)
 def train(
     data: Annotated[str, typer.Argument(
-        help='Class folders (`train/<class>/*.jpg`, or just `<class>/*.jpg`), CIFAR-10 python batches, or a tar or zip '
-             'of either; `cifar10` downloads it; `photo-digits` makes it.')],
+        metavar='DATA', help='Class folders (`train/<class>/*.jpg`, or just `<class>/*.jpg`), CIFAR-10 python batches, '
+                             'or a tar or zip of either; `cifar10` downloads it; `photo-digits` makes it.')],
     out: Annotated[Path, _option('Where the model, the record and the figures go. A stopped run resumes from here, a '
                                  'finished one goes on when --epochs is raised.')] = Path('antehoc-run'),
     arch: Annotated[str, _option("A torchvision architecture, `timm/<name>`, or `small_cnn`.")] = 'resnet18',
@@ -325,7 +383,11 @@ def train(
         _check_address(data)
         _check_out(out, Path(data))
         if eta and layers: raise ValueError('--eta and --layers: give one of the two')
+        layers = layers.split(',') if layers else None
         _check_start(arch, pretrained, weights)
+        _check_method(mask=mask, fill=fill, eta=eta, layers=layers, soft_attention=soft_attention, cells=cells,
+                      temperature=temperature, weight_net=weight_net, class_specific=class_specific)
+        _check_network(arch, size, weights, eta=eta, layers=layers)
         dls = _training_dls(data, size, bs, seed=seed, valid=valid, aug=aug, workers=workers, device=found_device)
         bs = dls.bs
         from antehoc_nb.tasks.experiment import train_run
@@ -336,8 +398,7 @@ def train(
         config = dict(
             data=Path(data).resolve().name, arch=arch, size=size, epochs=epochs, bs=bs, lr=lr, valid=valid,
             pretrained=str(weights) if weights else pretrained, aug=aug, eta=eta,
-            layers=layers.split(',') if layers else None, mask=mask, bf16=bf16,
-            channels_last=channels_last, seed=seed, plain=plain)
+            layers=layers, mask=mask, bf16=bf16, channels_last=channels_last, seed=seed, plain=plain)
         config |= _filled_in(soft_attention=soft_attention, temperature=temperature, weight_net=weight_net, fill=fill)
         given = dict(class_specific=class_specific, cells=cells)
         config |= {name: value for name, value in given.items() if value is not None}
@@ -353,22 +414,22 @@ def _check_address(path):
 
 
 def _image_files(images, out):
-    """The image files of a folder and its subfolders, but for explanations in it, with their names; or the one image.
-    And what is to be said about images that can't be read"""
-    from antehoc_nb.data.images import IMAGES, files_below, unread_images
+    """The images among files, and in folders and their subfolders, but for explanations there, with their names. And what
+    is to be said about images that can't be read"""
+    from antehoc_nb.data.images import IMAGES, common_folder, files_below, no_images_error, unread_images
     from antehoc_nb.show.explain_files import written_files
-    _check_address(images)
-    if not images.exists(): raise FileNotFoundError(f'{images}: no such image or folder')
-    if images.is_file(): return [(images, images.name)], ''
-    below = files_below(images)
+    for path in images:
+        if not path.exists(): raise FileNotFoundError(f'{path}: no such image or folder')
+    below = [file for path in images if path.is_dir() for file in files_below(path)]
     folders = {out, *(file.parent for file in below if file.name == 'explanations.csv')}
     written = set().union(*map(written_files, folders))
     files = [file for file in below if file.absolute().resolve() not in written]
     unread = unread_images(files)
-    found = [(file, file.relative_to(images).as_posix()) for file in files if file.suffix.lower() in IMAGES]
-    if not found:
-        raise ValueError(f'{images}: no image files found in this folder{unread and f"; there is {unread}"}')
-    return found, unread
+    found = [path for path in images if path.is_file()] + [file for file in files if file.suffix.lower() in IMAGES]
+    if not found: raise no_images_error(images, unread)
+    root = common_folder(images)
+    by_name = {Path(os.path.abspath(file)).relative_to(root).as_posix(): file for file in found}
+    return [(file, name) for name, file in by_name.items()], unread
 
 
 def _load_model(folder):
@@ -422,15 +483,16 @@ class TableForm(str, Enum):
 
 def _check_for_pictures(images, out, table, workers):
     "`ValueError` for what only goes with --maps"
-    if images.suffix == '.tar' or (images/'state.json').exists() and (images/'dataset_info.json').exists():
-        raise ValueError(f'{images}: from a tar or a data set only the table and small maps are made; add --maps npz')
+    for path in images:
+        if path.suffix == '.tar' or (path/'state.json').exists() and (path/'dataset_info.json').exists():
+            raise ValueError(f'{path}: from a tar or a data set only the table and small maps are made; add --maps npz')
     if table or workers is not None:
         raise ValueError(f'--{"table" if table else "workers"} goes with --maps only; add --maps npz')
     if (out/'explain.json').exists(): raise ValueError(f'--out {out} holds a run with --maps; choose another folder')
 
 
 def _explain_many(model, images, out, output, device, target, **options):
-    "`antehoc explain --maps`: explain, and say what was done"
+    "`antehoc explain --maps`: explain, and say what was done; exit code 1 if an image could not be read"
     net = _load_model(model).to(device)
     target_class = _target_class(target, net)
     from antehoc_nb.show.explain_many import explain_many
@@ -442,9 +504,11 @@ def _explain_many(model, images, out, output, device, target, **options):
     before = f', {done.before:,} were done already' if done.before else ''
     rate = f' in {seconds:,.0f} s, {now / seconds:.1f} a second' if now else ''
     failed = f'; {done.failed:,} could not be read, see the column error' if done.failed else ''
+    next_command = None if options['maps'] == 'none' else f'antehoc report {shlex.quote(str(out))}'
     output.end(f'{now:,} image{"s" * (now != 1)} explained{rate}{before}{failed}; the table is {done.table}',
-               explained=now, done_before=done.before, failed=done.failed, seconds=round(seconds, 1), out=str(out),
-               table=str(done.table), device=str(device))
+               next_command, explained=now, done_before=done.before, failed=done.failed, seconds=round(seconds, 1),
+               out=str(out), table=str(done.table), device=str(device))
+    if done.failed: raise typer.Exit(1)
 
 
 def _explain_files(model, images, out, output, device, target, bs, arrays, threshold):
@@ -469,12 +533,13 @@ def _explain_files(model, images, out, output, device, target, bs, arrays, thres
     if failed: raise typer.Exit(1)
 
 # %% ../nbs/90_cli.ipynb #be4d1219
-@app.command()
+@app.command(cls=_Command)
 def explain(
     model: Annotated[Path, typer.Argument(
-        help='A folder that `antehoc train` or `save_pretrained` wrote (`.../model`, or the run above it).')],
-    images: Annotated[Path, typer.Argument(help='An image, or a folder searched with its subfolders. With --maps also '
-                                           'a .tar as webdataset has them, or the folder of a Hugging Face data set.')],
+        metavar='MODEL', help='A folder that `antehoc train` or `save_pretrained` wrote (`.../model`, or the run above it).')],
+    images: Annotated[list[Path], typer.Argument(
+        metavar='IMAGES', help='Images, and folders searched with their subfolders, one or several. With --maps also a '
+                               '.tar as webdataset has them, or the folder of a Hugging Face data set.')],
     out: Annotated[Path, _option('Where contact sheet, overlays, maps and table go.')] = Path('explanations'),
     maps: Annotated[MapForm | None, _option(
         'For thousands to millions of images: no pictures, but a table and small maps (a quarter of the resolution, '
@@ -491,11 +556,13 @@ def explain(
     arrays: Annotated[bool, _option('Write an NPZ file with all numbers of every image too.')] = False,
     quiet: _Quiet = False,
     as_json: _AsJson = False):
-    "Predict and explain images: a contact sheet, overlays, maps, and a table of concept regions."
+    """Predict and explain images: a contact sheet, overlays, maps, and a table of concept regions.
+
+    An image that can't be read stops nothing: it is named, with `--maps` in the table. The exit code is 1 then."""
     output = _Output(quiet, as_json)
     with _in_one_line(output):
         if not 0 < threshold <= 1: raise ValueError(f'--threshold {threshold} must lie in (0,1]')
-        _check_address(images)
+        for path in images: _check_address(path)
         found_device = _find_device(device)
         _check_out(out)
         options = dict(device=found_device, threshold=threshold, target=target, bs=bs)
@@ -533,14 +600,15 @@ def _export_size(size):
 
 def _calibration_images(folder):
     "The images for --int8, 100 at most"
-    files, _ = _image_files(folder, folder/'.none')
+    _check_address(folder)
+    files, _ = _image_files([folder], folder/'.none')
     return [file for file, _ in files[:100]]
 
 # %% ../nbs/90_cli.ipynb #597373c8
-@app.command()
+@app.command(cls=_Command)
 def export(
     model: Annotated[Path, typer.Argument(
-        help='A folder that `antehoc train` or `save_pretrained` wrote (`.../model`, or the run above it).')],
+        metavar='MODEL', help='A folder that `antehoc train` or `save_pretrained` wrote (`.../model`, or the run above it).')],
     to: Annotated[ExportKind | None, _option('The kind of file. Default: as `--out` ends, or `onnx`.')] = None,
     out: Annotated[Path | None, _option('The file. Default: `model.onnx` or `model.pt2`.')] = None,
     size: Annotated[str | None, _option('Side of the images in pixels, or `any`: of every size, if the CNN takes it. '
@@ -595,9 +663,9 @@ def _tell_report(found, seconds, output):
     output.end(summary, candidates=groups, report=str(found.path), average_drop=drops, seconds=round(seconds))
 
 
-@app.command()
+@app.command(cls=_Command)
 def report(
-    folder: Annotated[Path, typer.Argument(help='A folder that `antehoc explain --maps npz` wrote.')],
+    folder: Annotated[Path, typer.Argument(metavar='MAPS', help='A folder that `antehoc explain --maps npz` wrote.')],
     out: Annotated[Path, _option('The file to write.')] = Path('report.html'),
     model: Annotated[Path | None, _option('The model that made the maps, to measure whether they are true. Default: '
                                           'where it was then.')] = None,
@@ -625,10 +693,10 @@ def report(
         _tell_report(found, time.time() - start, output)
 
 # %% ../nbs/90_cli.ipynb #7fe3edb6
-@app.command()
+@app.command(cls=_Command)
 def serve(
     model: Annotated[Path, typer.Argument(
-        help='A folder that `antehoc train` or `save_pretrained` wrote (`.../model`, or the run above it).')],
+        metavar='MODEL', help='A folder that `antehoc train` or `save_pretrained` wrote (`.../model`, or the run above it).')],
     host: Annotated[str, _option('Address to listen on. `0.0.0.0` is every network that this machine is in: whoever '
                                  'reaches it can use the page.')] = '127.0.0.1',
     port: Annotated[int | None, _option('Default: the first free one from 7860.', min=1, max=65535)] = None,
@@ -649,11 +717,11 @@ def serve(
         blocks.block_thread()
 
 # %% ../nbs/90_cli.ipynb #a0c2fc37
-@app.command()
+@app.command(cls=_Command)
 def space(
     out: Annotated[Path, typer.Argument(metavar='DIR', help='Where the files of the Space go.')],
     model: Annotated[Path, typer.Argument(
-        help='A folder that `antehoc train` or `save_pretrained` wrote (`.../model`, or the run above it).')],
+        metavar='MODEL', help='A folder that `antehoc train` or `save_pretrained` wrote (`.../model`, or the run above it).')],
     title: Annotated[str, _option('Of the Space. Default: with the name of the CNN.')] = '',
     quiet: _Quiet = False,
     as_json: _AsJson = False):
@@ -800,7 +868,7 @@ def _explain_photographs(path, device, output):
 
 
 # %% ../nbs/90_cli.ipynb #cddec19e
-@app.command()
+@app.command(cls=_Command)
 def demo(
     out: Annotated[Path, _option('Where the picture, the model and the record go.')] = Path('antehoc-demo'),
     images: Annotated[int, _option('Training scenes.', min=64)] = 4000,
@@ -850,7 +918,7 @@ def find_experiment(name: str, # A name in `REPRODUCIBLE`
     return experiments[name]
 
 
-@app.command()
+@app.command(cls=_Command)
 def reproduce(
     experiment: Annotated[Reproducible, typer.Argument(help='A table or figure of the paper, or another experiment.')],
     dataset: Annotated[str | None, _option(

@@ -61,7 +61,7 @@ def test_runs_do_not_mix(folders):
     assert "unknown fill 'green'" in wrong_fill
     assert 'accuracy' in antehoc('train', 'b/photos', *TRAIN, '--out', 'run-b')  # the mistake has left nothing behind
     assert '--lr' in antehoc('train', 'a/photos', '--lr', -1, code=2)
-    assert 'valid=0.0' in antehoc('train', 'a/photos', '--valid', 0, '--out', 'c', code=1)
+    assert '--valid 0.0: give a fraction' in antehoc('train', 'a/photos', '--valid', 0, '--out', 'c', code=1)
     assert '24 images explained' in antehoc('explain', 'antehoc-run', 'a/photos')
     assert other + '(model: ' in antehoc('explain', 'run-b', 'a/photos', code=1)
     assert other + '(threshold: ' in antehoc('explain', 'antehoc-run', 'a/photos', '--threshold', .3, code=1)
@@ -210,7 +210,7 @@ def test_which_device_is_chosen(monkeypatch):
 
 
 @pytest.mark.parametrize('args, message', [
-    (('train', 'a/photos', '--arch', 'vit_b_16'), "arch='vit_b_16': fastai cannot cut off its head"),
+    (('train', 'a/photos', '--arch', 'vit_b_16'), '--arch vit_b_16: fastai cannot cut off its head'),
     (('train', 'a/photos', '--out', 'a/photos/run'), '--out a/photos/run lies in the folder of the images, and would'),
     (('train', 'a/photos', '--out', 'a/photos'), '--out a/photos lies in the folder of the images'),
     (('train', 'a/photos', '--out', 'file'), '--out file: file is a file, not a folder'),
@@ -221,7 +221,7 @@ def test_which_device_is_chosen(monkeypatch):
     (('train', 'a/photos', *TRAIN, '--weights', 'file'),
      'antehoc: error: file: the name of a weight file ends in .safetensors, .pt or .pth'),
     (('train', 'a/photos', '--weights', 'plain/cnn.safetensors', '--out', 'new'),
-     "antehoc: error: plain/cnn.safetensors does not hold the weights of arch='resnet18': expected conv1.weight"),
+     'antehoc: error: plain/cnn.safetensors does not hold the weights of --arch resnet18: expected conv1.weight'),
     (('train', 'a/photos', *TRAIN, '--pretrained', '--weights', 'w.pt'),
      'antehoc: error: --pretrained and --weights: give one of the two'),
     (('train', 'file'), 'antehoc: error: file: not an archive, or damaged'),
@@ -334,7 +334,7 @@ def test_how_fine_and_for_which_class(among_runs, runs):
     for wrong in ('0', '-4', '2.5', 'pixel', ''):
         assert "a number from 1, or 'pixels'" in antehoc('train', 'a/photos', f'--cells={wrong}', code=2)
     paper = 'train', 'a/photos', *TRAIN, '--weight-net', 'paper', '--class-specific', '--out', 'new'
-    assert "class_specific=True: weight_net='paper' has one map for all classes" in antehoc(*paper, code=1)
+    assert '--class-specific: --weight-net paper has one map for all classes' in antehoc(*paper, code=1)
     assert not (runs/'new').exists()
 
 

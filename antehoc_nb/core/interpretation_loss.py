@@ -542,7 +542,8 @@ def _check_tensors(x, label):
 
 
 def _check_images(model, x):
-    "Errors as of `AntehocModel.check_training_images`, every 2,000 images, from the first on"
+    """Errors as of `AntehocModel.check_training_images`: on a GPU every 2,000 images, from the first on, since to look at
+    them is to wait for the step before; on a CPU always"""
     if torch.is_inference_mode_enabled() and model.training:
         raise ValueError('two_pass_step: nothing can be trained in inference mode; leave it out, or validate in it, '
                          'after model.eval()')
@@ -550,7 +551,7 @@ def _check_images(model, x):
         raise ValueError('two_pass_step: the CNN is a detector, which gives no detections in training mode; train it '
                          'first, then the weight network alone: model.train(), model.cnn.eval()')
     seen = getattr(model, 'images_seen', 0)
-    if seen % 2000 < len(x): model.check_training_images(x, 'two_pass_step')
+    if x.device.type == 'cpu' or seen % 2000 < len(x): model.check_training_images(x, 'two_pass_step')
 
 
 def _first_pass(wrapped, model, x, others):
@@ -562,6 +563,17 @@ def _first_pass(wrapped, model, x, others):
         if x.dtype == weights.dtype or torch.is_autocast_enabled(x.device.type): raise
         raise ValueError(f'two_pass_step: the images are {x.dtype}, the weights of the CNN {weights.dtype}; '
                          f'use x.to({weights.dtype})') from e
+
+
+def _check_finite(model, x, int_loss):
+    "Errors for a loss that is not finite, unless a `GradScaler` can be expected to leave out the step"
+    if torch.is_autocast_enabled(x.device.type) and torch.get_autocast_dtype(x.device.type) == torch.float16: return
+    if int_loss.isfinite(): return
+    model.check_training_images(x, 'two_pass_step')
+    raise FloatingPointError(f'two_pass_step: the interpretation loss is {int_loss.item()}, though the images are '
+                             'finite; leave out this step. Lower the learning rate, clip gradients, or leave half '
+                             'precision; if the CNN or the weight network has NaN in its weights, go back to a '
+                             'checkpoint')
 
 
 def two_pass_step(model, # An `AntehocModel`; or such a model in `DistributedDataParallel`
@@ -579,8 +591,8 @@ def two_pass_step(model, # An `AntehocModel`; or such a model in `DistributedDat
 
     In evaluation mode (`model.eval()`) the loss is for validation: with a soft mask, and about the labels alone.
     `TypeError` if `model` is no `AntehocModel`, or `x` or `label` no tensor; `ValueError` for images of other channels
-    than the CNN takes, for pixels from 0 to 255, and for labels that are no classes. Else errors as of `draw_targets`,
-    `masked_input` and `int_loss`."""
+    than the CNN takes, for NaN and pixels from 0 to 255, and for labels that are no classes; `FloatingPointError` when
+    the loss is not finite. Else errors as of `draw_targets`, `masked_input` and `int_loss`."""
     wrapped, model = model, getattr(model, 'module', model)
     if not hasattr(model, 'take_recorded'):
         raise TypeError(f'two_pass_step: model is a {type(model).__name__}; wrap it first: AntehocModel(cnn, images)')
@@ -599,5 +611,6 @@ def two_pass_step(model, # An `AntehocModel`; or such a model in `DistributedDat
         target = _step_targets(model, y1, label, numbers, others=others)
         int_loss = interpretation_loss(model, x, recorded, y1, number=numbers_of_mask, mask=mask, fill=fill,
                                        loss=loss or default_loss(model), target=target, others=others)
+        _check_finite(model, x, int_loss)
         if weights and torch.is_grad_enabled(): int_loss = _with_gradients(int_loss, weights)
     return y1, int_loss

@@ -24,7 +24,9 @@ def check_fill(fill: str | float | Sequence[float], # As for `masked`
     if is_word and fill not in ('black', 'mean', 'blur'):
         raise ValueError(unknown_name('fill', fill, ['black', 'mean', 'blur']) + ' (a colour in [0,1] will do too)')
     if is_word and fill != 'black': return None
-    try: colour = torch.as_tensor(0. if is_word else fill, dtype=torch.float32).flatten()
+    try:
+        if isinstance(fill, bool): raise TypeError
+        colour = torch.as_tensor(0. if is_word else fill, dtype=torch.float32).flatten()
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"fill={fill!r}: give 'black', 'mean', 'blur' or a colour in [0,1], one number or one for each "
                         'channel') from None

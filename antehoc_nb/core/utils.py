@@ -25,6 +25,7 @@ from contextlib import contextmanager, nullcontext
 from copy import copy, deepcopy
 from dataclasses import fields, is_dataclass
 from functools import cache, lru_cache, partial
+from numbers import Integral
 from pathlib import Path
 from types import CellType, SimpleNamespace
 from typing import Any
@@ -75,11 +76,27 @@ class Registry(dict):
         "An option that entry `name` was registered with."
         return self._options.get(name, {}).get(key, default)
 
+    def __getitem__(self, name):
+        try: return super().__getitem__(name)
+        except TypeError: return self.__missing__(name)  # what can't be a key, such as a list
+
     def __missing__(self, name): raise ValueError(unknown_name(self.kind, str(name), list(self)))
 
 # %% ../../nbs/core/00_utils.ipynb #2b2351ff
 cnn_builders = Registry('CNN builder')  # name -> f(arch, n_out, **head), which returns a CNN
 train_functions = Registry('function of antehoc_nb.train')  # what core calls of it: 'describe_cnn', 'read_learner'
+
+# %% ../../nbs/core/00_utils.ipynb #3dab9a2d
+def is_whole(value: Any, # Any argument
+             least: int = 0, # The smallest number that will do
+            ) -> bool:
+    "Whether a value is a whole number, and not too small."
+    return isinstance(value, Integral) and not isinstance(value, bool) and value >= least
+
+
+def is_bool(value: Any) -> bool:
+    "Whether a value is True or False."
+    return isinstance(value, (bool, np.bool_))
 
 # %% ../../nbs/core/00_utils.ipynb #cell0008
 def _like_mapping(out, new):
@@ -876,6 +893,17 @@ def whole_or_not_at_all(path: Path): # Of the file to be written; its folder is 
         yield unfinished
         os.replace(unfinished, path)
     finally: unfinished.unlink(missing_ok=True)
+
+# %% ../../nbs/core/00_utils.ipynb #4ddebc33
+def check_folder(folder: Path, # That is to be written to; it need not be there
+                 argument: str, # That named it, for messages
+                ) -> None:
+    "`NotADirectoryError` for a file in its place, `PermissionError` where nothing can be written."
+    existing = next((path for path in (folder, *folder.parents) if path.exists()), Path())
+    if not existing.is_dir():
+        raise NotADirectoryError(f'{argument}: {existing} is a file, not a folder; choose another folder')
+    if os.access(existing, os.W_OK | os.X_OK): return
+    raise PermissionError(f'{argument}: no permission to write to {existing}; choose another folder')
 
 # %% ../../nbs/core/00_utils.ipynb #cell0019
 def import_extra(module: str, # What is imported, e.g. 'skimage.metrics'

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['CIFAR10_URL', 'CIFAR10_MD5', 'CIFAR10_SHA256', 'SPLITS', 'IMAGES', 'FOOD11', 'ANIMALS10', 'TINY_IMAGENET_URL',
            'TINY_IMAGENET_MD5', 'OpenImage', 'Fit', 'fetch', 'cache_root', 'data_root', 'unpack', 'unpacked', 'cifar10',
-           'files_below', 'FlipShift', 'unread_images', 'usual_batch_size', 'image_dls', 'tiny_imagenet', 'open_rgb']
+           'files_below', 'FlipShift', 'unread_images', 'common_folder', 'no_images_error', 'usual_batch_size',
+           'image_dls', 'tiny_imagenet', 'open_rgb']
 
 # %% ../../nbs/data/20_images.ipynb #cell0002
 import hashlib
@@ -494,6 +495,21 @@ def unread_images(files: list[Path] # Any files
     suffixes = ', '.join(sorted({file.suffix.lower() for file in other}))
     return (f'{len(other)} image{"s" * (not one)} of {"a kind that is" if one else "kinds that are"} not read '
             f'({suffixes}), the first is {other[0]}')
+
+
+def common_folder(paths: list[Path], # Files and folders that exist, one or several
+                 ) -> Path: # An absolute path
+    "The folder that all of them lie in; of one folder alone, that folder. Names of images are paths below it."
+    return Path(os.path.commonpath([os.path.abspath(path if path.is_dir() else path.parent) for path in paths]))
+
+
+def no_images_error(paths: list[Path], # Folders without images
+                    unread: str, # As of `unread_images`
+                   ) -> ValueError:
+    "The error for folders without images."
+    where = 'this folder' if len(paths) == 1 else 'these folders'
+    there = f'; there is {unread}' if unread else ''
+    return ValueError(f'{", ".join(map(str, paths))}: no image files found in {where}{there}')
 
 
 def _used_files(splits): return {file for items in splits.values() for file, _ in items if isinstance(file, Path)}

@@ -37,8 +37,8 @@ from scipy import ndimage
 
 import antehoc_nb
 from ..core.model import AntehocModel, pixel_batch
-from ..core.utils import import_extra, unknown_name, weights_digest
-from ..data.images import IMAGES, unread_images
+from ..core.utils import check_folder, import_extra, unknown_name, weights_digest
+from ..data.images import IMAGES, common_folder, no_images_error, unread_images
 from .explain_files import Progress, decode_image, explain_pixels, print_line, target_number
 
 # %% ../../nbs/show/34_explain_many.ipynb #b4e859dc
@@ -381,13 +381,17 @@ def _read_file(root, name):
     with open(os.path.join(root, name), 'rb') as file: return decode_image(file.read()), None
 
 
-def _folder_source(path, out):
-    if path.is_file(): return _Folder(path.parent, [path.name])
-    names, others = _image_names(path, out)
+def _folder_source(paths, out):
+    "The images of files and folders"
+    root, names, others = common_folder(paths), [], []
+    for path in paths:
+        place = Path(os.path.abspath(path)).relative_to(root).as_posix()
+        found, more = ([''], []) if path.is_file() else _image_names(path, out)
+        names += found if place == '.' else [f'{place}/{name}'.rstrip('/') for name in found]
+        others += more
     left_out = unread_images(others)
-    if not names:
-        raise ValueError(f'{path}: no image files found in this folder{left_out and f"; there is {left_out}"}')
-    return _Folder(path, names, left_out)
+    if not names: raise no_images_error(paths, left_out)
+    return _Folder(root, names if len(paths) == 1 else sorted({*names}), left_out)
 
 # %% ../../nbs/show/34_explain_many.ipynb #c52d134c
 def _webdataset(module):
@@ -513,6 +517,8 @@ def _read_row(dataset, image_column, label_column, classes, i):
 # %% ../../nbs/show/34_explain_many.ipynb #dedf5253
 def _find_source(source, out=''):
     "What `source` means: a folder, an image, a tar, a data set. Errors that say what else can be given"
+    if isinstance(source, (list, tuple)) and len(source) == 1: source = source[0]
+    if isinstance(source, (list, tuple)): return _several_sources(list(map(Path, source)), out)
     if not isinstance(source, (str, os.PathLike)): return _Dataset(source)
     text, path = os.fspath(source), Path(source)
     if '://' in text or text.startswith('pipe:'):
@@ -524,7 +530,16 @@ def _find_source(source, out=''):
         splits = json.loads((path/'dataset_dict.json').read_text())['splits']
         raise ValueError(f'{path} holds several data sets; choose one of its splits: '
                          f'{", ".join(str(path/split) for split in splits)}')
-    return _folder_source(path, out)
+    return _folder_source([path], out)
+
+
+def _several_sources(paths, out):
+    "The images of files and folders; errors for those that are not there, and for what has to be given alone"
+    for path in paths:
+        if not path.exists(): raise FileNotFoundError(f'{path}: no such image or folder')
+        if path.suffix == '.tar' or _is_saved_dataset(path):
+            raise ValueError(f'{path}: a tar or a data set has to be explained alone, without other images')
+    return _folder_source(paths, out)
 
 
 @patch
@@ -845,7 +860,8 @@ def _check_choices(maps, table, threshold, bs, workers, shard):
 
 def explain_many(
     model: AntehocModel | str | Path, # or the folder of one
-    source, # a folder, an image, a tar as webdataset has them, or a Hugging Face data set, as folder or object
+    source, # a folder, an image, a list of these, a tar as webdataset has them, or a Hugging Face data set, as folder
+    # or object
     out: str | Path, # folder to write to; if it holds a part of the same run, that is gone on with
     maps: str = 'npz', # form of the maps: 'npz', 'png', 'parquet' or 'none'
     table: str = 'csv', # form of the table: 'csv' or 'parquet'
@@ -883,18 +899,9 @@ def _images_of(shards, meta):
     return sum(min(meta['shard'], meta['n'] - shard * meta['shard']) for shard in shards)
 
 
-def _check_writable(out):
-    "Errors of a folder that can't be written to"
-    existing = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
-    if not existing.is_dir():
-        raise NotADirectoryError(f'out: {existing} is a file, not a folder; choose another folder')
-    if os.access(existing, os.W_OK | os.X_OK): return
-    raise PermissionError(f'out: no permission to write to {existing}; choose another folder')
-
-
 def _prepare(out, meta):
     "Check the folder, and write `explain.json`"
-    _check_writable(out)
+    check_folder(out, 'out')
     _check_same_run(out, meta)
     out.mkdir(parents=True, exist_ok=True)
     _check_room(out, meta, _images_of(_unfinished(out, meta), meta))

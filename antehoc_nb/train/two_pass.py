@@ -37,13 +37,11 @@ from antehoc_nb.core.interpretation_loss import (
 from antehoc_nb.core.interpretation_loss import (
     is_detector, nearest_references, output_at_area, output_change, target_scores,
 )
-from ..core.attention import soft_attentions
 from ..core.masking import Mask, as_mask, check_fill
-from ..core.model import ACTIVATIONS, AntehocModel
+from ..core.model import ACTIVATIONS, AntehocModel, check_settings
 from antehoc_nb.core.utils import (
-    as_normalisation, frozen, in_channels, output_tensors, plain_tensor, train_functions, unknown_name,
+    frozen, in_channels, is_bool, is_whole, output_tensors, plain_tensor, train_functions, unknown_name,
 )
-from ..core.weight_net import weight_nets
 import antehoc_nb.core.export  # noqa: F401  gives AntehocModel export and push_to_hub
 import antehoc_nb.train.archs  # noqa: F401  knows the names of CNNs, for saving and loading
 import fastai.callback.all  # noqa: F401  gives Learner fit_one_cycle, lr_find, to_fp16
@@ -122,7 +120,7 @@ def _check_not_empty(loader):
         raise ValueError('the training set has no images; a learner that comes from load_learner has no data: '
                          'set learn.dls = dls before fit')
     raise ValueError(f'the training DataLoader gives no batch: it has {count} images, and drop_last leaves out a batch '
-                     'that is not full; lower the batch size')
+                     f'that is not full; lower the batch size, as by bs={min(8, count)} where the loader is made')
 
 
 def _check_batch(batch):
@@ -297,13 +295,18 @@ class MapDrop(Metric):
 
 # %% ../../nbs/train/11_two_pass.ipynb #1882fa90
 def _check_model_arguments(model_kwargs):
-    "`TypeError` for arguments that `AntehocModel` does not have, `ValueError` for names that are not known"
+    "`TypeError` for arguments that `AntehocModel` does not have, else errors as of `check_settings`"
     known = list(inspect.signature(AntehocModel).parameters)[2:]
     for name in model_kwargs:
         if name not in known: raise TypeError(f'TwoPass: {unknown_name("argument", name, known)}')
-    for name, choices in dict(weight_net=weight_nets, soft_attention=soft_attentions).items():
-        if name in model_kwargs: choices[model_kwargs[name]]  # refuses unknown names
-    as_normalisation(model_kwargs.get('mean'), model_kwargs.get('std'))
+    check_settings(**model_kwargs)
+
+
+def _check_own_arguments(train_cnn, keep_maps, keep_best):
+    "`ValueError` for what is no truth value, and for a number of images that can't be"
+    for name, value in dict(train_cnn=train_cnn, keep_best=keep_best).items():
+        if not is_bool(value): raise ValueError(f'{name}={value!r}: give True or False')
+    if not is_whole(keep_maps): raise ValueError(f'keep_maps={keep_maps!r}: give a number of images, 0 or more')
 
 
 class TwoPass(Callback):
@@ -311,9 +314,8 @@ class TwoPass(Callback):
 
     Give it to the learner when it is made: `vision_learner(dls, resnet34, cbs=TwoPass())`. The recorder gains the
     columns `train_int_loss` and `valid_int_loss`, and from at most 64 validation images `drop_at_20` and
-    `untrained_drop`. After a fit, `best` tells which weight network was kept. `ValueError` for an unknown mask, fill or
-    loss, `TypeError` for an unknown argument, `ValueError` for batches that can't be used, and in training
-    `FloatingPointError` when a loss is no longer finite, before the step is taken."""
+    `untrained_drop`. After a fit, `best` tells which weight network was kept. `ValueError` or `TypeError` at once for
+    arguments that can't be right, `ValueError` for batches that can't be used, and in training `FloatingPointError` when a loss is no longer finite, before the step is taken."""
     name = 'two_pass'  # of subclasses too: `learn.two_pass`
     order = MixedPrecision.order + 5  # after loss scaling, gradient clipping and distribution
     _normalisation = None  # of learners that an earlier version exported
@@ -329,8 +331,9 @@ class TwoPass(Callback):
                  **model_kwargs, # Of `AntehocModel`: eta, layers, soft_attention, temperature, weight_net, scale,
                  # output, meta, mean and std (where the DataLoaders do not tell)
                 ):
-        as_mask(mask or 'soft')  # refuses unknown names
-        int_losses[loss or 'mse']
+        as_mask('soft' if mask is None else mask)  # refuses unknown names
+        int_losses['mse' if loss is None else loss]
+        _check_own_arguments(train_cnn, keep_maps, keep_best)
         _check_model_arguments(model_kwargs)
         check_fill(fill)
         self.wanted_mask = mask
@@ -520,6 +523,7 @@ def _wrap_model(self: TwoPass):
                          'cbs=TwoPass()')
     given = {name: value for name, value in self.model_kwargs.items() if (name, value) != ('class_specific', None)}
     facts = read_learner(learn)
+    names = facts['meta'].pop('vocab', None)  # there may be fewer, as long as the CNN has its outputs for ImageNet
     if 'meta' in given:
         if 'task' in (given['meta'] or {}): facts['class_specific'] = None
         given['meta'] = _with_given_facts(facts['meta'], given['meta'] or {})
@@ -530,6 +534,7 @@ def _wrap_model(self: TwoPass):
         failed = isinstance(e, RuntimeError) or isinstance(e.__cause__, RuntimeError)  # as a CNN fails
         if not failed or images.shape[1] == takes: raise
         raise _channels_error(images.shape[1], takes) from e
+    if names is not None: learn.model.meta = dict(vocab=names) | learn.model.meta
 
 
 def _with_given_facts(facts, given):

@@ -301,7 +301,7 @@ def test_samples_that_cannot_be_right(sample, error, message):
     (dict(layers=[nn.ReLU()]), TypeError, "layers: a layer is given by its name, such as 'layer4.1', not by a ReLU; "
                                           'layer_table(cnn, images) lists the names'),
     (dict(meta=['cat']), TypeError, "meta: a list is given; give a dict, such as meta=dict(vocab=['cat', 'dog'])"),
-    (dict(temperature='3'), ValueError, "temperature='3' must be above 0 and finite"),
+    (dict(temperature='3'), ValueError, "temperature='3': give a number above 0"),
     (dict(cells=True), ValueError, "cells=True: a number from 1, or 'pixels'")])
 def test_settings_of_the_wrong_kind(settings, error, message):
     with pytest.raises(error) as e: AntehocModel(small_cnn(), X, **settings)

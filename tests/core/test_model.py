@@ -271,7 +271,7 @@ def test_saved_and_loaded_to_the_bit(tmp_path_factory, eta, attention, weight_ne
     c = 1 if grey else 3
     settings = dict(soft_attention=attention, weight_net=weight_net, scale=scale, temperature=temperature)
     if normalised: settings |= dict(mean=[.1] * c, std=[.3] * c)
-    m = noisy(small_model(eta, c, meta=dict(vocab=['ä', 'b'], size=[24, 32]), **settings))
+    m = noisy(small_model(eta, c, meta=dict(vocab=[*'äbcdefghij'], size=[24, 32]), **settings))
     x = torch.rand(2, c, 24, 32)
     m.cnn.train()(x)  # statistics of its own
     folder = m.save_pretrained(tmp_path_factory.mktemp('m'))
@@ -440,7 +440,7 @@ def test_one_image_of_many():
 
 @pytest.mark.parametrize('kwargs, message', [
     (dict(eta=2.5), 'eta=2.5: give a whole number'), (dict(eta=True), 'eta=True: give a whole number'),
-    (dict(temperature=float('nan')), 'temperature=nan must be above 0'), (dict(layers='9.9'), "unknown layer '9.9'"),
+    (dict(temperature=float('nan')), 'temperature=nan: give a number above 0'), (dict(layers='9.9'), "unknown layer '9.9'"),
     (dict(mean=[0] * 3, std=[1, 0, 1]), 'std above 0'), (dict(mean=[0.], std=[1] * 3), 'as many of each'),
     (dict(grids=[None]), 'grids: 1 given for 2 layers')])
 def test_bad_arguments(kwargs, message):

@@ -72,7 +72,7 @@ def test_links_are_followed_and_hidden_folders_are_not(photo, tmp_path):
     dls = loaded(root)
     assert list(dls.vocab) == ['cat', 'dog', 'fox'] and len(dls.train_ds) + len(dls.valid_ds) == 12
     from antehoc_nb.cli import _image_files
-    found, unread = _image_files(root, tmp_path/'out')
+    found, unread = _image_files([root], tmp_path/'out')
     names = [name for _, name in found]
     assert len(names) in (9, 12) and not unread and not any('.ipynb' in name or 'MACOSX' in name for name in names)
 

@@ -80,7 +80,7 @@ def test_names_that_are_no_text(model, photo, tmp_path):
     except OSError: pytest.skip('the file system takes UTF-8 only')
     photo(tmp_path/'photos'/'z.png', seed=1)
     loaded, out = AntehocModel.from_pretrained(model), tmp_path/'out'
-    files, _ = _image_files(tmp_path/'photos', out)
+    files, _ = _image_files([tmp_path/'photos'], out)
     assert explain_files(loaded, files, out, say=None)[0] == 2
     assert explain_files(loaded, files, out, say=None)[:2] == (0, 2)
     with Image.open(out/'contact_sheet.png') as sheet: assert sheet.size[0] > 100

@@ -484,7 +484,7 @@ UNUSABLE = dict(
     empty=(twice(TensorDataset(X[:0], Y[:0])), 'the training set has no images'),
     empty_training_set=(empty_training_set, 'the training set has no images'),
     dropped=(dropped, 'the training DataLoader gives no batch: it has 12 images, and drop_last leaves out a batch that '
-                      'is not full; lower the batch size'),
+                      'is not full; lower the batch size, as by bs=8 where the loader is made'),
     dropped_plain=(twice(TensorDataset(X, Y), 16, drop_last=True), 'lower the batch size'),
     no_labels=(twice(TensorDataset(X)), r'have no labels, .*: a batch must be \(images, labels\)'),
     bare=(twice(X), r'a batch must be a tuple \(images, labels\), the DataLoader gives a Tensor'),
