@@ -711,6 +711,7 @@ class ActivationRecorder:
         "A hook that notes the size of the images, from which the rows and columns of tokens follow"
         thread = threading.get_ident()
 
+        @always_called
         def note(module, args, kwargs):
             if threading.get_ident() != thread: return
             inputs = (value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))

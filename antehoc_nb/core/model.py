@@ -40,9 +40,9 @@ from .interpretation_loss import class_shares, describe_outputs, explained_outpu
 from .layers import channel_gradients, choose_layers, unseen_share
 from .masking import masked
 from antehoc_nb.core.utils import (
-    as_inputs, as_normalisation, cnn_builders, copied_images, eval_mode, frozen, full_precision, import_extra,
-    in_channels, map_tensors, noise_images, own_seed, own_sizes, plain_tensor, rgb_images, shape_or_type,
-    train_functions, trial_copy, unknown_name, usual_mode, whole_or_not_at_all, with_versions,
+    as_inputs, as_normalisation, cnn_builders, copied_images, eval_mode, frozen, full_precision, hooks_observed,
+    import_extra, in_channels, map_tensors, noise_images, own_seed, own_sizes, plain_tensor, rgb_images, shape_or_type,
+    train_functions, unknown_name, usual_mode, whole_or_not_at_all, with_versions,
 )
 from antehoc_nb.core.weight_net import (
     EVIDENCE_EXPONENT, class_numbers, contrast, count_classes, evidence_gate, gives_logits, in_deviations,
@@ -603,12 +603,12 @@ class AntehocModel(nn.Module):
 @patch
 @contextmanager
 def _trial(self: AntehocModel, sample):
-    "Inside the block, a copy of the CNN stands in for it, so that nothing that is tried changes it; yields the sample"
+    "Inside the block, the CNN can be tried, and is as before after it; yields the sample"
     if sample is False:
         yield sample
         return
     cnn = self.cnn
-    with trial_copy(cnn) as self.cnn:
+    with frozen(cnn, whole=True):
         try:
             if sample is None: sample = _noise_for(self.cnn)
             else:
@@ -619,7 +619,6 @@ def _trial(self: AntehocModel, sample):
         except RuntimeError as e:
             if sample[0].shape[1] == in_channels(cnn) or 'channels' not in str(e): raise
             raise self.wrong_channels(sample[0], 'sample') from e
-        finally: self.cnn = cnn
 
 
 @patch
@@ -812,8 +811,8 @@ def _measure_border_with(self: AntehocModel, noise, sample):
         for nth in range(4 if cells else 1):  # other cells of each block, so that more of the noise counts
             found.append(strength(pool_cells(scaled, None, cells, nth)[0] if cells else scaled).mean(0, keepdim=True))
         return torch.stack(found).mean(0) * scale
-    with trial_copy(self.cnn) as cnn, torch.no_grad(), frozen(cnn):
-        found = [record_sams(cnn, self.layers, copied_images((images, *others)), attention=mean_strength)[1]
+    with torch.no_grad(), frozen(self.cnn, whole=True):
+        found = [record_sams(self.cnn, self.layers, copied_images((images, *others)), attention=mean_strength)[1]
                  for images in noise]
     for i, (name, of_batches) in enumerate(zip(self._border_names, zip(*found))):
         response = torch.stack(of_batches).mean(0)
@@ -887,9 +886,9 @@ def _measure_evidence_with(self: AntehocModel, noise, sample):
     noise = noise[:len(x) * math.ceil(4 / len(x))].split(len(x))
     found = None
     layers = range(self.eta)[::-1] if self.evidence_layer is None else [self.evidence_layer]
-    with trial_copy(self.cnn) as cnn, frozen(cnn):
+    with frozen(self.cnn, whole=True):
         for layer in layers:
-            found = self._gradients_at(cnn, layer, noise, others)
+            found = self._gradients_at(layer, noise, others)
             if found is not None: break
     if found is not None: self.evidence_layer, self.evidence = layer, found
     elif self.evidence is not None:
@@ -900,11 +899,11 @@ def _measure_evidence_with(self: AntehocModel, noise, sample):
 
 
 @patch
-def _gradients_at(self: AntehocModel, cnn, layer, noise, others):
+def _gradients_at(self: AntehocModel, layer, noise, others):
     "Directions of the classes in a layer, (K,C), of length 1 on average; None if there is no gradient"
     total = 0
     for images in noise:
-        try: found = channel_gradients(cnn, self.layers[layer], (images, *others),
+        try: found = channel_gradients(self.cnn, self.layers[layer], (images, *others),
                                        lambda out: _class_scores(out, self.explained))
         except RuntimeError: return None  # no gradient goes through the operations of this network
         if found is None: return None
@@ -999,7 +998,7 @@ def forward(self: AntehocModel, *args, **kwargs):
     recording = self.recording
     self.recording = False
     if not recording: return self.cnn(*args, **kwargs)
-    with torch.set_grad_enabled(self.cnn_learns and torch.is_grad_enabled()):
+    with hooks_observed(self.cnn), torch.set_grad_enabled(self.cnn_learns and torch.is_grad_enabled()):
         out, self._last_recorded = self._run_and_record(args, kwargs)
     return out
 
