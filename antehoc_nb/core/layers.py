@@ -787,6 +787,23 @@ def _gradients(scores, zeros, numel):
     return torch.stack([torch.zeros_like(zeros) if part is None else part for part in found]).flatten(1)
 
 
+class _LinearCalls(list):
+    "(module, input) of the calls of linear layers that have fewer features than outputs"
+    def hook(self):
+        @always_called
+        def note(module, args, output):
+            if module.in_features < module.out_features and args[0].ndim == 2: self.append((module, args[0]))
+        return note
+
+    def before(self, scores):
+        "The weights and the features, (B,D), of which such a layer made the scores, (B,K); None and the scores if none"
+        for module, features in reversed(self):
+            if (len(features), module.out_features) != scores.shape: continue
+            made = nn.functional.linear(features, module.weight, module.bias).to(scores.dtype)
+            if torch.allclose(made, scores): return module.weight.to(scores.dtype), features.to(scores.dtype)
+        return None, scores
+
+
 def channel_gradients(cnn: nn.Module, # Any network, with frozen weights
                       layer: str, # A name as `choose_layers` gives it
                       inputs: tuple, # Positional arguments of `cnn`; the image batch (B,C,H,W) is `inputs[0]`
@@ -796,13 +813,17 @@ def channel_gradients(cnn: nn.Module, # Any network, with frozen weights
     "The mean gradients of scores with respect to a layer's activation."
     name, index, relu = parse_layer(layer)
     if index: return None
-    probe = _Probe(relu, layer_layout(layer), tuple(inputs[0].shape[2:]))
+    probe, calls = _Probe(relu, layer_layout(layer), tuple(inputs[0].shape[2:])), _LinearCalls()
     with torch.enable_grad(), hooks_run(cnn):
-        handle = cnn.get_submodule(name).register_forward_hook(probe.hook())
+        handles = [cnn.get_submodule(name).register_forward_hook(probe.hook())]
+        handles += [module.register_forward_hook(calls.hook()) for module in cnn.modules() if type(module) is nn.Linear]
         try:
             found = scores(cnn(*copied_images(inputs)))
             probe.is_done = True
             if probe.row is None or not found.requires_grad: return None
+            weight, found = calls.before(found)
             gradients = _gradients(found.sum(0), probe.row, probe.numel)
-        finally: handle.remove()
+            if weight is not None: gradients = weight @ gradients
+        finally:
+            for handle in handles: handle.remove()
     return (gradients / probe.places).detach().float()

@@ -195,10 +195,24 @@ def _scores(self: Explanation):
 def probabilities(self: Explanation) -> torch.Tensor:
     """Probabilities of the classes, (B,K): softmax of the prediction; sigmoid for several labels, and for a binary
     decision, (B,1). `TypeError` if the CNN does not give one score per class."""
-    scores = self._scores()
-    activation = (self.meta or {}).get('activation', ACTIVATIONS[self.task])
+    return self._activated(self._scores(), ACTIVATIONS[self.task])
+
+
+@patch
+def _activated(self: Explanation, scores, usual=None):
+    "Scores as the activation of the model's loss makes them; `TypeError` if that is one of its own"
+    activation = (self.meta or {}).get('activation', usual)
     if activation is None: return scores
+    if activation == 'own':
+        raise TypeError("probabilities: this model's loss has an `activation` or a `decodes` of its own, which is not "
+                        "saved, so read `pred` yourself; or say what comes near, such as meta=dict(activation='softmax')")
     return scores.softmax(1) if activation == 'softmax' else scores.sigmoid()
+
+
+@patch(as_prop=True)
+def numbers(self: Explanation) -> torch.Tensor:
+    "The numbers of a regression, (B,N), as the activation of the model's loss makes them. `TypeError` if it is unknown."
+    return self._activated(self.explained.reshape(len(self), -1).float())
 
 # %% ../../nbs/core/07_model.ipynb #319d2e99
 @patch(as_prop=True)
@@ -229,7 +243,7 @@ def labels(self: Explanation) -> list[str]:
     return [', '.join(label for label, _ in of_image) or 'none' for of_image in self.decisions]
 
 
-def _numbers_said(e): return [[f'{value:.5g}' for value in row] for row in e.explained.reshape(len(e), -1).tolist()]
+def _numbers_said(e): return [[f'{value:.5g}' for value in row] for row in e.numbers.tolist()]
 
 
 def _classes_said(e):
@@ -454,7 +468,9 @@ def _check_facts(meta):
     for name in meta:
         meant = 'vocab' if name == 'classes' else ([] if name in known else get_close_matches(str(name), known, 1, .7))
         if meant: raise ValueError(f"meta: {name!r} is not known; use {meant if name == 'classes' else meant[0]!r}")
-    size, vocab = meta.get('size'), meta.get('vocab')
+    size, vocab, activation = map(meta.get, ('size', 'vocab', 'activation'))
+    if activation not in (None, 'softmax', 'sigmoid', 'own'):
+        raise ValueError(f"meta: activation={activation!r} is not known; use 'softmax', 'sigmoid', 'own' or None")
     if size is not None and not _is_size(size):
         raise ValueError(f'meta: size={size!r} must be a number of pixels or [height, width], each above 0')
     if isinstance(vocab, (str, bytes)): raise ValueError(f'meta: vocab={vocab!r} is one text; give a list of names')
@@ -852,6 +868,9 @@ def _prepare_evidence(self: AntehocModel, evidence, sample):
         self.evidence = torch.zeros(self.classes, self.channels[evidence], device=self.mean.device)
 
 
+_MANY_CLASSES = 100
+
+
 def _first_images(inputs, n):
     "The first images of a batch, with what else belongs to them"
     x, *others = as_inputs(inputs)
@@ -872,9 +891,9 @@ def _class_scores(out, explained):
 def measure_evidence(self: AntehocModel,
                      sample, # Input like the ones to come, (B,C,H,W); a tuple if the CNN takes several
                     ) -> None:
-    """Measure the mean gradient of each class's score with respect to a layer, with four images of noise. It changes
-    when the CNN does. Where there is no gradient any more, it becomes 0, with a warning. A model without class-specific
-    maps is left alone."""
+    """Measure the mean gradient of each class's score with respect to a layer, with four images of noise; with one,
+    where many classes need many passes through later layers. It changes when the CNN does. Where there is no gradient
+    any more, it becomes 0, with a warning. A model without class-specific maps is left alone."""
     if self.class_specific and self.modulates and not self.cnn_finds_targets:
         self._measure_evidence_with(self._noise(sample), sample)
 
@@ -888,6 +907,8 @@ def _measure_evidence_with(self: AntehocModel, noise, sample):
     layers = range(self.eta)[::-1] if self.evidence_layer is None else [self.evidence_layer]
     with frozen(self.cnn, whole=True):
         for layer in layers:
+            if self.classes > _MANY_CLASSES and layer < self.eta - 1:
+                noise, others = [noise[0][:1]], _first_images((x, *others), 1)[1:]
             found = self._gradients_at(layer, noise, others)
             if found is not None: break
     if found is not None: self.evidence_layer, self.evidence = layer, found
