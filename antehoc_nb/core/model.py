@@ -36,7 +36,7 @@ from antehoc_nb.core.attention import (
     standardise, take_off_border,
 )
 from .geometry import as_lengths, is_symbolic, layer_grids, pool_cells, resize, resize_maps
-from .interpretation_loss import class_shares, describe_outputs, explained_output, main_class
+from .interpretation_loss import class_shares, describe_outputs, explained_output, main_class, with_image_axis
 from .layers import channel_gradients, choose_layers, unseen_share
 from .masking import masked
 from antehoc_nb.core.utils import (
@@ -162,7 +162,7 @@ TASKS = *ACTIVATIONS, 'regression', 'captions', 'segmentation', 'embedding'
 @patch(as_prop=True)
 def explained(self: Explanation):
     "The output that the map is about, a tensor; or all that the CNN returned, if the map is about all of it."
-    return explained_output(self.pred, self.output)
+    return with_image_axis(explained_output(self.pred, self.output), len(self))
 
 
 @patch(as_prop=True)
@@ -180,13 +180,13 @@ def _scores(self: Explanation):
     "The scores of the classes, (B,K), or of one decision, (B,1). `TypeError` for an output of another kind"
     pred, task = self.explained, self.task
     is_float = isinstance(pred, torch.Tensor) and pred.is_floating_point()
-    if is_float and task == 'binary' and pred.numel() == len(pred): return pred.float().view(-1, 1)
+    if is_float and task == 'binary' and pred.numel() == len(self): return pred.float().view(-1, 1)
     if is_float and pred.ndim == 2 and task in ACTIVATIONS and (pred.shape[1] > 1 or task != 'single-label'):
         return pred.float()
     got = shape_or_type(pred)
     what, hint = f'the CNN gives no scores of classes (B,K), but {got}', ''
     if (self.meta or {}).get('task'): what = f'the task of this model is {task}, its output {got}'
-    if not task and is_float and pred.numel() == len(pred):
+    if not task and is_float and pred.numel() == len(self):
         hint = ", or say what its number is: meta=dict(task='binary', vocab=['no', 'yes']), or task='regression'"
     raise TypeError(f'probabilities: {what}; read `pred` yourself{hint}')
 
@@ -211,8 +211,15 @@ def _activated(self: Explanation, scores, usual=None):
 
 @patch(as_prop=True)
 def numbers(self: Explanation) -> torch.Tensor:
-    "The numbers of a regression, (B,N), as the activation of the model's loss makes them. `TypeError` if it is unknown."
-    return self._activated(self.explained.reshape(len(self), -1).float())
+    """The numbers of a regression, (B,N), as the activation of the model's loss makes them. Points that fastai scaled
+    to -1..1 as x and y in pixels. `TypeError` if the activation is unknown."""
+    values = self.explained
+    if values.numel() % len(self):
+        raise TypeError(f'numbers: the CNN gives {shape_or_type(values)} for {len(self)} images, none for each')
+    values = self._activated(values.reshape(len(self), -1).float())
+    if not (self.meta or {}).get('points'): return values
+    height, width = self.image.shape[2:]
+    return (values.unflatten(1, (-1, 2)) + 1).mul(values.new_tensor([width, height]) / 2).flatten(1)
 
 # %% ../../nbs/core/07_model.ipynb #319d2e99
 @patch(as_prop=True)
@@ -404,6 +411,12 @@ def _check_network(cnn):
         raise TypeError(f'cnn: a {type(cnn).__name__} runs copies of a network, in which no layer can be recorded; '
                         'give the network itself, cnn.module')
     _check_initialised(cnn)
+    weights = ((name, next(module.parameters(False), None)) for name, module in cnn.named_modules()
+               if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)))
+    complex_weight = next((name for name, weight in weights if weight is not None and weight.is_complex()), None)
+    if complex_weight is not None:
+        raise TypeError(f'cnn: the weights of its module {complex_weight!r} are complex numbers, and maps are made of '
+                        'real activations; give a network of real numbers')
     convolutions = ((name, module) for name, module in cnn.named_modules() if 'quantized' in type(module).__module__)
     quantised = next(((name, module) for name, module in convolutions if 'Conv' in type(module).__name__), None)
     if quantised:
@@ -735,7 +748,9 @@ def explained(self: AntehocModel, # noqa: F811
               out, # What the CNN returned
              ): # A tensor; or `out`, if the map is about all of it
     "The output that the map is about, as of `explained_output`."
-    return explained_output(out, self.output)
+    found = explained_output(out, self.output)
+    is_squeezed = isinstance(found, torch.Tensor) and found.shape == (getattr(self, 'classes', None),)
+    return with_image_axis(found, 1) if is_squeezed else found
 
 # %% ../../nbs/core/07_model.ipynb #216fec3e
 @patch

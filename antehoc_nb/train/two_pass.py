@@ -25,7 +25,7 @@ from fastai.data.transforms import Normalize
 from fastai.learner import Metric
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import find_bs, norm_bias_params, to_device, trainable_params
-from fastai.vision.core import PILImage
+from fastai.vision.core import PILImage, PointScaler
 from fastcore.basics import patch
 from fastcore.foundation import L
 from torch import nn
@@ -441,12 +441,18 @@ def _task_of_labels(labels, loss_name, names):
     return None if has_entropy else 'regression'
 
 
+def _has_scaled_points(dls):
+    "Whether the targets are points that fastai scaled to -1..1"
+    transforms = getattr(getattr(dls, 'after_item', None), 'fs', ())
+    return any(isinstance(transform, PointScaler) and transform.do_scale for transform in transforms)
+
+
 def _task_of_exported(dls, loss_name):
     "The task of a learner without labels, which was exported and loaded; None if it is not known"
     transforms = {type(transform).__name__ for pipeline in getattr(dls, 'tls', [])[1:] for transform in pipeline.tfms}
     if any(name.endswith('MultiCategorize') for name in transforms): return 'multi-label'
     if 'Categorize' in transforms: return 'binary' if _is_binary(loss_name) else 'single-label'
-    return 'regression' if 'RegressionSetup' in transforms else None
+    return 'regression' if 'RegressionSetup' in transforms or _has_scaled_points(dls) else None
 
 
 def _score_count(task, names, labels):
@@ -511,6 +517,7 @@ def _learner_facts(learn, sample, labels):
     "What a saved model should state: the size of its images, the names of the classes, and what its output means"
     facts, names = dict(size=list(sample[0].shape[2:])), _class_names(learn.dls)
     if names is not None: facts['vocab'] = names
+    if _has_scaled_points(learn.dls): facts['points'] = True
     return facts | _output_facts(learn, labels)
 
 # %% ../../nbs/train/11_two_pass.ipynb #844b03b6

@@ -8,7 +8,7 @@ from fastai.data.block import CategoryBlock, DataBlock, MultiCategoryBlock, Regr
 from fastai.data.transforms import IndexSplitter
 from fastai.learner import Learner
 from fastai.losses import BaseLoss, BCEWithLogitsLossFlat, CrossEntropyLossFlat, LabelSmoothingCrossEntropy, MSELossFlat
-from fastai.vision.data import ImageBlock
+from fastai.vision.data import ImageBlock, PointBlock
 from torch import nn
 from typer.testing import CliRunner
 
@@ -26,6 +26,7 @@ CASES = dict(
     several=(MultiCategoryBlock, lambda o: LABELS[o % 4], MANY, 3, 'multi-label', 'sigmoid'),
     binary=(CategoryBlock, lambda o: ['cat', 'dog'][o % 2], BCEWithLogitsLossFlat(), 1, 'binary', 'sigmoid'),
     regression=(lambda: RegressionBlock(2), lambda o: [o / 4, 1.], MSELossFlat(), 2, 'regression', None),
+    points=(PointBlock, lambda o: torch.tensor([[o, 2. * o]]), MSELossFlat(), 2, 'regression', None),
     number=(RegressionBlock, lambda o: o / 4, MSELossFlat(), 1, 'regression', None),
     integers=(CategoryBlock, lambda o: [3, 7, 10][o % 3], CrossEntropyLossFlat(), 3, 'single-label', 'softmax'),
     classes=(CategoryBlock, lambda o: 'abc'[o % 3], CrossEntropyLossFlat(), 3, 'single-label', 'softmax'),
@@ -59,8 +60,8 @@ def said(learn):
     decoded, *_ = learn.predict(image_of(1))
     if isinstance(decoded, str): return decoded
     if isinstance(decoded, (int, bool)): return str(decoded)
-    return ', '.join(f'{float(o):.5g}' if not isinstance(o, str) else o for o in (
-        decoded if hasattr(decoded, '__len__') else [decoded])) or 'none'
+    decoded = list(np.ravel(decoded))
+    return ', '.join(o if isinstance(o, str) else f'{float(o):.5g}' for o in decoded) or 'none'
 
 
 @pytest.mark.parametrize('bias', BIASES, ids=str)
@@ -197,6 +198,32 @@ def test_a_plain_model_with_facts_of_ones_own(cnn, photo, tmp_path):
     with_bias(model, [2.])
     assert model.explain(torch.rand(2, 3, 16, 16)).labels == ['yes', 'yes']
     assert explain_files(model, [(photo(tmp_path/'a.png'), 'a.png')], tmp_path/'out', say=None)[0] == 1
+
+
+class Squeezed(nn.Module):
+    "Gives one image's scores without the axis of the images"
+    def __init__(self, cnn):
+        super().__init__()
+        self.cnn = cnn
+
+    def forward(self, x): return self.cnn(x).squeeze()
+
+
+@pytest.mark.parametrize('n_out, task', [(1, 'binary'), (1, 'regression'), (3, 'single-label'), (3, 'multi-label'),
+                                         (3, None), (3, 'regression')])
+def test_networks_that_squeeze(cnn, n_out, task):
+    x = torch.rand(2, 3, 16, 16)
+    model = AntehocModel(Squeezed(cnn(n_out)), x, eta=2, meta=dict(task=task))
+    one, two = model.explain(x[:1]), model.explain(x)
+    assert one.labels == two.labels[:1] and torch.allclose(one.map, two.map[:1], atol=1e-4)
+
+
+@pytest.mark.parametrize('task', ['binary', 'regression', None])
+def test_one_number_for_all_images(cnn, task):
+    class Mean(Squeezed):
+        def forward(self, x): return self.cnn(x).mean()
+    e = AntehocModel(Mean(cnn(1)), torch.rand(2, 3, 16, 16), eta=2, meta=dict(task=task)).explain(torch.rand(2, 3, 16, 16))
+    with pytest.raises(TypeError, match=r'\(\)'): _ = e.decisions
 
 
 def test_the_command(photo, tmp_path):
