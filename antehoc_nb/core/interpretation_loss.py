@@ -52,18 +52,23 @@ def _chosen_output(out, output):
                      'is explained must be a tensor (B,...)')
 
 
+def _without_places(tensor):
+    "Scores (B,K,1,1), as networks of convolutions alone give them, as (B,K)"
+    return tensor.flatten(1) if tensor.ndim == 4 and tensor.shape[2:] == (1, 1) else tensor
+
+
 def explained_output(out: Any, # What a CNN returned
                      output: str | int | Callable | None = None, # Name or position of an output, or a function of all;
                      # None: 'logits', 'out' or the only tensor, if there is one of these
                     ) -> Any: # A tensor; or `out`, if nothing says which tensor is explained
     "The output that a map is about. `ValueError` for a name or position that is not there, or that is no tensor."
-    if output is not None: return _chosen_output(out, output)
-    if isinstance(out, torch.Tensor): return out
+    if output is not None: return _without_places(_chosen_output(out, output))
+    if isinstance(out, torch.Tensor): return _without_places(out)
     parts = _parts(out)
     main = next((name for name in _MAIN_OUTPUTS if isinstance(parts.get(name), torch.Tensor)), None)
-    if main is not None: return parts[main]
+    if main is not None: return _without_places(parts[main])
     tensors = output_tensors(out)
-    return tensors[0] if len(tensors) == 1 else out
+    return _without_places(tensors[0]) if len(tensors) == 1 else out
 
 
 def with_image_axis(out: Any, # What a CNN returned, or the output that is explained

@@ -645,6 +645,10 @@ def _trial(self: AntehocModel, sample):
                 sample = as_cnn_takes(sample, cnn)
             yield sample
         except AssertionError as e: raise _size_error(cnn, sample, e) from e
+        except TypeError as e:
+            if 'positional argument' not in str(e): raise
+            raise TypeError(f'cnn: {type(cnn).__name__} does not take the sample as its positional arguments ({e}); give '
+                            'a tuple if it takes several, or put it into a module whose forward(x) calls it') from e
         except RuntimeError as e:
             if sample[0].shape[1] == in_channels(cnn) or 'channels' not in str(e): raise
             raise self.wrong_channels(sample[0], 'sample') from e
@@ -708,7 +712,12 @@ def _find_sizes(self: AntehocModel, sample, classes, class_specific):
         raise ValueError("meta: the output of a CNN of task='segmentation' must be (B,K,h,w) with K > 1, got "
                          f'{shape_or_type(explained)}')
     wanted = class_specific or classes is not None
-    if class_specific is False or not (wanted or self._can_have_targets(explained)): return channels, None
+    is_for_each = isinstance(explained, torch.Tensor) and explained.ndim and len(explained) == len(as_inputs(sample)[0])
+    can_be = is_for_each and self._can_have_targets(explained)
+    if class_specific is False or not (wanted or can_be): return channels, None
+    if isinstance(explained, torch.Tensor) and not is_for_each:
+        raise ValueError(f'class_specific=True: the output of the CNN is {shape_or_type(explained)} for '
+                         f'{len(as_inputs(sample)[0])} images, and not one row of scores for each')
     if self.task == 'segmentation': return channels, explained.shape[1]
     if self.task == 'embedding' and _is_scores(explained, 2): return channels, explained.shape[1]
     if not isinstance(explained, torch.Tensor) and self._several_outputs.startswith("'"):

@@ -449,7 +449,7 @@ def _use_copies(module, of_parameters):
     if attributes is None and not module._buffers and not of_parameters: return None
     if isinstance(module, torch.jit.ScriptModule): return None  # what it holds is not in dictionaries
     before = [(module._buffers, dict(module._buffers))]
-    if attributes is not None: before.append((vars(module), attributes))
+    if attributes is not None: before += [(vars(module), attributes), (module._modules, dict(module._modules))]
     if of_parameters: before.append((module._parameters, dict(module._parameters)))
     for holder, values in before:
         for name, value in values.items():
@@ -538,13 +538,14 @@ _BACKWARD = '_backward_pre_hooks', '_backward_hooks'
 
 
 def _other_hooks(modules, kinds):
-    "(module, kind, key) of the hooks that are no part of the network"
+    "(module, kind, key) of the hooks that are no part of the network, and of those that torch calls for all modules"
     places = [(module, kind) for module in modules for kind in kinds if getattr(module, kind)]
+    places += [(nn.modules.module, f'_global{kind}') for kind in kinds if getattr(nn.modules.module, f'_global{kind}')]
     held = _held_by(modules) if places else ()
     return [(module, kind, key) for module, kind in places for key, hook in [*getattr(module, kind).items()]
             if not _is_part(hook, held)]
 
-# %% ../../nbs/core/00_utils.ipynb #7b404256
+# %% ../../nbs/core/00_utils.ipynb #abccdb3f
 def _in_its_place(other):
     "The change that puts another function, made of a hook, in its place"
     def put(place):
@@ -631,18 +632,23 @@ def own_seed(build: Callable, # A function without arguments that draws random n
     finally: torch.random.set_rng_state(state)
 
 # %% ../../nbs/core/00_utils.ipynb #cell0016
+def _bytes_of(tensor):
+    "The bytes of a copy: numbers that NumPy has shared can't be resized any more, as some modules do"
+    return tensor.detach().cpu().reshape(-1).clone().view(torch.uint8).numpy().tobytes()
+
+
 def weights_digest(cnn: nn.Module) -> str: # 64 hexadecimal digits
     "SHA-256 over the names and values of a network's weights and buffers."
     digest = hashlib.sha256()
     for name, value in sorted(cnn.state_dict().items()):
-        digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+        digest.update(name.encode() + _bytes_of(value))
     return digest.hexdigest()
 
 # %% ../../nbs/core/00_utils.ipynb #cell0017
 def tensor_digest(*tensors: torch.Tensor) -> str: # 16 hexadecimal digits
     "The first digits of SHA-256 over the values of some tensors."
     digest = hashlib.sha256()
-    for tensor in tensors: digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    for tensor in tensors: digest.update(_bytes_of(tensor))
     return digest.hexdigest()[:16]
 
 # %% ../../nbs/core/00_utils.ipynb #4bea35c1
