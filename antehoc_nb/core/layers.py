@@ -12,7 +12,7 @@ import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from numbers import Integral
@@ -150,7 +150,7 @@ class _CallLog:
             self.counts[name] += 1
             self.kept.extend((args, output))
             tensor = first_tensor(output)
-            if tensor is None: return
+            if tensor is None or torch._C._functorch.is_functorch_wrapped_tensor(tensor): return  # as in `vmap`
             self.work += _work(module, args, tensor, self.images)
             inputs = (_memory(arg) for arg in args if isinstance(arg, torch.Tensor))
             if _is_leaf(module) and _memory(tensor) not in inputs: self.makers.setdefault(_memory(tensor), module)
@@ -485,12 +485,12 @@ def _try_layers(cnn, sample):
     of_blocks, block_faults = _token_layers(calls, outputs, len(image), size)
     groups = _activations(_convolutional(calls), with_stand_ins=not of_blocks)
     of_convolutions = [(_first_once(group), rectify) for group, rectify in groups]
-    faults = {call.name: _fault(outputs.get((call.name, call.index))) for call, _ in of_convolutions}
-    last = max([call.seen for call, _ in [*of_convolutions, *of_blocks] if not faults.get(call.name)], default=1.)
+    faults = {id(call): _fault(outputs.get((call.name, call.index))) for call, _ in of_convolutions}
+    last = max([call.seen for call, _ in [*of_convolutions, *of_blocks] if not faults.get(id(call))], default=1.)
     if last < .5: of_blocks += _late_layers(calls, outputs, len(image), size, last=last)
     known = {_memory(call.output) for call, _ in of_convolutions}
     layers = {id(call): _as_layer(call, Layout(), size, rectify) for call, rectify in of_convolutions}
-    faults = {layers[id(call)].name: fault for call, _ in of_convolutions if (fault := faults[call.name])}
+    faults = {layers[id(call)].name: fault for call, _ in of_convolutions if (fault := faults[id(call)])}
     layers |= {id(call): _as_layer(call, layout, size) for call, layout in of_blocks
                if _memory(call.output) not in known}
     return _with_stages([layers[id(call)] for call in calls if id(call) in layers]), faults, block_faults
@@ -516,12 +516,25 @@ def candidate_layers(cnn: nn.Module, # Any network
         why = ''.join(f': of {layer!r}, {fault}' for layer, fault in [*block_faults.items()][:1])
         raise ValueError(f'cnn: {kind} is a transformer, with no more than one convolution, and no block of it holds '
                          f"the images' rows and columns{why}")
+    scripted = [name for name, module in cnn.named_modules() if isinstance(module, torch.jit.ScriptModule)]
+    if not found and scripted:
+        raise ValueError(f'cnn: nothing of {kind} can be recorded, since its module {scripted[0]!r} was scripted or '
+                         'traced; put the nn.Module there that it was made from')
     if not found and not any(isinstance(module, CONVOLUTIONS) for module in cnn.modules()):
         raise ValueError(f'cnn: no 2-d convolution was run in {kind}, and no block of tokens; antehoc_nb explains '
                          'networks whose activations hold the rows and columns of the image')
     return good
 
 # %% ../../nbs/core/01_layers.ipynb #cell0009
+def _of_backbone(cnn, found):
+    "Of a detector of torchvision the layers of its backbone, since those after it are at several scales; else all"
+    detectors = [name for name, module in cnn.named_modules() if hasattr(module, 'backbone')
+                 and type(module).__module__.startswith('torchvision.models.detection')]
+    backbones = tuple(f'{name}.backbone.'.removeprefix('.') for name in detectors)
+    inside = [layer for layer in found if layer.name.startswith(backbones)]
+    return [layer for layer in inside if not {'fpn', 'extra'} & {*layer.name.split('.')}] or found
+
+
 def _evenly_spaced(found, eta):
     "`eta` of the layers at even intervals, plain names before indexed ones"
     plain = [layer for layer in found if ':' not in layer.name]
@@ -539,7 +552,7 @@ def _choose(cnn, sample, eta):
     "The automatic choice of `choose_layers`"
     if eta is not None and (isinstance(eta, bool) or not isinstance(eta, Integral) or eta < 1):
         raise ValueError(f'eta={eta!r}: give a whole number of layers, 1 or more')
-    found = candidate_layers(cnn, sample)
+    found = _of_backbone(cnn, candidate_layers(cnn, sample))
     if not found:
         raise ValueError(f'cnn: no activation of {type(cnn).__name__} can be recorded: none of shape (B,C,H,W) has '
                          'more than one pixel and comes after a convolution; give larger images as the sample')
@@ -658,7 +671,7 @@ def layer_table(cnn: nn.Module, # Any network
     "The candidates as a table, with the ones that `eta` would choose marked."
     import pandas as pd  # imported here: it would double the time that importing the core takes
     found, faults, _ = _try_layers(cnn, sample)
-    good = [layer for layer in found if layer.name not in faults]
+    good = _of_backbone(cnn, [layer for layer in found if layer.name not in faults])
     chosen = {layer.name for layer in _evenly_spaced(good, min(8, len(good)) if eta is None else eta)}
     notes = faults | dict.fromkeys(chosen, '✓')
     rows = [(layer.name, layer.kind, _grid_in_words(layer), *layer.shape, layer.stage, round(100 * layer.seen),
@@ -690,9 +703,11 @@ class ActivationRecorder:
         self.functions = dict.fromkeys(self.layers, f) if callable(f) else dict(zip(self.layers, f))
         self._handles = []
         self._recorded = {}
+        self._inference = False
         self._image_size = None
 
     def __enter__(self):
+        self._inference = torch.is_inference_mode_enabled()
         wanted = {}  # name of the module -> index of the call -> [(layer, whether to rectify, layout)]
         for spec in self.layers:
             (name, index, relu), layout = parse_layer(spec), layer_layout(spec)
@@ -711,6 +726,7 @@ class ActivationRecorder:
         "A hook that notes the size of the images, from which the rows and columns of tokens follow"
         thread = threading.get_ident()
 
+        @always_called
         def note(module, args, kwargs):
             if threading.get_ident() != thread: return
             inputs = (value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
@@ -735,8 +751,14 @@ class ActivationRecorder:
             wanted = {'': '(B,C,H,W)', '@last': '(B,H,W,C)'}.get(layout.suffix, '(B,N,C)')
             raise ValueError(f'layer {spec!r} returned {shape_or_type(output)}, not a {wanted} tensor; '
                              'choose another in layers=[...]')
-        activation = layout.view(output.detach(), self._image_size or (1, 1))
-        self._recorded[spec] = self.functions[spec](activation.relu() if relu else activation)
+        with self._ordinary(output):  # by a network that switches to inference mode itself
+            output = output.clone() if output.is_inference() and not self._inference else output.detach()
+            activation = layout.view(output, self._image_size or (1, 1))
+            self._recorded[spec] = self.functions[spec](activation.relu() if relu else activation)
+
+    def _ordinary(self, output):
+        "A context in which what is made of `output` can take part in training, if that was so before the `with` block"
+        return torch.inference_mode(False) if output.is_inference() and not self._inference else nullcontext()
 
     @property
     def values(self) -> list: # One per layer
@@ -786,6 +808,23 @@ def _gradients(scores, zeros, numel):
     return torch.stack([torch.zeros_like(zeros) if part is None else part for part in found]).flatten(1)
 
 
+class _LinearCalls(list):
+    "(module, input) of the calls of linear layers that have fewer features than outputs"
+    def hook(self):
+        @always_called
+        def note(module, args, output):
+            if module.in_features < module.out_features and args[0].ndim == 2: self.append((module, args[0]))
+        return note
+
+    def before(self, scores):
+        "The weights and the features, (B,D), of which such a layer made the scores, (B,K); None and the scores if none"
+        for module, features in reversed(self):
+            if (len(features), module.out_features) != scores.shape: continue
+            made = nn.functional.linear(features, module.weight, module.bias).to(scores.dtype)
+            if torch.allclose(made, scores): return module.weight.to(scores.dtype), features.to(scores.dtype)
+        return None, scores
+
+
 def channel_gradients(cnn: nn.Module, # Any network, with frozen weights
                       layer: str, # A name as `choose_layers` gives it
                       inputs: tuple, # Positional arguments of `cnn`; the image batch (B,C,H,W) is `inputs[0]`
@@ -795,13 +834,17 @@ def channel_gradients(cnn: nn.Module, # Any network, with frozen weights
     "The mean gradients of scores with respect to a layer's activation."
     name, index, relu = parse_layer(layer)
     if index: return None
-    probe = _Probe(relu, layer_layout(layer), tuple(inputs[0].shape[2:]))
+    probe, calls = _Probe(relu, layer_layout(layer), tuple(inputs[0].shape[2:])), _LinearCalls()
     with torch.enable_grad(), hooks_run(cnn):
-        handle = cnn.get_submodule(name).register_forward_hook(probe.hook())
+        handles = [cnn.get_submodule(name).register_forward_hook(probe.hook())]
+        handles += [module.register_forward_hook(calls.hook()) for module in cnn.modules() if type(module) is nn.Linear]
         try:
             found = scores(cnn(*copied_images(inputs)))
             probe.is_done = True
             if probe.row is None or not found.requires_grad: return None
+            weight, found = calls.before(found)
             gradients = _gradients(found.sum(0), probe.row, probe.numel)
-        finally: handle.remove()
+            if weight is not None: gradients = weight @ gradients
+        finally:
+            for handle in handles: handle.remove()
     return (gradients / probe.places).detach().float()

@@ -36,13 +36,13 @@ from antehoc_nb.core.attention import (
     standardise, take_off_border,
 )
 from .geometry import as_lengths, is_symbolic, layer_grids, pool_cells, resize, resize_maps
-from .interpretation_loss import class_shares, describe_outputs, explained_output, main_class
+from .interpretation_loss import class_shares, describe_outputs, explained_output, main_class, with_image_axis
 from .layers import channel_gradients, choose_layers, unseen_share
 from .masking import masked
 from antehoc_nb.core.utils import (
     as_inputs, as_normalisation, check_folder, cnn_builders, copied_images, eval_mode, frozen, full_precision,
-    import_extra, in_channels, is_bool, is_whole, map_tensors, noise_images, own_seed, own_sizes, plain_tensor,
-    rgb_images, shape_or_type, train_functions, trial_copy, unknown_name, usual_mode, whole_or_not_at_all, with_versions,
+    hooks_observed, import_extra, in_channels, is_bool, is_whole, map_tensors, noise_images, own_seed, own_sizes,
+    plain_tensor, rgb_images, shape_or_type, train_functions, unknown_name, usual_mode, whole_or_not_at_all, with_versions,
 )
 from antehoc_nb.core.weight_net import (
     EVIDENCE_EXPONENT, class_numbers, contrast, count_classes, evidence_gate, gives_logits, in_deviations,
@@ -162,7 +162,7 @@ TASKS = *ACTIVATIONS, 'regression', 'captions', 'segmentation', 'embedding'
 @patch(as_prop=True)
 def explained(self: Explanation):
     "The output that the map is about, a tensor; or all that the CNN returned, if the map is about all of it."
-    return explained_output(self.pred, self.output)
+    return with_image_axis(explained_output(self.pred, self.output), len(self))
 
 
 @patch(as_prop=True)
@@ -180,13 +180,13 @@ def _scores(self: Explanation):
     "The scores of the classes, (B,K), or of one decision, (B,1). `TypeError` for an output of another kind"
     pred, task = self.explained, self.task
     is_float = isinstance(pred, torch.Tensor) and pred.is_floating_point()
-    if is_float and task == 'binary' and pred.numel() == len(pred): return pred.float().view(-1, 1)
+    if is_float and task == 'binary' and pred.numel() == len(self): return pred.float().view(-1, 1)
     if is_float and pred.ndim == 2 and task in ACTIVATIONS and (pred.shape[1] > 1 or task != 'single-label'):
         return pred.float()
     got = shape_or_type(pred)
     what, hint = f'the CNN gives no scores of classes (B,K), but {got}', ''
     if (self.meta or {}).get('task'): what = f'the task of this model is {task}, its output {got}'
-    if not task and is_float and pred.numel() == len(pred):
+    if not task and is_float and pred.numel() == len(self):
         hint = ", or say what its number is: meta=dict(task='binary', vocab=['no', 'yes']), or task='regression'"
     raise TypeError(f'probabilities: {what}; read `pred` yourself{hint}')
 
@@ -195,10 +195,31 @@ def _scores(self: Explanation):
 def probabilities(self: Explanation) -> torch.Tensor:
     """Probabilities of the classes, (B,K): softmax of the prediction; sigmoid for several labels, and for a binary
     decision, (B,1). `TypeError` if the CNN does not give one score per class."""
-    scores = self._scores()
-    activation = (self.meta or {}).get('activation', ACTIVATIONS[self.task])
+    return self._activated(self._scores(), ACTIVATIONS[self.task])
+
+
+@patch
+def _activated(self: Explanation, scores, usual=None):
+    "Scores as the activation of the model's loss makes them; `TypeError` if that is one of its own"
+    activation = (self.meta or {}).get('activation', usual)
     if activation is None: return scores
+    if activation == 'own':
+        raise TypeError("probabilities: this model's loss has an `activation` or a `decodes` of its own, which is not "
+                        "saved, so read `pred` yourself; or say what comes near, such as meta=dict(activation='softmax')")
     return scores.softmax(1) if activation == 'softmax' else scores.sigmoid()
+
+
+@patch(as_prop=True)
+def numbers(self: Explanation) -> torch.Tensor:
+    """The numbers of a regression, (B,N), as the activation of the model's loss makes them. Points that fastai scaled
+    to -1..1 as x and y in pixels. `TypeError` if the activation is unknown."""
+    values = self.explained
+    if values.numel() % len(self):
+        raise TypeError(f'numbers: the CNN gives {shape_or_type(values)} for {len(self)} images, none for each')
+    values = self._activated(values.reshape(len(self), -1).float())
+    if not (self.meta or {}).get('points'): return values
+    height, width = self.image.shape[2:]
+    return (values.unflatten(1, (-1, 2)) + 1).mul(values.new_tensor([width, height]) / 2).flatten(1)
 
 # %% ../../nbs/core/07_model.ipynb #319d2e99
 @patch(as_prop=True)
@@ -229,7 +250,7 @@ def labels(self: Explanation) -> list[str]:
     return [', '.join(label for label, _ in of_image) or 'none' for of_image in self.decisions]
 
 
-def _numbers_said(e): return [[f'{value:.5g}' for value in row] for row in e.explained.reshape(len(e), -1).tolist()]
+def _numbers_said(e): return [[f'{value:.5g}' for value in row] for row in e.numbers.tolist()]
 
 
 def _classes_said(e):
@@ -390,6 +411,12 @@ def _check_network(cnn):
         raise TypeError(f'cnn: a {type(cnn).__name__} runs copies of a network, in which no layer can be recorded; '
                         'give the network itself, cnn.module')
     _check_initialised(cnn)
+    weights = ((name, next(module.parameters(False), None)) for name, module in cnn.named_modules()
+               if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)))
+    complex_weight = next((name for name, weight in weights if weight is not None and weight.is_complex()), None)
+    if complex_weight is not None:
+        raise TypeError(f'cnn: the weights of its module {complex_weight!r} are complex numbers, and maps are made of '
+                        'real activations; give a network of real numbers')
     convolutions = ((name, module) for name, module in cnn.named_modules() if 'quantized' in type(module).__module__)
     quantised = next(((name, module) for name, module in convolutions if 'Conv' in type(module).__name__), None)
     if quantised:
@@ -470,7 +497,9 @@ def _check_facts(meta):
     for name in meta:
         meant = 'vocab' if name == 'classes' else ([] if name in known else get_close_matches(str(name), known, 1, .7))
         if meant: raise ValueError(f"meta: {name!r} is not known; use {meant if name == 'classes' else meant[0]!r}")
-    size = meta.get('size')
+    size, activation = meta.get('size'), meta.get('activation')
+    if activation not in (None, 'softmax', 'sigmoid', 'own'):
+        raise ValueError(f"meta: activation={activation!r} is not known; use 'softmax', 'sigmoid', 'own' or None")
     if size is not None and not _is_size(size):
         raise ValueError(f'meta: size={size!r} must be a number of pixels or [height, width], each above 0')
     _check_vocab(meta.get('vocab'))
@@ -482,7 +511,7 @@ def _check_meta(meta):
     if isinstance(meta, Mapping): return _check_facts(meta)
     raise TypeError(f"meta: a {type(meta).__name__} is given; give a dict, such as meta=dict(vocab=['cat', 'dog'])")
 
-# %% ../../nbs/core/07_model.ipynb #96d2f985
+# %% ../../nbs/core/07_model.ipynb #b56ed84f
 def _is_number(value): return isinstance(value, Real) and not isinstance(value, bool) and 0 < value < math.inf
 
 
@@ -535,7 +564,7 @@ def check_settings(soft_attention='softmax_l2', weight_net='auto', mean=None, st
     as_normalisation(mean, std)
     _check_meta(meta)
 
-# %% ../../nbs/core/07_model.ipynb #eec192a0
+# %% ../../nbs/core/07_model.ipynb #397460cf
 def _check_sample(images):
     "Errors for a sample that is no batch of images as a CNN takes them"
     if not isinstance(images, torch.Tensor):
@@ -676,12 +705,12 @@ class AntehocModel(nn.Module):
 @patch
 @contextmanager
 def _trial(self: AntehocModel, sample):
-    "Inside the block, a copy of the CNN stands in for it, so that nothing that is tried changes it; yields the sample"
+    "Inside the block, the CNN can be tried, and is as before after it; yields the sample"
     if sample is False:
         yield sample
         return
     cnn = self.cnn
-    with trial_copy(cnn) as self.cnn:
+    with frozen(cnn, whole=True):
         try:
             if sample is None: sample = _noise_for(self.cnn)
             else:
@@ -689,10 +718,13 @@ def _trial(self: AntehocModel, sample):
                 sample = as_cnn_takes(sample, cnn)
             yield sample
         except AssertionError as e: raise _size_error(cnn, sample, e) from e
+        except TypeError as e:
+            if 'positional argument' not in str(e): raise
+            raise TypeError(f'cnn: {type(cnn).__name__} does not take the sample as its positional arguments ({e}); give '
+                            'a tuple if it takes several, or put it into a module whose forward(x) calls it') from e
         except RuntimeError as e:
             if sample[0].shape[1] == in_channels(cnn) or 'channels' not in str(e): raise
             raise self.wrong_channels(sample[0], 'sample') from e
-        finally: self.cnn = cnn
 
 
 @patch
@@ -752,7 +784,12 @@ def _find_sizes(self: AntehocModel, sample, classes, class_specific):
         raise ValueError("meta: the output of a CNN of task='segmentation' must be (B,K,h,w) with K > 1, got "
                          f'{shape_or_type(explained)}')
     wanted = class_specific or classes is not None
-    if class_specific is False or not (wanted or self._can_have_targets(explained)): return channels, None
+    is_for_each = isinstance(explained, torch.Tensor) and explained.ndim and len(explained) == len(as_inputs(sample)[0])
+    can_be = is_for_each and self._can_have_targets(explained)
+    if class_specific is False or not (wanted or can_be): return channels, None
+    if isinstance(explained, torch.Tensor) and not is_for_each:
+        raise ValueError(f'class_specific=True: the output of the CNN is {shape_or_type(explained)} for '
+                         f'{len(as_inputs(sample)[0])} images, and not one row of scores for each')
     if self.task == 'segmentation': return channels, explained.shape[1]
     if self.task == 'embedding' and _is_scores(explained, 2): return channels, explained.shape[1]
     if not isinstance(explained, torch.Tensor) and self._several_outputs.startswith("'"):
@@ -809,7 +846,9 @@ def explained(self: AntehocModel, # noqa: F811
               out, # What the CNN returned
              ): # A tensor; or `out`, if the map is about all of it
     "The output that the map is about, as of `explained_output`."
-    return explained_output(out, self.output)
+    found = explained_output(out, self.output)
+    is_squeezed = isinstance(found, torch.Tensor) and found.shape == (getattr(self, 'classes', None),)
+    return with_image_axis(found, 1) if is_squeezed else found
 
 # %% ../../nbs/core/07_model.ipynb #216fec3e
 @patch
@@ -899,8 +938,8 @@ def _measure_border_with(self: AntehocModel, noise, sample):
         for nth in range(4 if cells else 1):  # other cells of each block, so that more of the noise counts
             found.append(strength(pool_cells(scaled, None, cells, nth)[0] if cells else scaled).mean(0, keepdim=True))
         return torch.stack(found).mean(0) * scale
-    with trial_copy(self.cnn) as cnn, torch.no_grad(), frozen(cnn):
-        found = [record_sams(cnn, self.layers, copied_images((images, *others)), attention=mean_strength)[1]
+    with torch.no_grad(), frozen(self.cnn, whole=True):
+        found = [record_sams(self.cnn, self.layers, copied_images((images, *others)), attention=mean_strength)[1]
                  for images in noise]
     for i, (name, of_batches) in enumerate(zip(self._border_names, zip(*found))):
         response = torch.stack(of_batches).mean(0)
@@ -940,6 +979,9 @@ def _prepare_evidence(self: AntehocModel, evidence, sample):
         self.evidence = torch.zeros(self.classes, self.channels[evidence], device=self.mean.device)
 
 
+_MANY_CLASSES = 100
+
+
 def _first_images(inputs, n):
     "The first images of a batch, with what else belongs to them"
     x, *others = as_inputs(inputs)
@@ -960,9 +1002,9 @@ def _class_scores(out, explained):
 def measure_evidence(self: AntehocModel,
                      sample, # Input like the ones to come, (B,C,H,W); a tuple if the CNN takes several
                     ) -> None:
-    """Measure the mean gradient of each class's score with respect to a layer, with four images of noise. It changes
-    when the CNN does. Where there is no gradient any more, it becomes 0, with a warning. A model without class-specific
-    maps is left alone."""
+    """Measure the mean gradient of each class's score with respect to a layer, with four images of noise; with one,
+    where many classes need many passes through later layers. It changes when the CNN does. Where there is no gradient
+    any more, it becomes 0, with a warning. A model without class-specific maps is left alone."""
     if self.class_specific and self.modulates and not self.cnn_finds_targets:
         self._measure_evidence_with(self._noise(sample), sample)
 
@@ -974,9 +1016,11 @@ def _measure_evidence_with(self: AntehocModel, noise, sample):
     noise = noise[:len(x) * math.ceil(4 / len(x))].split(len(x))
     found = None
     layers = range(self.eta)[::-1] if self.evidence_layer is None else [self.evidence_layer]
-    with trial_copy(self.cnn) as cnn, frozen(cnn):
+    with frozen(self.cnn, whole=True):
         for layer in layers:
-            found = self._gradients_at(cnn, layer, noise, others)
+            if self.classes > _MANY_CLASSES and layer < self.eta - 1:
+                noise, others = [noise[0][:1]], _first_images((x, *others), 1)[1:]
+            found = self._gradients_at(layer, noise, others)
             if found is not None: break
     if found is not None: self.evidence_layer, self.evidence = layer, found
     elif self.evidence is not None:
@@ -987,11 +1031,11 @@ def _measure_evidence_with(self: AntehocModel, noise, sample):
 
 
 @patch
-def _gradients_at(self: AntehocModel, cnn, layer, noise, others):
+def _gradients_at(self: AntehocModel, layer, noise, others):
     "Directions of the classes in a layer, (K,C), of length 1 on average; None if there is no gradient"
     total = 0
     for images in noise:
-        try: found = channel_gradients(cnn, self.layers[layer], (images, *others),
+        try: found = channel_gradients(self.cnn, self.layers[layer], (images, *others),
                                        lambda out: _class_scores(out, self.explained))
         except RuntimeError: return None  # no gradient goes through the operations of this network
         if found is None: return None
@@ -1086,7 +1130,7 @@ def forward(self: AntehocModel, *args, **kwargs):
     recording = self.recording
     self.recording = False
     if not recording: return self.cnn(*args, **kwargs)
-    with torch.set_grad_enabled(self.cnn_learns and torch.is_grad_enabled()):
+    with hooks_observed(self.cnn), torch.set_grad_enabled(self.cnn_learns and torch.is_grad_enabled()):
         out, self._last_recorded = self._run_and_record(args, kwargs)
     return out
 

@@ -4,16 +4,15 @@
 
 # %% auto #0
 __all__ = ['unknown_name', 'Registry', 'map_tensors', 'output_tensors', 'shape_or_type', 'as_normalisation', 'as_rgb', 'open_rgb',
-           'every_module', 'eval_mode', 'frozen', 'weights_digest']
+           'every_module', 'eval_mode', 'always_called', 'hooks_observed', 'frozen', 'weights_digest']
 
 # %% ../../nbs/core/00_utils.ipynb #cell0003
 import difflib
-import dis
 import hashlib
 import importlib
-import inspect
 import io
 import json
+import operator
 import os
 import random
 import shlex
@@ -24,12 +23,12 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import copy, deepcopy
 from dataclasses import fields, is_dataclass
-from functools import cache, lru_cache, partial
+from functools import partial
 from numbers import Integral
 from pathlib import Path
 from types import CellType, SimpleNamespace
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -372,39 +371,51 @@ def every_module(network: nn.Module, # Any module
     return list(found)
 
 # %% ../../nbs/core/00_utils.ipynb #825597f2
-class _SharedSwitch:
-    "A boolean attribute of objects that is off as long as any thread has an open block that needs it off."
-    def __init__(self, attribute):
-        self.attribute = attribute
+class _SharedChange:
+    "A change of objects that lasts as long as any thread has an open block for them"
+    def __init__(self, change, undo):
+        self.change = change  # of one object; returns what `undo` has to know, or None if there is nothing to change
+        self.undo = undo
         self.lock = threading.Lock()
-        self.open_blocks = {}  # object that was switched off -> number of open blocks
+        self.open_blocks = {}  # object -> [number of open blocks, what `change` returned]
 
-    def _switch_off(self, objects):
-        "Switch off what is on; return it, with what other blocks have already switched off"
-        with self.lock:
-            mine = [obj for obj in objects if getattr(obj, self.attribute) or obj in self.open_blocks]
-            for obj in mine:
-                setattr(obj, self.attribute, False)
-                self.open_blocks[obj] = self.open_blocks.get(obj, 0) + 1
-        return mine
+    def _enter(self, obj):
+        "Whether the object is changed in this block"
+        if obj not in self.open_blocks:
+            before = self.change(obj)
+            if before is None: return False
+            self.open_blocks[obj] = [0, before]
+        self.open_blocks[obj][0] += 1
+        return True
 
-    def _close_block(self, mine):
-        with self.lock:
-            for obj in mine:
-                self.open_blocks[obj] -= 1
-                if not self.open_blocks[obj]:
-                    del self.open_blocks[obj]
-                    setattr(obj, self.attribute, True)
+    def _leave(self, obj):
+        entry = self.open_blocks[obj]
+        entry[0] -= 1
+        if entry[0]: return
+        del self.open_blocks[obj]
+        self.undo(obj, entry[1])
 
     @contextmanager
-    def off(self, objects):
-        mine = self._switch_off(objects)
+    def block(self, objects):
+        with self.lock: mine = [obj for obj in objects if self._enter(obj)]
         try: yield
-        finally: self._close_block(mine)
+        finally:
+            with self.lock:
+                for obj in mine: self._leave(obj)
 
 
-_training = _SharedSwitch('training')
-_requires_grad = _SharedSwitch('requires_grad')
+def _set_mode(module, mode):
+    if 'training' in vars(module): vars(module)['training'] = mode  # `setattr` of a module is slow
+    else: module.training = mode  # of a scripted module
+
+
+def _to_eval(module):
+    if not module.training: return None
+    _set_mode(module, False)
+    return True
+
+
+_training = _SharedChange(_to_eval, _set_mode)
 
 
 @contextmanager
@@ -428,125 +439,70 @@ def eval_mode(module: nn.Module): # Any module
     Where blocks of several threads overlap, the modes return with the last block. A submodule with a `train` method of
     its own is switched by that method."""
     modules = every_module(module)
-    with _switched_by_train(modules), _training.off(modules): yield module
+    with _switched_by_train(modules), _training.block(modules): yield module
 
 # %% ../../nbs/core/00_utils.ipynb #4198ce59
 _OWN = {*vars(nn.Module()), 'training'}  # attributes that every module has
-_PLAIN = (type(None), bool, int, float, complex, str)
-_NOT_THERE = object()
-_STREAMS = {torch.Generator: (torch.Generator.get_state, torch.Generator.set_state),
-            random.Random: (random.Random.getstate, random.Random.setstate),
-            np.random.RandomState: (np.random.RandomState.get_state, np.random.RandomState.set_state),
-            np.random.Generator: (lambda stream: deepcopy(stream.bit_generator.state),
-                                  lambda stream, state: setattr(stream.bit_generator, 'state', state))}
+_STREAMS = torch.Generator, random.Random, np.random.RandomState, np.random.Generator
 
 
-def _holders(module):
-    if isinstance(module, torch.jit.ScriptModule): return {}, {}, {}  # what it holds is not in dictionaries
-    return module._parameters, module._buffers, vars(module)
+def _attributes(module):
+    "The attributes of a module; None for torch's own layers without hooks, since nothing writes to these"
+    own = type(module).__module__.startswith('torch.nn.modules') and 'forward' not in vars(module)
+    if own and not module._forward_hooks and not module._forward_pre_hooks: return None
+    return {name: value for name, value in vars(module).items() if name not in _OWN}
 
 
-def _content(value):
-    "What can change inside a value: where a tensor's numbers lie and a copy of them; the state of a random stream"
-    if isinstance(value, torch.Tensor): return value.data, value.detach().clone()
-    return next((read(value) for kind, (read, _) in _STREAMS.items() if isinstance(value, kind)), None)
+def _copied(value):
+    "A copy of a tensor or a random stream; None for anything else"
+    if isinstance(value, nn.Parameter): return nn.Parameter(value.detach().clone(), requires_grad=False)
+    if isinstance(value, torch.Tensor): return value.detach().clone()
+    return deepcopy(value) if isinstance(value, _STREAMS) else None
 
 
-def _state(module, names=None):
-    "What a module holds by itself: its parameters, buffers and attributes, or those of them that are called `names`"
-    return [(holder, name, value, _content(value)) for holder in _holders(module) for name, value in holder.items()
-            if name not in _OWN and (names is None or name in names)]
+def _use_copies(module, of_parameters):
+    "Put copies in place of what a module may write to. Returns what was there, and the content of lists and the like"
+    attributes = _attributes(module)
+    if attributes is None and not module._buffers and not of_parameters: return None
+    if isinstance(module, torch.jit.ScriptModule): return None  # what it holds is not in dictionaries
+    before = [(module._buffers, dict(module._buffers))]
+    if attributes is not None: before += [(vars(module), attributes), (module._modules, dict(module._modules))]
+    if of_parameters: before.append((module._parameters, dict(module._parameters)))
+    for holder, values in before:
+        for name, value in values.items():
+            if (copied := _copied(value)) is not None: holder[name] = copied
+    return before, [(value, copy(value)) for value in (attributes or {}).values() if type(value) in (list, dict)]
 
 
-def _put_back(module, state, names):
-    "Make what is called `names` in a module as it was when `_state` was called"
-    there = {(id(holder), name) for holder, name, *_ in state}
-    for holder in _holders(module):
-        for name in names:
-            if (id(holder), name) not in there: holder.pop(name, None)
-    for holder, name, value, content in state:
-        if name not in names: continue
-        holder[name] = value
-        if isinstance(value, torch.Tensor):
-            data, numbers = content
-            if value.data_ptr() != data.data_ptr(): value.data = data
-            data.copy_(numbers)
-        for kind, (_, write) in _STREAMS.items():
-            if isinstance(value, kind): write(value, content)
-
-# %% ../../nbs/core/00_utils.ipynb #cf2dd29b
-def _differ(before, after):
-    "Whether a value was written to; a random stream always counts"
-    if isinstance(before, tuple(_STREAMS)): return True
-    if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor):
-        return type(before) is not type(after) or isinstance(before, _PLAIN) and before != after
-    if before.shape != after.shape or before.dtype != after.dtype: return True
-    if before.is_meta or before.is_quantized or before.is_sparse: return False
-    before, after = before.detach(), after.detach()
-    return not torch.equal(before, after) and bool(((before != after) & ~(before.isnan() & after.isnan())).any())
+def _put_back(module, state):
+    "Give a module back what it had; name by name, since other threads may be reading"
+    before, contents = state
+    for holder, values in before:
+        for name in holder.keys() - values.keys() - _OWN: del holder[name]
+        holder.update(values)
+    for value, content in contents:
+        if isinstance(value, list): value[:] = content
+        else:
+            for name in value.keys() - content.keys(): del value[name]
+            value.update(content)
 
 
-def _names_written(before, after):
-    "Which names in the holders of a module have other values in `after`"
-    pairs = [(name, old.get(name, _NOT_THERE), new.get(name, _NOT_THERE)) for old, new in zip(before, after)
-             for name in {**old, **new} if name not in _OWN]
-    return {name for name, old, new in pairs if _differ(old, new)}
+_state = _SharedChange(partial(_use_copies, of_parameters=False), _put_back)
+_whole_state = _SharedChange(partial(_use_copies, of_parameters=True), _put_back)
 
 
-class _WrittenState:
-    "What modules write when they run in evaluation mode, and blocks after which it is as before"
-    def __init__(self):
-        self.lock = threading.Lock()
-        self.names = WeakKeyDictionary()  # module -> what is written, by name
-        self.open_blocks = {}  # module -> [number of open blocks, names, their state before the first of them]
-
-    def note(self, module, names):
-        if names: self.names[module] = self.names.get(module, set()) | names
-
-    def note_copies(self, network, copied):
-        "Note what a copy of a network has written since it was made"
-        modules, copies = every_module(network), every_module(copied)
-        if len(modules) != len(copies): return
-        for module, of_copy in zip(modules, copies):
-            names = self.names.get(of_copy, set())  # noted where the copy was copied
-            self.note(module, names | _names_written(_holders(module), _holders(of_copy)))
-
-    def note_states(self, states):
-        "Note what modules have written since their `_state` was taken"
-        for module, state in states.items():
-            before = [{}, {}, {}]
-            for holder, name, value, content in state:
-                place = next(i for i, own in enumerate(_holders(module)) if own is holder)
-                before[place][name] = content[1] if isinstance(value, torch.Tensor) else value
-            self.note(module, _names_written(before, _holders(module)))
-
-    def _open(self, modules):
-        with self.lock:
-            mine = [module for module in modules if module in self.names or module in self.open_blocks]
-            for module in mine:
-                if module not in self.open_blocks:
-                    names = set(self.names[module])
-                    self.open_blocks[module] = [0, names, _state(module, names)]
-                self.open_blocks[module][0] += 1
-        return mine
-
-    def _close(self, mine):
-        with self.lock, torch.no_grad():
-            for module in mine:
-                entry = self.open_blocks[module]
-                entry[0] -= 1
-                if entry[0]: continue
-                del self.open_blocks[module]
-                _put_back(module, entry[2], entry[1])
-
-    @contextmanager
-    def kept(self, modules):
-        mine = self._open(modules) if self.names else []
-        try: yield
-        finally: self._close(mine)
+def _freeze(weight):
+    before = weight.requires_grad, weight.data
+    weight.requires_grad = False
+    return before
 
 
-_written = _WrittenState()
+def _thaw(weight, before):
+    weight.requires_grad, data = before
+    if weight.data_ptr() != data.data_ptr(): weight.data = data
+
+
+_gradients = _SharedChange(_freeze, _thaw)
 
 
 @contextmanager
@@ -558,252 +514,119 @@ def _other_streams():
         random.setstate(of_python)
         np.random.set_state(of_numpy)
 
-# %% ../../nbs/core/00_utils.ipynb #cad99396
-_OF_LISTS = {'append', 'appendleft', 'extend', 'put'}  # methods that return nothing, and that no tensor has
-
-
-def _code_of(hook):
-    "The code of a function, a method, a partial function or an object that can be called; None if there is none"
-    while isinstance(hook, partial): hook = hook.func
-    if not hasattr(hook, '__code__') and not hasattr(hook, '__func__'): hook = type(hook).__call__
-    return getattr(getattr(hook, '__func__', hook), '__code__', None)
-
-
-def _is_method(hook):
-    "Whether the first argument of a hook's code is the object that it belongs to"
-    while isinstance(hook, partial): hook = hook.func
-    return hasattr(hook, '__func__') or not hasattr(hook, '__code__')
-
-
-def _defined_in(hook):
-    while isinstance(hook, partial): hook = hook.func
-    return (getattr(hook, '__module__', None) or type(hook).__module__ or '').partition('.')[0]
-
-
-def _pushed_by(instructions, end):
-    "Where the instructions begin that put the value on the stack which `instructions[end - 1]` leaves on top"
-    depth = 0
-    while depth < 1:
-        end -= 1
-        instruction = instructions[end]
-        depth += dis.stack_effect(instruction.opcode, instruction.arg, jump=False)
-    return end
-
-
-def _root(instructions, end, skip):
-    "The instruction that a value begins with, such as the name in `name.attribute[0]`; `skip` values lie above it"
-    for _ in range(skip): end = _pushed_by(instructions, end)
-    start = _pushed_by(instructions, end)
-    if instructions[start].opname == 'COPY': return _root(instructions, start, instructions[start].arg - 1)
-    return instructions[start]
-
-
-@lru_cache(maxsize=1024)
-def _writes_to_arguments(code, is_method):
-    "Whether a function sets items or attributes of its arguments, or changes them by `+=` and the like; also if unsure"
-    names = {*code.co_varnames} - {*code.co_varnames[:is_method]}
-    instructions = [i for i in dis.get_instructions(code) if i.opname not in ('CACHE', 'EXTENDED_ARG')]
-    places = dict(STORE_SUBSCR=1, STORE_SLICE=2, STORE_ATTR=0)  # values above the one that is written to
-    try:
-        for i, instruction in enumerate(instructions):
-            above = places.get(instruction.opname)
-            if instruction.opname == 'BINARY_OP' and instruction.argrepr.endswith('='): above = 1
-            if above is None: continue
-            root = _root(instructions, i, above)
-            if root.opname.startswith('LOAD_FAST') and root.argval in names: return True
-    except (IndexError, ValueError): return True
-    return False
-
-
-@lru_cache(maxsize=1024)
-def _returns_nothing(code):
-    "Whether a function returns None at every end, and writes to no tensor in place"
-    if any(name.endswith('_') and not name.endswith('__') for name in code.co_names): return False
-    if code.co_name == '<lambda>': return bool(_OF_LISTS & {*code.co_names})
-    instructions = list(dis.get_instructions(code))
-    for before, instruction in zip([None, *instructions], instructions):
-        if instruction.opname == 'RETURN_CONST' and instruction.argval is not None: return False
-        if instruction.opname != 'RETURN_VALUE': continue
-        if instruction.is_jump_target or before.opname != 'LOAD_CONST' or before.argval is not None: return False
-    return not code.co_flags & (inspect.CO_GENERATOR | inspect.CO_COROUTINE)
-
-
-def always_called(hook: Callable) -> Callable: # A forward hook of this library, which is returned
-    "Mark a forward hook as one that `frozen` does not pass over."
-    hook.always_called = True
+# %% ../../nbs/core/00_utils.ipynb #b461fdb8
+def always_called(hook: Callable) -> Callable: # A hook of a module, which is returned
+    "Mark a hook as part of the network, so that `frozen` does not pass over it."
+    getattr(hook, '__func__', hook).always_called = True
     return hook
 
 
-def only_watches(hook: Callable) -> bool: # A hook of a module
-    "Whether a hook can't change any output, input or gradient. Those of torch and of this library are left alone."
-    code = _code_of(hook)
-    if code is None or hasattr(hook, 'always_called') or _defined_in(hook) in ('torch', 'antehoc_nb'): return False
-    if {'setattr', 'delattr'} & {*code.co_names}: return False
-    return _returns_nothing(code) and not _writes_to_arguments(code, _is_method(hook))
-
-# %% ../../nbs/core/00_utils.ipynb #b461fdb8
-_SHARED = (type(None), bool, int, float, str, bytes, type)  # of which different objects can be the same one
-
-
-def _ids(objects): return {id(thing) for thing in objects if not isinstance(thing, _SHARED)}
+def _ids(objects): # without values such as None or 1, of which different objects can be the same one
+    return {id(thing) for thing in objects if not isinstance(thing, (type(None), bool, int, float, str, bytes, type))}
 
 
 def _held_by(modules):
-    "Ids of modules and of what their attributes hold, also in lists and mappings; without their hooks"
+    "Ids of modules and of what their attributes hold, also in lists and dictionaries"
     held = _ids(modules)
     for module in modules:
-        attributes = [value for name, value in vars(module).items()
-                      if not (name.startswith('_') and name.endswith('_hooks'))]
+        attributes = (_attributes(module) or {}).values()
         held |= _ids(attributes)
         for value in attributes:
-            if isinstance(value, (Mapping, list, tuple, set)):
-                held |= _ids(value.values() if isinstance(value, Mapping) else value)
+            if isinstance(value, (list, tuple)): held |= _ids(value)
+            elif isinstance(value, Mapping): held |= _ids(value.values())
     return held
 
 
-def _in_closure(hook):
-    "Ids of what the closure of a hook holds"
-    while isinstance(hook, partial): hook = hook.func
-    found = []
-    for cell in getattr(getattr(hook, '__func__', hook), '__closure__', None) or ():
-        try: found.append(cell.cell_contents)
-        except ValueError: pass  # not bound yet
-    return _ids(found)
-
-
-def _works_with(hook):
-    "Ids of the object that a hook belongs to, and of what its closure and its partial arguments hold"
-    closure, used = _in_closure(hook), []
+def _is_part(hook, held):
+    "Whether a hook is marked, or torch's own, or works with something of which the network holds the id"
+    if hasattr(hook, 'always_called'): return True
+    used = []
     while isinstance(hook, partial):
         used += [*hook.args, *hook.keywords.values()]
         hook = hook.func
-    used.append(getattr(hook, '__self__', None if inspect.isfunction(hook) else hook))
-    return closure | _ids(used)
+    if (getattr(hook, '__module__', None) or '').partition('.')[0] == 'torch': return True
+    cells = getattr(getattr(hook, '__func__', hook), '__closure__', None) or ()
+    used += [cell.cell_contents for cell in cells if cell != CellType()]  # an empty one is not bound yet
+    return bool(_ids([getattr(hook, '__self__', hook), *used]) & held)
 
 
-_HOOKS = '_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks'
+_FORWARD = '_forward_pre_hooks', '_forward_hooks'
+_BACKWARD = '_backward_pre_hooks', '_backward_hooks'
 
 
-class _SilentHooks:
-    "Hooks that only watch are taken off as long as any thread has an open block that needs it."
-    def __init__(self):
-        self.lock = threading.Lock()
-        self.open_blocks = {}  # (module, kind) -> [number of open blocks, its hooks in order, what was taken off]
+def _other_hooks(modules, kinds):
+    "(module, kind, key) of the hooks that are no part of the network, and of those that torch calls for all modules"
+    places = [(module, kind) for module in modules for kind in kinds if getattr(module, kind)]
+    places += [(nn.modules.module, f'_global{kind}') for kind in kinds if getattr(nn.modules.module, f'_global{kind}')]
+    held = _held_by(modules) if places else ()
+    return [(module, kind, key) for module, kind in places for key, hook in [*getattr(module, kind).items()]
+            if not _is_part(hook, held)]
 
-    def _take_off(self, module, kind, held):
-        hooks = getattr(module, kind)
-        if not hooks and (module, kind) not in self.open_blocks: return False
-        watching = {key: hook for key, hook in hooks.items() if only_watches(hook) and not _works_with(hook) & held()}
-        if not watching and (module, kind) not in self.open_blocks: return False
-        entry = self.open_blocks.setdefault((module, kind), [0, list(hooks), {}])
-        entry[0] += 1
-        entry[2].update(watching)
-        for key in watching: del hooks[key]
-        return True
+# %% ../../nbs/core/00_utils.ipynb #abccdb3f
+def _in_its_place(other):
+    "The change that puts another function, made of a hook, in its place"
+    def put(place):
+        module, kind, key = place
+        hook = getattr(module, kind).get(key)
+        if hook is not None: getattr(module, kind)[key] = other(hook)
+        return hook
 
-    def _put_back(self, module, kind):
-        entry = self.open_blocks[module, kind]
-        entry[0] -= 1
-        if entry[0]: return
-        del self.open_blocks[module, kind]
-        hooks = getattr(module, kind)
-        hooks.update(entry[2])
-        newer = [key for key in hooks if key not in entry[1]]
-        for key in [*entry[1], *newer]:
-            if key in hooks: hooks.move_to_end(key)
-
-    @contextmanager
-    def off(self, modules):
-        held = cache(lambda: _held_by(modules))  # found only where there are hooks
-        with self.lock:
-            mine = [(module, kind) for module in modules for kind in _HOOKS if self._take_off(module, kind, held)]
-        try: yield
-        finally:
-            with self.lock:
-                for module, kind in mine: self._put_back(module, kind)
+    def put_back(place, hook):
+        module, kind, key = place
+        if key in getattr(module, kind): getattr(module, kind)[key] = hook
+    return _SharedChange(put, put_back)
 
 
-_hooks = _SilentHooks()
+def _observed(hook):
+    "A hook that calls another, and marks it if that changes what the module gets, returns or holds"
+    def call(module, *values):
+        tensors, attributes = output_tensors(values), [*vars(module).values()]
+        versions = [tensor._version for tensor in tensors]
+        result = hook(module, *values)
+        same = len(attributes) == len(vars(module)) and all(map(operator.is_, attributes, vars(module).values()))
+        if result is not None or not same or versions != [tensor._version for tensor in tensors]: always_called(hook)
+        return result
+    return call
+
+
+_observing = _in_its_place(_observed)
+_skipping = _in_its_place(lambda hook: lambda *args: None)
+
+
+@contextmanager
+def hooks_observed(network: nn.Module): # Any network
+    "Inside the block, forward hooks are marked by `always_called` when they change something."
+    with _observing.block(_other_hooks(every_module(network), _FORWARD)): yield
 
 # %% ../../nbs/core/00_utils.ipynb #cell0014
 @contextmanager
-def frozen(cnn: nn.Module): # The network that pass 2 must not change
+def frozen(cnn: nn.Module, # The network that pass 2 must not change
+           whole: bool = False, # Put back also parameters that are written in place? It takes a copy of all of them
+          ):
     """Evaluation mode inside the block, no gradients for the weights, no move of the random streams of torch, NumPy and
-    Python, and no call of forward hooks that only watch.
+    Python, and no call of hooks that are no part of the network.
 
-    The CNN's input still gets its gradient. All is as before after the block, also after an error, and also what a
-    module is known to write in evaluation mode (see `trial_copy`). Threads may freeze one network at the same time. The
-    random streams belong to the process, though: what another thread draws meanwhile is drawn again after the block."""
-    devices = {parameter.device for parameter in cnn.parameters() if parameter.is_cuda}
-    learning = [parameter for parameter in cnn.parameters() if not parameter.is_inference() and parameter.is_leaf]
+    The CNN's input still gets its gradient. All is as before after the block, also after an error, and also what the
+    modules write in evaluation mode, but for parameters that are written in place. Threads may freeze one network at
+    the same time. The random streams belong to the process, though: what another thread draws meanwhile is drawn again
+    after the block."""
     modules = every_module(cnn)
-    streams = torch.random.fork_rng(devices), _other_streams()
-    with _written.kept(modules), streams[0], streams[1], _requires_grad.off(learning), eval_mode(cnn), \
-            _hooks.off(modules): yield
-
-# %% ../../nbs/core/00_utils.ipynb #532de2ee
-def _reached_by(function, depth=4):
-    "Ids of what a function works with: its object, its closure, and what functions in there work with"
-    while isinstance(function, partial): function = function.func
-    inner = getattr(function, '__func__', function)
-    owner = getattr(function, '__self__', None)
-    cells = [cell.cell_contents for cell in getattr(inner, '__closure__', None) or () if cell != _EMPTY]
-    found = _ids([*cells, owner])
-    for part in cells if depth else ():
-        if callable(part) and not isinstance(part, (type, nn.Module)): found |= _reached_by(part, depth - 1)
-    return found
-
-
-_EMPTY = CellType()
-
-
-def _functions_of(modules):
-    "The functions in attributes of modules, such as a `forward` that was put in place of another"
-    modules = [module for module in modules if '_orig_mod' not in module._modules]  # a compiled module makes its own
-    values = [value for module in modules for name, value in vars(module).items() if name not in _OWN]
-    values += [part for value in values if isinstance(value, (list, tuple)) for part in value]
-    return [value for value in values if inspect.isfunction(value)]
-
-
-def _copies_follow(network):
-    "Whether functions of a copy would work with the copy: a function that is copied keeps its closure"
-    modules = every_module(network)
-    hooks = [hook for module in modules for hook in module._forward_hooks.values()]
-    functions = _functions_of(modules)
-    if not hooks and not functions: return True
-    held = _held_by(modules)
-    return not any(_in_closure(hook) & held for hook in hooks) and not any(
-        _reached_by(function) & held for function in functions)
-
-# %% ../../nbs/core/00_utils.ipynb #e85f1fa3
-@contextmanager
-def trial_copy(network: nn.Module): # Any network
-    """A copy to try things out on, without hooks that only watch. If it can't be copied, the network itself, whose
-    weights, buffers and attributes are as before after the block. What its modules write is noted for `frozen`."""
-    modules = every_module(network)
-    with _hooks.off(modules):
-        try: copied = deepcopy(network) if _copies_follow(network) else None
-        except Exception: copied = None
-    if copied is not None:
-        yield copied
-        _written.note_copies(network, copied)
-    else:
-        states = {module: _state(module) for module in modules}
-        try:
-            with _hooks.off(modules): yield network
-            _written.note_states(states)
-        finally:
-            with torch.no_grad():
-                for module, state in states.items(): _put_back(module, state, [name for _, name, *_ in state])
+    parameters = {weight for module in modules for weight in module._parameters.values() if weight is not None}
+    devices = {weight.device for weight in parameters if weight.is_cuda}
+    learning = [weight for weight in parameters if not weight.is_inference() and weight.is_leaf]
+    state = (_whole_state if whole else _state).block(modules)
+    hooks = _skipping.block(_other_hooks(modules, _FORWARD + _BACKWARD))
+    with torch.random.fork_rng(devices), _other_streams(), state, _gradients.block(learning), eval_mode(cnn), hooks:
+        yield
 
 # %% ../../nbs/core/00_utils.ipynb #a145a2ff
 def _taken_channels(cnn, of_convolution):
     "How many channels the CNN takes, of those that its first convolution has, 3, 1 and 4; the convolution's if none"
     parameter = next(cnn.parameters())
-    with trial_copy(cnn) as trial, frozen(trial), torch.no_grad():
+    with frozen(cnn, whole=True), torch.no_grad():
         for size in [*own_sizes(cnn), (128, 128), (224, 224)]:
             for channels in (of_convolution, 3, 1, 4):
-                try: trial(parameter.new_zeros(1, channels, *size))
+                try: cnn(parameter.new_zeros(1, channels, *size))
                 except Exception: continue
                 return channels
     return of_convolution
@@ -826,18 +649,23 @@ def own_seed(build: Callable, # A function without arguments that draws random n
     finally: torch.random.set_rng_state(state)
 
 # %% ../../nbs/core/00_utils.ipynb #cell0016
+def _bytes_of(tensor):
+    "The bytes of a copy: numbers that NumPy has shared can't be resized any more, as some modules do"
+    return tensor.detach().cpu().reshape(-1).clone().view(torch.uint8).numpy().tobytes()
+
+
 def weights_digest(cnn: nn.Module) -> str: # 64 hexadecimal digits
     "SHA-256 over the names and values of a network's weights and buffers."
     digest = hashlib.sha256()
     for name, value in sorted(cnn.state_dict().items()):
-        digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+        digest.update(name.encode() + _bytes_of(value))
     return digest.hexdigest()
 
 # %% ../../nbs/core/00_utils.ipynb #cell0017
 def tensor_digest(*tensors: torch.Tensor) -> str: # 16 hexadecimal digits
     "The first digits of SHA-256 over the values of some tensors."
     digest = hashlib.sha256()
-    for tensor in tensors: digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    for tensor in tensors: digest.update(_bytes_of(tensor))
     return digest.hexdigest()[:16]
 
 # %% ../../nbs/core/00_utils.ipynb #4bea35c1

@@ -537,8 +537,21 @@ def _check_class_folders(path, splits):
                          f'{unread}; convert them to JPEG or PNG, or delete the folder')
 
 
+def _empty_folders(path, splits):
+    "What is to be said about folders beside those of the classes in which there is no file; '' for none"
+    of_classes = {folder for items in splits.values() for file, label in items if isinstance(file, Path)
+                  for folder in file.parents if folder.name == label}
+    beside = {folder for of_class in of_classes for folder in of_class.parent.iterdir()
+              if folder.is_dir() and not folder.is_symlink() and folder.name[0] not in '._'}
+    filled = {folder for file in files_below(unpacked(path)) for folder in file.parents}
+    names = sorted(str(folder.relative_to(unpacked(path))) for folder in beside - filled)
+    return f'nothing is in the folder{"s" * (len(names) > 1)} {", ".join(names)}' if names else ''
+
+
 def _warn_of_left_out(path, splits):
-    "A warning about images in a folder that no class has"
+    "A warning about folders and images that no class has"
+    empty = _empty_folders(path, splits)
+    if empty: warnings.warn(f'{path}: {empty}', stacklevel=4)
     files, used = files_below(unpacked(path)), _used_files(splits)
     unread = unread_images(files)
     if unread: warnings.warn(f'{path}: left out: {unread}', stacklevel=4)
@@ -565,7 +578,9 @@ def _read_splits(path):
                          'train/<class>/<image>.jpg or data_batch_1')
     vocab = sorted({label for _, label in items})
     if len(vocab) < 2:
-        raise ValueError(f'path={str(path)!r}: only one class, {vocab[0]!r}; give each of two or more classes a folder')
+        empty = f' ({_empty_folders(path, splits)})' if has_files and _empty_folders(path, splits) else ''
+        raise ValueError(f'path={str(path)!r}: only one class, {vocab[0]!r}{empty}; give each of two or more classes a '
+                         'folder')
     if has_files: _warn_of_left_out(path, splits)
     return splits, vocab
 

@@ -274,7 +274,9 @@ def _check_task(model, e):
         raise ValueError('the model gives one number for each image, and does not say what it means: save it with '
                          "meta=dict(task='binary', vocab=['no', 'yes']), or with task='regression'")
     try: _ = e.decisions
-    except TypeError: raise _not_a_classifier(model) from None
+    except TypeError as error:
+        if model.meta.get('activation') == 'own': raise ValueError(str(error).removeprefix('probabilities: ')) from None
+        raise _not_a_classifier(model) from None
 
 
 def target_number(

@@ -242,7 +242,7 @@ def _prediction(self: PhotoPage, e):
 @patch
 def _outputs(self: PhotoPage, e):
     "Names and values of the outputs of a regression"
-    values = e.pred.reshape(len(e), -1)[0].tolist()
+    values = e.numbers[0].tolist()
     return [_class_name(e, i) for i in range(len(values))], values
 
 # %% ../../nbs/show/70_serve.ipynb #6bc64dfe

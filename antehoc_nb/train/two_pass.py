@@ -25,7 +25,7 @@ from fastai.data.transforms import Normalize
 from fastai.learner import Metric
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import find_bs, norm_bias_params, to_device, trainable_params
-from fastai.vision.core import PILImage
+from fastai.vision.core import PILImage, PointScaler
 from fastcore.basics import patch
 from fastcore.foundation import L
 from torch import nn
@@ -444,12 +444,62 @@ def _task_of_labels(labels, loss_name, names):
     return None if has_entropy else 'regression'
 
 
+def _has_scaled_points(dls):
+    "Whether the targets are points that fastai scaled to -1..1"
+    transforms = getattr(getattr(dls, 'after_item', None), 'fs', ())
+    return any(isinstance(transform, PointScaler) and transform.do_scale for transform in transforms)
+
+
 def _task_of_exported(dls, loss_name):
     "The task of a learner without labels, which was exported and loaded; None if it is not known"
     transforms = {type(transform).__name__ for pipeline in getattr(dls, 'tls', [])[1:] for transform in pipeline.tfms}
     if any(name.endswith('MultiCategorize') for name in transforms): return 'multi-label'
     if 'Categorize' in transforms: return 'binary' if _is_binary(loss_name) else 'single-label'
-    return 'regression' if 'RegressionSetup' in transforms else None
+    return 'regression' if 'RegressionSetup' in transforms or _has_scaled_points(dls) else None
+
+
+def _score_count(task, names, labels):
+    "How many scores of an image a loss gets, as far as that is known"
+    if task == 'binary': return 1
+    if names is not None: return len(names)
+    return 5 if task == 'single-label' or not labels else labels[0][0].numel()
+
+
+def _threshold_of(shares, is_on, usual):
+    "The number above which a label is on: the usual one, if it can be that; None if there is no such number"
+    if is_on.all() or not is_on.any(): return None
+    low, high = shares[~is_on].max().item(), shares[is_on].min().item()
+    if low <= usual < high: return usual
+    return round((low + high) / 2, 3) if low < high else None
+
+
+def _activation_name(scores, shares):
+    "The activation that made shares of scores: a name, None for none, or 'own'"
+    known = {None: scores, 'softmax': scores.softmax(-1), 'sigmoid': scores.sigmoid()}
+    return next((name for name, expected in known.items() if torch.allclose(shares, expected, atol=1e-6)), 'own')
+
+
+def _facts_of_loss(loss_func, usual, n_scores):
+    """What is other than the usual facts where a loss has `activation` and `decodes`, as those of fastai do, found by
+    trying them on scores. The activation is 'own' if they do what no fact can say."""
+    methods = [getattr(loss_func, name, None) for name in ('activation', 'decodes')]
+    if usual['task'] not in (*ACTIVATIONS, 'regression') or not any(map(callable, methods)): return {}
+    activate, decode = [method if callable(method) else (lambda scores: scores) for method in methods]
+    scores = torch.randn(64, n_scores, generator=torch.Generator().manual_seed(0))
+    has_threshold = 'threshold' in usual
+    if has_threshold: scores = torch.cat([scores, torch.linspace(-8, 8, 4001)[:, None].expand(-1, n_scores)])
+    try:
+        shares = activate(scores.clone())
+        decided = decode(shares.clone())
+        facts = dict(activation=_activation_name(scores, shares))
+        if facts['activation'] is None and torch.equal(decided, shares): return {}  # neither does anything
+        if has_threshold:
+            facts['threshold'] = _threshold_of(shares, decided.reshape(scores.shape) > 0, usual['threshold'])
+            is_usual = facts['threshold'] is not None
+        elif usual['task'] == 'regression': is_usual = torch.allclose(decided, shares)
+        else: is_usual = torch.equal(decided, shares.argmax(-1))
+    except Exception: is_usual = False  # it takes other scores
+    return facts if is_usual else dict(activation='own')
 
 
 def _output_facts(learn, labels):
@@ -463,13 +513,14 @@ def _output_facts(learn, labels):
     activation = None if has_probabilities else ACTIVATIONS.get(task)
     facts = dict(task=task, activation=activation)
     if task in ('multi-label', 'binary'): facts['threshold'] = float(getattr(learn.loss_func, 'thresh', .5))
-    return facts
+    return facts | _facts_of_loss(learn.loss_func, facts, _score_count(task, names, labels))
 
 
 def _learner_facts(learn, sample, labels):
     "What a saved model should state: the size of its images, the names of the classes, and what its output means"
     facts, names = dict(size=list(sample[0].shape[2:])), _class_names(learn.dls)
     if names is not None: facts['vocab'] = names
+    if _has_scaled_points(learn.dls): facts['points'] = True
     return facts | _output_facts(learn, labels)
 
 # %% ../../nbs/train/11_two_pass.ipynb #844b03b6

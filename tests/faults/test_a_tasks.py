@@ -7,8 +7,8 @@ import torch
 from fastai.data.block import CategoryBlock, DataBlock, MultiCategoryBlock, RegressionBlock
 from fastai.data.transforms import IndexSplitter
 from fastai.learner import Learner
-from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, MSELossFlat
-from fastai.vision.data import ImageBlock
+from fastai.losses import BaseLoss, BCEWithLogitsLossFlat, CrossEntropyLossFlat, LabelSmoothingCrossEntropy, MSELossFlat
+from fastai.vision.data import ImageBlock, PointBlock
 from torch import nn
 from typer.testing import CliRunner
 
@@ -26,6 +26,7 @@ CASES = dict(
     several=(MultiCategoryBlock, lambda o: LABELS[o % 4], MANY, 3, 'multi-label', 'sigmoid'),
     binary=(CategoryBlock, lambda o: ['cat', 'dog'][o % 2], BCEWithLogitsLossFlat(), 1, 'binary', 'sigmoid'),
     regression=(lambda: RegressionBlock(2), lambda o: [o / 4, 1.], MSELossFlat(), 2, 'regression', None),
+    points=(PointBlock, lambda o: torch.tensor([[o, 2. * o]]), MSELossFlat(), 2, 'regression', None),
     number=(RegressionBlock, lambda o: o / 4, MSELossFlat(), 1, 'regression', None),
     integers=(CategoryBlock, lambda o: [3, 7, 10][o % 3], CrossEntropyLossFlat(), 3, 'single-label', 'softmax'),
     classes=(CategoryBlock, lambda o: 'abc'[o % 3], CrossEntropyLossFlat(), 3, 'single-label', 'softmax'),
@@ -38,12 +39,12 @@ BIASES = [3., -3., -3.], [-3., -3., -3.], [-1., .3, 2.]
 def image_of(o): return np.full((16, 16, 3), 20 * o, np.uint8) if isinstance(o, int) else np.asarray(o)
 
 
-def learner(cnn, kind, cbs=()):
+def learner(cnn, kind, cbs=(), loss=None):
     "A learner, not trained, on 8 images"
-    block, label, loss, n_out, _, _ = CASES[kind]
+    block, label, usual_loss, n_out, _, _ = CASES[kind]
     data = DataBlock((ImageBlock, block), get_x=image_of, get_y=label, splitter=IndexSplitter([4, 5, 6, 7]))
     dls = data.dataloaders(list(range(8)), bs=4, num_workers=0, device='cpu')
-    return Learner(dls, cnn(n_out), loss_func=loss, cbs=cbs)
+    return Learner(dls, cnn(n_out), loss_func=loss or usual_loss, cbs=cbs)
 
 
 def with_bias(model, bias):
@@ -59,8 +60,8 @@ def said(learn):
     decoded, *_ = learn.predict(image_of(1))
     if isinstance(decoded, str): return decoded
     if isinstance(decoded, (int, bool)): return str(decoded)
-    return ', '.join(f'{float(o):.5g}' if not isinstance(o, str) else o for o in (
-        decoded if hasattr(decoded, '__len__') else [decoded])) or 'none'
+    decoded = list(np.ravel(decoded))
+    return ', '.join(o if isinstance(o, str) else f'{float(o):.5g}' for o in decoded) or 'none'
 
 
 @pytest.mark.parametrize('bias', BIASES, ids=str)
@@ -87,6 +88,55 @@ def test_the_table_says_what_the_learner_says(cnn, photo, tmp_path, kind, bias):
         on = [p for p in scores.sigmoid().tolist() if p > .6]
         assert row['probability'] == ', '.join(str(round(p, 4)) for p in on)
     if task == 'regression': assert row['probability'] == ''
+
+
+class OneOfAll(CrossEntropyLossFlat):
+    "Each class by itself, as for one against all the others"
+    def activation(self, x): return x.sigmoid()
+
+
+class LowThreshold(BCEWithLogitsLossFlat):
+    def decodes(self, x): return x > .3
+
+
+class InRange(BaseLoss):
+    "The numbers of a regression, in [0,1]"
+    def __init__(self): super().__init__(nn.MSELoss, axis=-1, floatify=True)
+    def activation(self, x): return x.sigmoid()
+
+
+class Cooler(CrossEntropyLossFlat):
+    def activation(self, x): return (x / 2).softmax(-1)
+
+
+class Rejecting(CrossEntropyLossFlat):
+    def decodes(self, x): return torch.where(x.amax(-1) > .9, x.argmax(-1), 0)
+
+
+@pytest.mark.parametrize('bias', BIASES, ids=str)
+@pytest.mark.parametrize('kind, loss, activation, threshold', [
+    ('classes', OneOfAll, 'sigmoid', None), ('several', LowThreshold, 'sigmoid', .3),
+    ('regression', InRange, 'sigmoid', None), ('classes', LabelSmoothingCrossEntropy, 'softmax', None)])
+def test_losses_that_say_how_scores_are_read(cnn, kind, loss, activation, threshold, bias):
+    learn = learner(cnn, kind, TwoPass(eta=2), loss())
+    model = with_bias(learn.model, bias)
+    assert model.meta['activation'] == activation
+    if threshold: assert model.meta['threshold'] == pytest.approx(threshold, abs=1e-3)
+    with learn.no_bar():
+        assert model.explain([image_of(1)]).labels == [said(learn)]
+        _, _, shares = learn.predict(image_of(1))
+    e = model.explain([image_of(1)])
+    assert torch.allclose(e.numbers[0] if kind == 'regression' else e.probabilities[0], shares)
+
+
+@pytest.mark.parametrize('loss', [Cooler, Rejecting])
+def test_losses_with_functions_of_their_own(cnn, photo, tmp_path, loss):
+    learn = learner(cnn, 'classes', loss=loss())
+    model, files = AntehocModel(learn, eta=2), [(photo(tmp_path/'a.png'), 'a.png')]
+    with pytest.raises(ValueError, match="loss has an `activation` or a `decodes` of its own.*meta=dict"):
+        explain_files(model, files, tmp_path/'out', say=None)
+    model.meta['activation'] = 'softmax'
+    assert explain_files(model, files, tmp_path/'out', say=None)[0] == 1
 
 
 @pytest.mark.parametrize('kind', CASES)
@@ -148,6 +198,32 @@ def test_a_plain_model_with_facts_of_ones_own(cnn, photo, tmp_path):
     with_bias(model, [2.])
     assert model.explain(torch.rand(2, 3, 16, 16)).labels == ['yes', 'yes']
     assert explain_files(model, [(photo(tmp_path/'a.png'), 'a.png')], tmp_path/'out', say=None)[0] == 1
+
+
+class Squeezed(nn.Module):
+    "Gives one image's scores without the axis of the images"
+    def __init__(self, cnn):
+        super().__init__()
+        self.cnn = cnn
+
+    def forward(self, x): return self.cnn(x).squeeze()
+
+
+@pytest.mark.parametrize('n_out, task', [(1, 'binary'), (1, 'regression'), (3, 'single-label'), (3, 'multi-label'),
+                                         (3, None), (3, 'regression')])
+def test_networks_that_squeeze(cnn, n_out, task):
+    x = torch.rand(2, 3, 16, 16)
+    model = AntehocModel(Squeezed(cnn(n_out)), x, eta=2, meta=dict(task=task))
+    one, two = model.explain(x[:1]), model.explain(x)
+    assert one.labels == two.labels[:1] and torch.allclose(one.map, two.map[:1], atol=1e-4)
+
+
+@pytest.mark.parametrize('task', ['binary', 'regression', None])
+def test_one_number_for_all_images(cnn, task):
+    class Mean(Squeezed):
+        def forward(self, x): return self.cnn(x).mean()
+    e = AntehocModel(Mean(cnn(1)), torch.rand(2, 3, 16, 16), eta=2, meta=dict(task=task)).explain(torch.rand(2, 3, 16, 16))
+    with pytest.raises(TypeError, match=r'\(\)'): _ = e.decisions
 
 
 def test_the_command(photo, tmp_path):

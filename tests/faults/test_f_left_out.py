@@ -52,6 +52,15 @@ def test_a_class_of_images_that_are_not_read(photo, tmp_path, suffix):
         loaded(tmp_path)
 
 
+def test_empty_class_folders_are_named(photo, tmp_path):
+    folders(photo, tmp_path, 'cat', 'fox')
+    (tmp_path/'dog'/'more').mkdir(parents=True)
+    with pytest.warns(UserWarning, match='nothing is in the folder dog$'): loaded(tmp_path)
+    for image in (tmp_path/'fox').iterdir(): image.unlink()
+    with pytest.raises(ValueError, match=r"only one class, 'cat' \(nothing is in the folders dog, fox\); give each"):
+        loaded(tmp_path)
+
+
 def test_images_beside_others_are_named(photo, tmp_path):
     folders(photo, tmp_path, 'cat', 'dog')
     (tmp_path/'dog'/'1.jp2').write_bytes(b'x')

@@ -142,6 +142,12 @@ def test_networks_without_values(cnn, part):
     assert torch.equal(AntehocModel(network.eval(), X).explain(X).pred, cnn()(X))
 
 
+def test_complex_weights(cnn):
+    with pytest.raises(TypeError) as error: AntehocModel(cnn().to(torch.complex64), X)
+    assert str(error.value) == ("cnn: the weights of its module '0.0' are complex numbers, and maps are made of real "
+                                'activations; give a network of real numbers')
+
+
 def test_weights_and_exported_programs(cnn):
     with pytest.raises(TypeError, match='OrderedDict.*build it, and put the weights in: cnn.load_state_dict'):
         AntehocModel(cnn().state_dict(), X)
