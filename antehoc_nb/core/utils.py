@@ -365,7 +365,7 @@ class _SharedSwitch:
     def _switch_off(self, objects):
         "Switch off what is on; return it, with what other blocks have already switched off"
         with self.lock:
-            mine = [obj for obj in objects if getattr(obj, self.attribute) or obj in self.open_blocks]
+            mine = [obj for obj in objects if getattr(obj, self.attribute) or self.open_blocks and obj in self.open_blocks]
             for obj in mine:
                 setattr(obj, self.attribute, False)
                 self.open_blocks[obj] = self.open_blocks.get(obj, 0) + 1
@@ -393,7 +393,7 @@ _requires_grad = _SharedSwitch('requires_grad')
 @contextmanager
 def _switched_by_train(modules):
     "Modules whose `train` does more than set the mode, such as emptying a cache, are switched by it"
-    changed = [module for module in modules if type(module).train is not nn.Module.train and module.training]
+    changed = [module for module in modules if module.training and type(module).train is not nn.Module.train]
     modes = {module: module.training for module in modules} if changed else {}
     for module in changed: module.train(False)
     for module, mode in modes.items(): module.training = mode  # `train` also switches what is inside
@@ -794,7 +794,7 @@ def _taken_channels(cnn, of_convolution):
 # %% ../../nbs/core/00_utils.ipynb #f92967f1
 def full_precision(device: torch.device): # Of the tensors in the block
     "A context without autocast; one that does nothing while `torch.export` records a graph."
-    if torch.compiler.is_exporting(): return nullcontext()
+    if torch.compiler.is_exporting() or not torch.is_autocast_enabled(device.type): return nullcontext()
     return torch.autocast(device.type, enabled=False)
 
 # %% ../../nbs/core/00_utils.ipynb #cell0012
