@@ -1257,11 +1257,11 @@ def image_batch(self: AntehocModel,
 @patch
 def _check_shape(self: AntehocModel, x):
     "`ValueError` for a tensor that is no batch of floating-point images"
-    shape, channels = tuple(x.shape), self.image_channels
+    shape = tuple(x.shape)
     if x.ndim == 4 and x.is_floating_point():
         if not x.numel(): raise ValueError(f'explain: the batch is empty, {shape}; give at least one image')
         return
-    hint = ''
+    hint, channels = '', self.image_channels
     if not x.is_floating_point(): hint = '; pixels from 0 to 255 are torch.uint8: x.to(torch.uint8)'
     elif x.ndim == 3 and shape[2] == channels != shape[0]: hint = '; use x.permute(2, 0, 1)[None]'
     elif x.ndim == 3: hint = '; add a batch dimension with x[None]'
@@ -1273,22 +1273,23 @@ def _check_values(self: AntehocModel, x):
     "`ValueError` for NaN, infinities and pixels from 0 to 255; a warning if the normalisation can't be right"
     if torch.compiler.is_compiling() or torch.jit.is_tracing(): return
     x = x.detach()
-    ends = torch.stack([x.amin((2, 3)), x.amax((2, 3))]).float().cpu().numpy()  # (2,B,C)
-    if not np.isfinite(ends).all():
-        image = int((~np.isfinite(ends)).any((0, 2)).nonzero()[0][0])
+    lowest, highest = torch.stack([x.amin((2, 3)).amin(0), x.amax((2, 3)).amax(0)]).tolist()  # of each channel
+    if not all(map(math.isfinite, lowest + highest)):
+        image = int((~x.flatten(1).isfinite().all(1)).nonzero()[0])
         raise ValueError(f'explain: image {image} of the batch has NaN or infinite pixels')
-    mean, std = (values.float().cpu().numpy().ravel() for values in (self.mean, self.std))
-    if len(mean) not in (1, x.shape[1]): return
-    pixels = ends * std + mean
-    low, high = float(pixels.min()), float(pixels.max())
-    if has_other_units(mean, std):
+    mean, std = (values.flatten().tolist() * (1 if values.numel() > 1 else len(lowest))
+                 for values in (self.mean, self.std))
+    if len(mean) != len(lowest): return
+    low, high = (find(value * s + m for value, s, m in zip(ends, std, mean))
+                 for find, ends in ((min, lowest), (max, highest)))
+    if has_other_units(self.mean, self.std):
         self._warn_once('units', f'explain: the pixels go from {low:.4g} to {high:.4g} by the normalisation, and not '
                         'from 0 to 1; in pictures, two standard deviations around the mean are stretched over 0 to 1')
     elif low >= -1 and high > 16:
-        raise ValueError(f'explain: these look like pixels from 0 to 255 (the highest is {ends.max():.0f}); '
+        raise ValueError(f'explain: these look like pixels from 0 to 255 (the highest is {max(highest):.0f}); '
                          'give them as they are, x.to(torch.uint8), or divide by 255 and normalise')
-    elif (mean == 0).all() and (std == 1).all(): self._warn_if_normalised(low, high)
-    else: self._warn_if_not_normalised(ends, low, high)
+    elif {*mean} == {0.} and {*std} == {1.}: self._warn_if_normalised(low, high)
+    else: self._warn_if_not_normalised(min(lowest), max(highest), low, high)
 
 
 @patch
@@ -1301,13 +1302,13 @@ def _warn_if_normalised(self: AntehocModel, low, high):
 
 
 @patch
-def _warn_if_not_normalised(self: AntehocModel, ends, low, high):
+def _warn_if_not_normalised(self: AntehocModel, lowest, highest, low, high):
     "Of a model with mean and std: warn of images normalised twice, or not at all; `low`, `high`: of the pixels"
     if low < -1 or high > 2:
         self._warn_once('twice', f'explain: without the normalisation, pixels go from {low:.2f} to {high:.2f} and not '
                         'from 0 to 1; were the images normalised twice, or with another mean and std than '
                         "the model's?", level=6)
-    elif 0 <= ends.min() and .5 < ends.max() <= 1:
+    elif 0 <= lowest and .5 < highest <= 1:
         self._warn_once('raw', 'explain: the images lie in [0,1], so they do not seem to be normalised, but the CNN '
                         'expects (x - model.mean) / model.std', level=6)
 
@@ -1407,7 +1408,8 @@ def explain(self: AntehocModel,
     with torch.no_grad(), eval_mode(self):
         out, recorded = self._run_cnn(x, others, kwargs)
         if self.class_specific: target = self.find_target(target, out, *others, **kwargs).to(x.device)
-        i_map, weights, sams = self.interpret(recorded, x.shape[2:], target)
+        with torch.inference_mode(): found = self.interpret(recorded, x.shape[2:], target)
+        i_map, weights, sams = (maps.clone() for maps in found)  # which autograd can work with
     layers, sizes = self._map_names(recorded)
     return Explanation(pred=map_tensors(plain_tensor, out), map=i_map, sams=sams, weights=weights, image=x,
                        mean=self.mean, std=self.std, layers=layers, sizes=sizes, threshold=threshold, target=target,
