@@ -24,8 +24,7 @@ def minmax(maps: torch.Tensor, # (B,1,h,w) or (B,h,w), any range
     lowest = maps.amin((-2, -1), keepdim=True)
     highest = maps.amax((-2, -1), keepdim=True)
     span = highest - lowest
-    constant = span <= 1e-8 * torch.maximum(highest.abs(), lowest.abs())
-    return (maps - lowest) / span.masked_fill(constant, torch.inf)
+    return (maps - lowest) / span.masked_fill(span == 0, torch.inf)
 
 
 def largest_value(values: torch.Tensor, # Of any shape (B,...)
@@ -39,10 +38,10 @@ def standardise(maps: torch.Tensor, # (B,n,h,w), any range
                ) -> torch.Tensor: # Same shape; mean 0 and standard deviation 1 over space
     "Mean 0 and standard deviation 1 over the pixels of each map, whatever its scale; a constant map becomes 0."
     maps = maps / largest_value(maps, (-2, -1))
-    centred = maps - maps.mean((-2, -1), keepdim=True)
-    variance = centred.square().mean((-2, -1), keepdim=True)
-    constant = variance <= 1e-12 * maps.detach().square().mean((-2, -1), keepdim=True)
-    return centred / variance.masked_fill(constant, torch.inf).sqrt()
+    mean = maps.mean((-2, -1), keepdim=True)
+    centred = maps - mean
+    variance = (centred * centred).mean((-2, -1), keepdim=True)
+    return centred / variance.masked_fill(variance <= 1e-12 * mean * mean, torch.inf).sqrt()
 
 
 soft_attentions = Registry('soft attention')
@@ -87,7 +86,8 @@ def softmax(f: torch.Tensor, # An activation, (B,C,h,w)
 # %% ../../nbs/core/03_attention.ipynb #cell0008
 def channel_rms(f: torch.Tensor) -> torch.Tensor: # (B,C,h,w) -> (B,1,h,w)
     "The root mean square over channels, of values whose squares neither vanish nor overflow."
-    return f.float().square().mean(1, keepdim=True).sqrt()
+    f = f.float()
+    return (f * f).mean(1, keepdim=True).sqrt()
 
 
 @soft_attentions.register(strength=channel_rms)

@@ -6,8 +6,9 @@
 __all__ = ['layer_grids', 'is_symbolic', 'is_same_size', 'as_lengths', 'resize', 'resize_maps', 'pool_cells']
 
 # %% ../../nbs/core/02_geometry.ipynb #cell0003
+import operator
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial, reduce
 
 import numpy as np
 import torch
@@ -209,9 +210,15 @@ def resize_maps(maps: Sequence[torch.Tensor], # eta maps, (B,1,h_i,w_i)
                 grids: Sequence | None = None, # Where the cells of each are, as of `layer_grids`; None: spread evenly
                 cells: tuple[int, int] | None = None, # Rows and columns of the result; None: those of the image
                ) -> torch.Tensor: # (B,eta,H,W), or (B,eta,*cells)
-    "Bring maps of several resolutions to one size, and stack them along the channels."
-    grids = grids or [None] * len(maps)
-    return torch.cat([resize(of_layer, size, grid, cells) for of_layer, grid in zip(maps, grids)], 1)
+    """Bring maps of several resolutions to one size, and stack them along the channels. Neighbours whose cells are the
+    same are resized at once."""
+    is_same_grid = operator.is_ if is_symbolic(*size) else operator.eq
+    runs = []  # neighbours, and where their cells are
+    for of_layer, grid in zip(maps, grids or [None] * len(maps)):
+        goes_on = runs and is_same_grid(grid, runs[-1][1]) and is_same_size(of_layer.shape[2:], runs[-1][0][0].shape[2:])
+        if goes_on: runs[-1][0].append(of_layer)
+        else: runs.append(([of_layer], grid))
+    return torch.cat([resize(torch.cat(run, 1), size, grid, cells) for run, grid in runs], 1)
 
 # %% ../../nbs/core/02_geometry.ipynb #768f41be
 def _block_length(length, wanted):
@@ -224,6 +231,17 @@ def _two_of_each_block(length, block, nth):
     start, end = length % block // 2, length - (length % block + 1) // 2
     nth = block // 4 if nth is None else min(nth, (block - 1) // 2)
     return [slice(start + place, end, block) for place in sorted({nth, block - 1 - nth})]
+
+
+@lru_cache(maxsize=256)
+def _blocks(size, cells, nth, grid):
+    "Slices of rows and of columns that are averaged, None for none; and the grid of the blocks"
+    blocks = list(map(_block_length, size, cells))
+    if blocks == [1, 1]: return None, None, grid
+    rows, columns = (_two_of_each_block(length, block, nth) for length, block in zip(size, blocks))
+    if grid is None: return rows, columns, None
+    return rows, columns, tuple((start + step * (length % block // 2 + (block - 1) / 2), step * block)
+                                for (start, step), length, block in zip(grid, size, blocks))
 
 
 def _pool_symbolic(activation, grid, cells):
@@ -251,11 +269,8 @@ def pool_cells(activation: torch.Tensor, # (B,C,h,w)
               ) -> tuple[torch.Tensor, tuple | None]: # Means of up to four cells of each block, float32; their grid
     "One value for each block of cells, and where the blocks lie."
     if is_symbolic(*activation.shape[2:], *cells): return _pool_symbolic(activation, grid, cells)
-    blocks = list(map(_block_length, activation.shape[2:], cells))
-    if blocks == [1, 1]: return activation, grid
-    rows, columns = (_two_of_each_block(*of_axis, nth) for of_axis in zip(activation.shape[2:], blocks))
-    of_rows = sum(activation[:, :, some].float() for some in rows)
-    pooled = sum(of_rows[..., some] for some in columns) / (len(rows) * len(columns))
-    if grid is None: return pooled, None
-    return pooled, tuple((start + step * (length % block // 2 + (block - 1) / 2), step * block)
-                         for (start, step), length, block in zip(grid, activation.shape[2:], blocks))
+    rows, columns, grid = _blocks(tuple(activation.shape[2:]), tuple(cells), nth, grid)
+    if rows is None: return activation, grid
+    mean_of_two = partial(torch.lerp, weight=.5)
+    of_rows = reduce(mean_of_two, [activation[:, :, some].float() for some in rows])
+    return reduce(mean_of_two, [of_rows[..., some] for some in columns]), grid

@@ -14,8 +14,10 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
+from itertools import count
 from numbers import Integral
+from types import FunctionType
 
 import numpy as np
 import torch
@@ -87,17 +89,19 @@ class ModuleCall:
         return known and not isinstance(self.module, (*_GATES, nn.MultiheadAttention))
 
 # %% ../../nbs/core/01_layers.ipynb #a69fe39d
-def _is_compiled(module):
-    "Whether a module, or the function that it runs, was compiled"
-    if module._compiled_call_impl is not None or '_orig_mod' in module._modules: return True
-    return any(hasattr(function, '_torchdynamo_orig_callable') for function in (module.forward, *vars(module).values()))
+def _has_compiled_parts(modules):
+    "Whether one of some modules, or a function that it runs, was compiled"
+    if any(module._compiled_call_impl is not None or '_orig_mod' in module._modules for module in modules): return True
+    functions = [value for module in modules for value in vars(module).values() if type(value) is FunctionType]
+    functions += [module.forward for module in {type(module): module for module in modules}.values()]
+    return any(hasattr(function, '_torchdynamo_orig_callable') for function in functions)
 
 
 @contextmanager
 def hooks_run(cnn: nn.Module): # Any network
     """Inside the block, modules and functions that were compiled run as they were before, so that the hooks of modules
     are called."""
-    if torch.compiler.is_compiling() or not any(_is_compiled(module) for module in every_module(cnn)): yield
+    if torch.compiler.is_compiling() or not _has_compiled_parts(every_module(cnn)): yield
     else:
         with torch.compiler.set_stance('force_eager'): yield
 
@@ -203,6 +207,7 @@ class Layer:
 _SUFFIX = re.compile(r'([^:@+]+)(?::(\d+))?(@last|@tokens(?:-\d+)?)?(\+relu)?')
 
 
+@lru_cache(maxsize=1024)
 def _split(spec):
     found = _SUFFIX.fullmatch(spec)
     if found: return found.groups()
@@ -735,14 +740,12 @@ class ActivationRecorder:
 
     def _hook(self, wanted):
         "A forward hook that counts the calls of its module, and records those that are wanted"
-        thread, counter = threading.get_ident(), Counter()
+        thread, calls = threading.get_ident(), count()
 
         @always_called
         def record(module, args, output):
             if threading.get_ident() != thread: return
-            index = counter['calls']
-            counter['calls'] += 1
-            for spec, relu, layout in wanted.get(index, ()): self._record(spec, relu, layout, output)
+            for spec, relu, layout in wanted.get(next(calls), ()): self._record(spec, relu, layout, output)
         return record
 
     def _record(self, spec, relu, layout, output):

@@ -54,7 +54,7 @@ def has_other_units(mean: torch.Tensor, # Of the normalisation, any shape
                     std: torch.Tensor, # The same
                    ) -> bool: # Whether they cannot be of pixels in [0,1], but, say, of 0 to 255 or 500 to 3500
     "Whether a normalisation is of other values than pixels in [0,1]."
-    return bool((mean.abs() > 2).any() or (std > 2).any())
+    return bool(abs(mean).max() > 2 or std.max() > 2)
 
 
 @dataclass(repr=False)
@@ -1077,16 +1077,33 @@ class Recorded(list):
 
 
 @patch
-def _record(self: AntehocModel, i, cells, activation):
-    "What is kept of layer `i`, at about the `cells` of the map"
-    pooled, grid = (activation, self.grids[i]) if cells is None else pool_cells(activation, self.grids[i], cells)
-    if not self.aligns_strength and not self.reads_activations: return LayerMaps(self.attention(pooled), grid)
-    if self.corrects_border: scaled = pooled.float() * self.units[i]
-    else: scaled = pooled.float() / largest_value(pooled.float(), (1, 2, 3))
-    strength = soft_attentions.option(self.soft_attention, 'strength') if self.aligns_strength else None
-    response = strength(scaled) if strength else self.attention(pooled)
-    if not self.reads_activations: return LayerMaps(response, grid)
-    return LayerMaps(response, grid, scaled, response if strength is channel_rms else channel_rms(scaled))
+def _recorders(self: AntehocModel, size):
+    "What is kept of each layer during a forward pass, for images of a size (H,W)"
+    cells = self.map_cells(size)
+    units = self.units.unbind() if self.corrects_border else [None] * self.eta
+    return [partial(self._record, grid, cells, unit) for grid, unit in zip(self.grids, units)]
+
+
+@patch
+def _record(self: AntehocModel, grid, cells, unit, activation):
+    "What is kept of a layer, at about the `cells` of the map; without what `_with_strength` can add later"
+    pooled, grid = (activation, grid) if cells is None else pool_cells(activation, grid, cells)
+    response = None if self.aligns_strength else self.attention(pooled)
+    if response is not None and not self.reads_activations: return LayerMaps(response, grid)
+    pooled = pooled.float()
+    scaled = pooled / largest_value(pooled, (1, 2, 3)) if unit is None else pooled * unit
+    found = LayerMaps(response, grid, scaled)
+    return found if self.reads_activations else self._with_strength(found)._replace(activation=None)
+
+
+@patch
+def _with_strength(self: AntehocModel, layer):
+    "`LayerMaps` of a layer with its response and its root mean square, which are faster for all layers at once"
+    if layer.activation is None: return layer
+    rms = channel_rms(layer.activation)
+    if not self.aligns_strength: return layer._replace(rms=rms)
+    strength = soft_attentions.option(self.soft_attention, 'strength')
+    return layer._replace(response=rms if strength is channel_rms else strength(layer.activation), rms=rms)
 
 
 @patch
@@ -1096,7 +1113,8 @@ def layer_maps(self: AntehocModel,
                out=None, # What the CNN returned with them
               ) -> Recorded: # `LayerMaps` of each layer, as `take_recorded` gives them
     "What would be recorded of given activations."
-    recorded = Recorded(self._record(i, self.map_cells(size), activation) for i, activation in enumerate(activations))
+    found = [record(activation) for record, activation in zip(self._recorders(size), activations)]
+    recorded = Recorded(map(self._with_strength, found))
     recorded.scores = self._scores_of(out)
     return recorded
 
@@ -1112,11 +1130,9 @@ def _scores_of(self: AntehocModel, out):
 @patch
 def _run_and_record(self: AntehocModel, args, kwargs):
     "What the CNN returns, and the `LayerMaps` of each layer"
-    cells = self.map_cells(args[0].shape[2:])
-    recorders = [partial(self._record, i, cells) for i in range(self.eta)]
     images = None if torch.compiler.is_compiling() or self.writes_to_images is False else args[0].detach().clone()
-    out, maps = record_sams(self.cnn, self.layers, args, kwargs, attention=recorders)
-    recorded = Recorded(maps)
+    out, maps = record_sams(self.cnn, self.layers, args, kwargs, attention=self._recorders(args[0].shape[2:]))
+    recorded = Recorded(map(self._with_strength, maps))
     recorded.scores = self._scores_of(out)
     if images is not None:
         if self.writes_to_images is None: self.writes_to_images = not torch.equal(images, args[0])
@@ -1171,33 +1187,34 @@ def _align(self: AntehocModel, recorded, size, target):
     if self.corrects_border: of_layers.append([self._border(i, response) for i, response in enumerate(responses)])
     with full_precision(responses[0].device):
         if self.reads_activations: of_layers += [rms, self.weight_net.read(activations, target)]
-        joined = [torch.cat(maps, 1) if len(maps) > 1 else maps[0] for maps in zip(*of_layers)]
-        cells = self.map_cells(size)
-        aligned = resize_maps(joined, size, grids, cells).unflatten(1, (self.eta, -1))
+        maps = [of_layer for of_all in zip(*of_layers) for of_layer in of_all]
+        grids = [grid for grid in grids for _ in of_layers]
+        evidence = self._evidence_of(recorded, target)
+        if evidence is not None: maps, grids = [*maps, evidence], [*grids, recorded[self.evidence_layer].grid]
+        aligned = resize_maps(maps, size, grids, self.map_cells(size))
+    if evidence is not None: aligned, evidence = aligned[:, :-1], aligned[:, -1:]
+    aligned = aligned.unflatten(1, (self.eta, -1))
     response = aligned[:, :, 0]
     if self.corrects_border: response = take_off_border(response, aligned[:, :, 1])
     if not self.reads_activations: return self._soft_attention_maps(response), []
     n_before = len(of_layers) - 1
     read = in_deviations(aligned[:, :, n_before:], aligned[:, :, n_before - 1])
     views, change = (read[:, :, :-1], read[:, :, -1]) if self.modulates else (read, None)
-    evidence = self._evidence_of(recorded, size, target, cells)
     if evidence is None: maps = self._soft_attention_maps(response, change)
     else: maps = self._soft_attention_maps(response, change + evidence) * evidence_gate(evidence)
     return maps, [views.flatten(1, 2), activations[-1].mean((2, 3))]
 
 
 @patch
-def _evidence_of(self: AntehocModel, recorded, size, target, cells=None):
-    "The evidence for the targets at the cells of the map, in deviations of the activation, (B,1,h,w); None without it"
+def _evidence_of(self: AntehocModel, recorded, target):
+    "The evidence for the targets in a layer, in deviations of the activation, (B,1,h,w); None without it"
     if self.evidence is None or target is None: return None
-    layer = recorded[self.evidence_layer]
-    activation = layer.activation.float()
-    with full_precision(activation.device):
-        shares = contrast(target, self.classes, getattr(recorded, 'scores', None))
-        direction = (shares.to(self.evidence) @ self.evidence).float()
-        deviation = activation.flatten(1).std(1, correction=0).clamp_min(1e-6)[:, None, None]
-        evidence = (direction[:, None] @ activation.flatten(2) / deviation).unflatten(2, activation.shape[2:])
-        return resize(evidence, size, layer.grid, cells or self.map_cells(size))
+    activation = recorded[self.evidence_layer].activation.float()
+    shares = contrast(target, self.classes, getattr(recorded, 'scores', None))
+    direction = (shares.to(self.evidence) @ self.evidence).float()
+    centred = activation - activation.mean((1, 2, 3), keepdim=True)
+    deviation = (centred * centred).mean((1, 2, 3), keepdim=True).sqrt().clamp_min(1e-6)
+    return (direction[:, None] @ activation.flatten(2)).unflatten(2, activation.shape[2:]) / deviation
 
 
 @patch
@@ -1371,11 +1388,11 @@ def image_batch(self: AntehocModel,
 @patch
 def _check_shape(self: AntehocModel, x):
     "`ValueError` for a tensor that is no batch of floating-point images"
-    shape, channels = tuple(x.shape), self.image_channels
+    shape = tuple(x.shape)
     if x.ndim == 4 and x.is_floating_point():
         if not x.numel(): raise ValueError(f'explain: the batch is empty, {shape}; give at least one image')
         return
-    hint = ''
+    hint, channels = '', self.image_channels
     if not x.is_floating_point(): hint = '; pixels from 0 to 255 are torch.uint8: x.to(torch.uint8)'
     elif x.ndim == 3 and shape[2] == channels != shape[0]: hint = '; use x.permute(2, 0, 1)[None]'
     elif x.ndim == 3: hint = '; add a batch dimension with x[None]'
@@ -1387,23 +1404,24 @@ def _check_values(self: AntehocModel, x):
     "`ValueError` for NaN, infinities and pixels from 0 to 255; a warning if the normalisation can't be right"
     if torch.compiler.is_compiling() or torch.jit.is_tracing(): return
     x = x.detach()
-    ends = torch.stack([x.amin((2, 3)), x.amax((2, 3))]).float().cpu()  # (2,B,C)
-    if not ends.isfinite().all():
-        image = int((~ends.isfinite()).any(2).any(0).nonzero()[0])
+    lowest, highest = torch.stack([x.amin((2, 3)).amin(0), x.amax((2, 3)).amax(0)]).tolist()  # of each channel
+    if not all(map(math.isfinite, lowest + highest)):
+        image = int((~x.flatten(1).isfinite().all(1)).nonzero()[0])
         raise ValueError(f'explain: image {image} of the batch has NaN or infinite pixels')
-    mean, std = self.mean.float().cpu().flatten(), self.std.float().cpu().flatten()
-    if len(mean) not in (1, x.shape[1]): return
-    pixels = ends * std + mean
-    low, high = pixels.min().item(), pixels.max().item()
-    if has_other_units(mean, std):
-        _check_other_units(ends, pixels, mean, std, 'explain')
+    mean, std = (values.flatten().tolist() * (1 if values.numel() > 1 else len(lowest))
+                 for values in (self.mean, self.std))
+    if len(mean) != len(lowest): return
+    low, high = (find(value * s + m for value, s, m in zip(ends, std, mean))
+                 for find, ends in ((min, lowest), (max, highest)))
+    if has_other_units(self.mean, self.std):
+        _check_other_units(*map(torch.tensor, ([lowest, highest], [low, high], mean, std)), where='explain')
         self._warn_once('units', f'explain: the pixels go from {low:.4g} to {high:.4g} by the normalisation, and not '
                         'from 0 to 1; in pictures, two standard deviations around the mean are stretched over 0 to 1')
     elif low >= -1 and high > 16:
-        raise ValueError(f'explain: these look like pixels from 0 to 255 (the highest is {ends.max().item():.0f}); '
+        raise ValueError(f'explain: these look like pixels from 0 to 255 (the highest is {max(highest):.0f}); '
                          'give them as they are, x.to(torch.uint8), or divide by 255 and normalise')
-    elif (mean == 0).all() and (std == 1).all(): self._warn_if_normalised(low, high)
-    else: self._warn_if_not_normalised(ends, low, high)
+    elif {*mean} == {0.} and {*std} == {1.}: self._warn_if_normalised(low, high)
+    else: self._warn_if_not_normalised(min(lowest), max(highest), low, high)
 
 
 @patch
@@ -1416,13 +1434,13 @@ def _warn_if_normalised(self: AntehocModel, low, high):
 
 
 @patch
-def _warn_if_not_normalised(self: AntehocModel, ends, low, high):
+def _warn_if_not_normalised(self: AntehocModel, lowest, highest, low, high):
     "Of a model with mean and std: warn of images normalised twice, or not at all; `low`, `high`: of the pixels"
     if low < -1 or high > 2:
         self._warn_once('twice', f'explain: without the normalisation, pixels go from {low:.2f} to {high:.2f} and not '
                         'from 0 to 1; were the images normalised twice, or with another mean and std than '
                         "the model's?", level=6)
-    elif 0 <= ends.min() and .5 < ends.max() <= 1:
+    elif 0 <= lowest and .5 < highest <= 1:
         self._warn_once('raw', 'explain: the images lie in [0,1], so they do not seem to be normalised, but the CNN '
                         'expects (x - model.mean) / model.std', level=6)
 
@@ -1540,7 +1558,8 @@ def explain(self: AntehocModel,
     with torch.no_grad(), eval_mode(self):
         out, recorded = self._run_cnn(x, others, kwargs)
         if self.class_specific: target = self.find_target(target, out, *others, **kwargs).to(x.device)
-        i_map, weights, sams = self.interpret(recorded, x.shape[2:], target)
+        with torch.inference_mode(): found = self.interpret(recorded, x.shape[2:], target)
+        i_map, weights, sams = (maps.clone() for maps in found)  # which autograd can work with
     layers, sizes = self._map_names(recorded)
     return Explanation(pred=map_tensors(plain_tensor, out), map=i_map, sams=sams, weights=weights, image=x,
                        mean=self.mean, std=self.std, layers=layers, sizes=sizes, threshold=threshold, target=target,

@@ -28,7 +28,6 @@ from numbers import Integral
 from pathlib import Path
 from types import CellType, SimpleNamespace
 from typing import Any
-from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -421,7 +420,7 @@ _training = _SharedChange(_to_eval, _set_mode)
 @contextmanager
 def _switched_by_train(modules):
     "Modules whose `train` does more than set the mode, such as emptying a cache, are switched by it"
-    changed = [module for module in modules if type(module).train is not nn.Module.train and module.training]
+    changed = [module for module in modules if module.training and type(module).train is not nn.Module.train]
     modes = {module: module.training for module in modules} if changed else {}
     for module in changed: module.train(False)
     for module, mode in modes.items(): module.training = mode  # `train` also switches what is inside
@@ -634,7 +633,7 @@ def _taken_channels(cnn, of_convolution):
 # %% ../../nbs/core/00_utils.ipynb #f92967f1
 def full_precision(device: torch.device): # Of the tensors in the block
     "A context without autocast; one that does nothing while `torch.export` records a graph."
-    if torch.compiler.is_exporting(): return nullcontext()
+    if torch.compiler.is_exporting() or not torch.is_autocast_enabled(device.type): return nullcontext()
     return torch.autocast(device.type, enabled=False)
 
 # %% ../../nbs/core/00_utils.ipynb #cell0012

@@ -132,9 +132,10 @@ def in_deviations(read: torch.Tensor, # Of each layer, projections and last its 
                   rms: torch.Tensor, # Its root mean square over channels, (B,eta,h,w)
                  ) -> torch.Tensor: # (B,eta,n-1,h,w)
     "The projections, in units of the standard deviation of each activation over channels and places."
-    mean_square = rms.square().mean((2, 3))[:, :, None, None, None]
-    variance = mean_square - read[:, :, -1:].mean((3, 4), keepdim=True).square()
-    return read[:, :, :-1] / torch.maximum(variance, 1e-12 * mean_square).clamp_min(1e-30).sqrt()
+    mean_square = (rms * rms).mean((2, 3), keepdim=True)[:, :, None]
+    mean = read[:, :, -1:].mean((3, 4), keepdim=True)
+    variance = torch.maximum(mean_square - mean * mean, 1e-12 * mean_square).clamp_min(1e-30)
+    return read[:, :, :-1] / variance.sqrt()
 
 
 def modulate(standardised: torch.Tensor, # How strongly each layer responds, (B,eta,h,w), mean 0 and deviation 1
@@ -142,9 +143,10 @@ def modulate(standardised: torch.Tensor, # How strongly each layer responds, (B,
             ) -> torch.Tensor: # Standardised, (B,eta,h,w)
     "The sum, standardised again."
     response = standardised + change
-    # A constant response has nothing to learn from, and its gradients would be infinite.
-    constant = response.detach().var((2, 3), correction=0, keepdim=True) < 1e-8
-    return standardise(torch.where(constant, response.detach(), response))
+    if response.requires_grad:  # a constant response has nothing to learn from, and its gradients would be infinite
+        constant = response.detach().var((2, 3), correction=0, keepdim=True) < 1e-8
+        response = torch.where(constant, response.detach(), response)
+    return standardise(response)
 
 # %% ../../nbs/core/04_weight_net.ipynb #cell0017
 @weight_nets.register(name='auto')
@@ -239,12 +241,12 @@ def contrast(target: torch.Tensor, # Classes, (B,), or several each, (B,Q) with 
     ratio of their probabilities."""
     if target.is_floating_point(): return target
     several = target[:, None] if target.ndim == 1 else target
+    if scores is not None and target.ndim == 1:
+        probabilities = scores.float().scatter(1, several, -torch.inf).softmax(1)  # of the others
+        return (-share * probabilities).scatter(1, several, 1.)
     known = (several >= 0).float()
     chosen = torch.zeros(several.shape[0], classes, device=several.device).scatter_add(1, several.clamp_min(0), known)
-    chosen = chosen / known.sum(1, keepdim=True).clamp_min(1)
-    if scores is None or target.ndim > 1: return chosen
-    others = scores.float().masked_fill(chosen > 0, -torch.inf).softmax(1)
-    return chosen - share * others
+    return chosen / known.sum(1, keepdim=True).clamp_min(1)
 
 
 def evidence_gate(evidence: torch.Tensor, # (B,1,h,w), in standard deviations of the activation

@@ -129,7 +129,7 @@ def test_what_modules_write_elsewhere_is_put_back(cnn):
 def test_gradients_of_many_classes(cnn):
     "As many passes as the last linear layer has features, unless something changes its output."
     for change in (lambda out: out, lambda out: out * 2):
-        network = Around(cnn(20), lambda cnn, x: change(cnn(x))).requires_grad_(False)
+        network = Around(cnn(20), lambda cnn, x, change=change: change(cnn(x))).requires_grad_(False)
         activation = network.cnn[:3](X).requires_grad_()
         scores = change(network.cnn[3:](activation)).sum(0)
         expected = torch.stack([torch.autograd.grad(score, activation, retain_graph=True)[0].mean((0, 2, 3))
