@@ -1107,11 +1107,13 @@ class KeptWeights:
     measure: str = 'average drop' # What is measured
 
     @property
-    def saturated(self): # Whether both maps keep all there is to keep
+    def saturated(self) -> bool:
+        "Whether both maps keep all there is to keep."
         return max(self.drop, self.untrained_drop) < _SATURATED
 
     @property
-    def helped(self): # Whether training has made the map better, to a tenth of a per cent; or both maps keep all
+    def helped(self) -> bool:
+        "Whether training has made the map better, to a tenth of a per cent, or both maps keep all there is."
         return self.saturated or round(self.drop, 1) < round(self.untrained_drop, 1)
 
     def __str__(self):
