@@ -482,7 +482,7 @@ def _check_meta(meta):
     if isinstance(meta, Mapping): return _check_facts(meta)
     raise TypeError(f"meta: a {type(meta).__name__} is given; give a dict, such as meta=dict(vocab=['cat', 'dog'])")
 
-# %% ../../nbs/core/07_model.ipynb #96d2f985
+# %% ../../nbs/core/07_model.ipynb #b56ed84f
 def _is_number(value): return isinstance(value, Real) and not isinstance(value, bool) and 0 < value < math.inf
 
 
@@ -535,7 +535,7 @@ def check_settings(soft_attention='softmax_l2', weight_net='auto', mean=None, st
     as_normalisation(mean, std)
     _check_meta(meta)
 
-# %% ../../nbs/core/07_model.ipynb #eec192a0
+# %% ../../nbs/core/07_model.ipynb #397460cf
 def _check_sample(images):
     "Errors for a sample that is no batch of images as a CNN takes them"
     if not isinstance(images, torch.Tensor):

@@ -440,7 +440,8 @@ def test_one_image_of_many():
 
 @pytest.mark.parametrize('kwargs, message', [
     (dict(eta=2.5), 'eta=2.5: give a whole number'), (dict(eta=True), 'eta=True: give a whole number'),
-    (dict(temperature=float('nan')), 'temperature=nan: give a number above 0'), (dict(layers='9.9'), "unknown layer '9.9'"),
+    (dict(temperature=float('nan')), 'temperature=nan: give a number above 0'),
+    (dict(layers='9.9'), "unknown layer '9.9'"),
     (dict(mean=[0] * 3, std=[1, 0, 1]), 'std above 0'), (dict(mean=[0.], std=[1] * 3), 'as many of each'),
     (dict(grids=[None]), 'grids: 1 given for 2 layers')])
 def test_bad_arguments(kwargs, message):
