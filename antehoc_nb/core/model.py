@@ -42,7 +42,8 @@ from .masking import masked
 from antehoc_nb.core.utils import (
     as_inputs, as_normalisation, check_folder, cnn_builders, copied_images, eval_mode, frozen, full_precision,
     import_extra, in_channels, is_bool, is_whole, map_tensors, noise_images, own_seed, own_sizes, plain_tensor,
-    rgb_images, shape_or_type, train_functions, trial_copy, unknown_name, usual_mode, whole_or_not_at_all, with_versions,
+    rgb_images, shape_or_type, train_functions, trial_copy, unknown_name, usual_mode, whole_or_not_at_all,
+    with_versions,
 )
 from antehoc_nb.core.weight_net import (
     EVIDENCE_EXPONENT, class_numbers, contrast, count_classes, evidence_gate, gives_logits, in_deviations,
