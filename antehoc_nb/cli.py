@@ -90,7 +90,8 @@ _ARGUMENT = re.compile(r"""\b(\w+)=('[^']*'|"[^"]*"|\[[^]]*\]|[\w.-]*\w)""")
 
 def _options():
     "What stands for an argument on the command line, by its name: the option, and the one that turns it off"
-    parameters = [parameter for command in typer.main.get_command(app).commands.values() for parameter in command.params]
+    commands = typer.main.get_command(app).commands.values()
+    parameters = [parameter for command in commands for parameter in command.params]
     return {parameter.name: (parameter.opts[0], *parameter.secondary_opts) for parameter in parameters
             if parameter.opts[0].startswith('--')}
 
@@ -414,8 +415,8 @@ def _check_address(path):
 
 
 def _image_files(images, out):
-    """The images among files, and in folders and their subfolders, but for explanations there, with their names. And what
-    is to be said about images that can't be read"""
+    """The images among files, and in folders and their subfolders but for explanations there, with their names. And
+    what is to be said about images that can't be read"""
     from antehoc_nb.data.images import IMAGES, common_folder, files_below, no_images_error, unread_images
     from antehoc_nb.show.explain_files import written_files
     for path in images:
@@ -536,7 +537,8 @@ def _explain_files(model, images, out, output, device, target, bs, arrays, thres
 @app.command(cls=_Command)
 def explain(
     model: Annotated[Path, typer.Argument(
-        metavar='MODEL', help='A folder that `antehoc train` or `save_pretrained` wrote (`.../model`, or the run above it).')],
+        metavar='MODEL', help='A folder that `antehoc train` or `save_pretrained` wrote (`.../model`, or the run above '
+                              'it).')],
     images: Annotated[list[Path], typer.Argument(
         metavar='IMAGES', help='Images, and folders searched with their subfolders, one or several. With --maps also a '
                                '.tar as webdataset has them, or the folder of a Hugging Face data set.')],
@@ -608,7 +610,8 @@ def _calibration_images(folder):
 @app.command(cls=_Command)
 def export(
     model: Annotated[Path, typer.Argument(
-        metavar='MODEL', help='A folder that `antehoc train` or `save_pretrained` wrote (`.../model`, or the run above it).')],
+        metavar='MODEL', help='A folder that `antehoc train` or `save_pretrained` wrote (`.../model`, or the run above '
+                              'it).')],
     to: Annotated[ExportKind | None, _option('The kind of file. Default: as `--out` ends, or `onnx`.')] = None,
     out: Annotated[Path | None, _option('The file. Default: `model.onnx` or `model.pt2`.')] = None,
     size: Annotated[str | None, _option('Side of the images in pixels, or `any`: of every size, if the CNN takes it. '
@@ -696,7 +699,8 @@ def report(
 @app.command(cls=_Command)
 def serve(
     model: Annotated[Path, typer.Argument(
-        metavar='MODEL', help='A folder that `antehoc train` or `save_pretrained` wrote (`.../model`, or the run above it).')],
+        metavar='MODEL', help='A folder that `antehoc train` or `save_pretrained` wrote (`.../model`, or the run above '
+                              'it).')],
     host: Annotated[str, _option('Address to listen on. `0.0.0.0` is every network that this machine is in: whoever '
                                  'reaches it can use the page.')] = '127.0.0.1',
     port: Annotated[int | None, _option('Default: the first free one from 7860.', min=1, max=65535)] = None,
@@ -721,7 +725,8 @@ def serve(
 def space(
     out: Annotated[Path, typer.Argument(metavar='DIR', help='Where the files of the Space go.')],
     model: Annotated[Path, typer.Argument(
-        metavar='MODEL', help='A folder that `antehoc train` or `save_pretrained` wrote (`.../model`, or the run above it).')],
+        metavar='MODEL', help='A folder that `antehoc train` or `save_pretrained` wrote (`.../model`, or the run above '
+                              'it).')],
     title: Annotated[str, _option('Of the Space. Default: with the name of the CNN.')] = '',
     quiet: _Quiet = False,
     as_json: _AsJson = False):

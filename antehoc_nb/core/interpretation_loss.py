@@ -555,8 +555,8 @@ def _check_tensors(x, label):
 
 
 def _check_images(model, x):
-    """Errors as of `AntehocModel.check_training_images`: on a GPU every 2,000 images, from the first on, since to look at
-    them is to wait for the step before; on a CPU always"""
+    """Errors as of `AntehocModel.check_training_images`: on a GPU every 2,000 images, from the first on, since to look
+    at them is to wait for the step before; on a CPU always"""
     if torch.is_inference_mode_enabled() and model.training:
         raise ValueError('two_pass_step: nothing can be trained in inference mode; leave it out, or validate in it, '
                          'after model.eval()')

@@ -315,7 +315,8 @@ class TwoPass(Callback):
     Give it to the learner when it is made: `vision_learner(dls, resnet34, cbs=TwoPass())`. The recorder gains the
     columns `train_int_loss` and `valid_int_loss`, and from at most 64 validation images `drop_at_20` and
     `untrained_drop`. After a fit, `best` tells which weight network was kept. `ValueError` or `TypeError` at once for
-    arguments that can't be right, `ValueError` for batches that can't be used, and in training `FloatingPointError` when a loss is no longer finite, before the step is taken."""
+    arguments that can't be right, `ValueError` for batches that can't be used, and in training `FloatingPointError`
+    when a loss is no longer finite, before the step is taken."""
     name = 'two_pass'  # of subclasses too: `learn.two_pass`
     order = MixedPrecision.order + 5  # after loss scaling, gradient clipping and distribution
     _normalisation = None  # of learners that an earlier version exported
