@@ -27,7 +27,6 @@ from functools import partial
 from pathlib import Path
 from types import CellType, SimpleNamespace
 from typing import Any
-from weakref import WeakSet
 
 import numpy as np
 import torch

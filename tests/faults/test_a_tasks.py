@@ -222,7 +222,8 @@ def test_networks_that_squeeze(cnn, n_out, task):
 def test_one_number_for_all_images(cnn, task):
     class Mean(Squeezed):
         def forward(self, x): return self.cnn(x).mean()
-    e = AntehocModel(Mean(cnn(1)), torch.rand(2, 3, 16, 16), eta=2, meta=dict(task=task)).explain(torch.rand(2, 3, 16, 16))
+    x = torch.rand(2, 3, 16, 16)
+    e = AntehocModel(Mean(cnn(1)), x, eta=2, meta=dict(task=task)).explain(x)
     with pytest.raises(TypeError, match=r'\(\)'): _ = e.decisions
 
 
