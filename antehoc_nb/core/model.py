@@ -648,7 +648,7 @@ def _trial(self: AntehocModel, sample):
         except TypeError as e:
             if 'argument' not in str(e) or f'{type(cnn).__qualname__}.forward()' not in str(e): raise
             raise TypeError(f'cnn: {type(cnn).__name__} does not take the sample as its positional arguments ({e}); '
-                            'give a tuple if it takes several, or put it into a module whose forward(x) calls it') from e
+                            'give a tuple if it takes several, or a module whose forward(x) calls it') from e
         except RuntimeError as e:
             if sample[0].shape[1] == in_channels(cnn) or 'channels' not in str(e): raise
             raise self.wrong_channels(sample[0], 'sample') from e
