@@ -205,7 +205,7 @@ def _activated(self: Explanation, scores, usual=None):
     if activation is None: return scores
     if activation == 'own':
         raise TypeError("probabilities: this model's loss has an `activation` or a `decodes` of its own, which is not "
-                        "saved, so read `pred` yourself; or say what comes near, such as meta=dict(activation='softmax')")
+                        "saved; read `pred` yourself, or say what comes near, as by meta=dict(activation='softmax')")
     return scores.softmax(1) if activation == 'softmax' else scores.sigmoid()
 
 
@@ -719,9 +719,9 @@ def _trial(self: AntehocModel, sample):
             yield sample
         except AssertionError as e: raise _size_error(cnn, sample, e) from e
         except TypeError as e:
-            if 'positional argument' not in str(e): raise
-            raise TypeError(f'cnn: {type(cnn).__name__} does not take the sample as its positional arguments ({e}); give '
-                            'a tuple if it takes several, or put it into a module whose forward(x) calls it') from e
+            if 'argument' not in str(e) or f'{type(cnn).__qualname__}.forward()' not in str(e): raise
+            raise TypeError(f'cnn: {type(cnn).__name__} does not take the sample as its positional arguments ({e}); '
+                            'give a tuple if it takes several, or a module whose forward(x) calls it') from e
         except RuntimeError as e:
             if sample[0].shape[1] == in_channels(cnn) or 'channels' not in str(e): raise
             raise self.wrong_channels(sample[0], 'sample') from e

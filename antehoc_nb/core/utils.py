@@ -454,7 +454,6 @@ def _attributes(module):
 
 def _copied(value):
     "A copy of a tensor or a random stream; None for anything else"
-    if isinstance(value, nn.Parameter): return nn.Parameter(value.detach().clone(), requires_grad=False)
     if isinstance(value, torch.Tensor): return value.detach().clone()
     return deepcopy(value) if isinstance(value, _STREAMS) else None
 
@@ -466,10 +465,13 @@ def _use_copies(module, of_parameters):
     if isinstance(module, torch.jit.ScriptModule): return None  # what it holds is not in dictionaries
     before = [(module._buffers, dict(module._buffers))]
     if attributes is not None: before += [(vars(module), attributes), (module._modules, dict(module._modules))]
-    if of_parameters: before.append((module._parameters, dict(module._parameters)))
     for holder, values in before:
         for name, value in values.items():
             if (copied := _copied(value)) is not None: holder[name] = copied
+    if of_parameters:
+        before.append((module._parameters, dict(module._parameters)))
+        weights = {name: weight for name, weight in module._parameters.items() if weight is not None}
+        module._parameters.update({name: nn.Parameter(_copied(weight), False) for name, weight in weights.items()})
     return before, [(value, copy(value)) for value in (attributes or {}).values() if type(value) in (list, dict)]
 
 
@@ -477,7 +479,8 @@ def _put_back(module, state):
     "Give a module back what it had; name by name, since other threads may be reading"
     before, contents = state
     for holder, values in before:
-        for name in holder.keys() - values.keys() - _OWN: del holder[name]
+        if len(holder) > len(values):
+            for name in holder.keys() - values.keys() - _OWN: del holder[name]
         holder.update(values)
     for value, content in contents:
         if isinstance(value, list): value[:] = content
