@@ -35,7 +35,7 @@ from antehoc_nb.core.attention import (
     channel_rms, fit_border, largest_value, noise_like_photographs, record_sams, soft_attentions, spatial_softmax,
     standardise, take_off_border,
 )
-from .geometry import as_lengths, is_symbolic, layer_grids, pool_cells, resize, resize_maps
+from .geometry import as_lengths, is_symbolic, layer_grids, pool_cells, resize_maps
 from .interpretation_loss import class_shares, describe_outputs, explained_output, main_class
 from .layers import channel_gradients, choose_layers, unseen_share
 from .masking import masked
