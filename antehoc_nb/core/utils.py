@@ -365,7 +365,7 @@ class _SharedSwitch:
     def _switch_off(self, objects):
         "Switch off what is on; return it, with what other blocks have already switched off"
         with self.lock:
-            mine = [obj for obj in objects if getattr(obj, self.attribute) or self.open_blocks and obj in self.open_blocks]
+            mine = [obj for obj in objects if getattr(obj, self.attribute) or obj in self.open_blocks]
             for obj in mine:
                 setattr(obj, self.attribute, False)
                 self.open_blocks[obj] = self.open_blocks.get(obj, 0) + 1
