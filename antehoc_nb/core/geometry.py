@@ -215,8 +215,9 @@ def resize_maps(maps: Sequence[torch.Tensor], # eta maps, (B,1,h_i,w_i)
     is_same_grid = operator.is_ if is_symbolic(*size) else operator.eq
     runs = []  # neighbours, and where their cells are
     for of_layer, grid in zip(maps, grids or [None] * len(maps)):
-        goes_on = runs and is_same_grid(grid, runs[-1][1]) and is_same_size(of_layer.shape[2:], runs[-1][0][0].shape[2:])
-        if goes_on: runs[-1][0].append(of_layer)
+        run, its_grid = runs[-1] if runs else ([of_layer], None)
+        same_cells = is_same_grid(grid, its_grid) and is_same_size(of_layer.shape[2:], run[0].shape[2:])
+        if runs and same_cells: run.append(of_layer)
         else: runs.append(([of_layer], grid))
     return torch.cat([resize(torch.cat(run, 1), size, grid, cells) for run, grid in runs], 1)
 
