@@ -493,7 +493,7 @@ def _check_for_pictures(images, out, table, workers):
 
 
 def _explain_many(model, images, out, output, device, target, **options):
-    "`antehoc explain --maps`: explain, and say what was done; exit code 1 if an image could not be read"
+    "`antehoc explain --maps`: explain, and say what was done"
     net = _load_model(model).to(device)
     target_class = _target_class(target, net)
     from antehoc_nb.show.explain_many import explain_many
@@ -509,7 +509,6 @@ def _explain_many(model, images, out, output, device, target, **options):
     output.end(f'{now:,} image{"s" * (now != 1)} explained{rate}{before}{failed}; the table is {done.table}',
                next_command, explained=now, done_before=done.before, failed=done.failed, seconds=round(seconds, 1),
                out=str(out), table=str(done.table), device=str(device))
-    if done.failed: raise typer.Exit(1)
 
 
 def _explain_files(model, images, out, output, device, target, bs, arrays, threshold):
@@ -560,7 +559,7 @@ def explain(
     as_json: _AsJson = False):
     """Predict and explain images: a contact sheet, overlays, maps, and a table of concept regions.
 
-    An image that can't be read stops nothing: it is named, with `--maps` in the table. The exit code is 1 then."""
+    An image that can't be read stops nothing. It is named, and the exit code is 1; with `--maps` it is in the table."""
     output = _Output(quiet, as_json)
     with _in_one_line(output):
         if not 0 < threshold <= 1: raise ValueError(f'--threshold {threshold} must lie in (0,1]')

@@ -14,7 +14,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence, Set
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import partial
@@ -36,13 +36,16 @@ from antehoc_nb.core.attention import (
     standardise, take_off_border,
 )
 from .geometry import as_lengths, is_symbolic, layer_grids, pool_cells, resize_maps
-from .interpretation_loss import class_shares, describe_outputs, explained_output, main_class, with_image_axis
+from antehoc_nb.core.interpretation_loss import (
+    class_shares, describe_outputs, explained_output, main_class, with_image_axis,
+)
 from .layers import channel_gradients, choose_layers, unseen_share
 from .masking import masked
 from antehoc_nb.core.utils import (
     as_inputs, as_normalisation, check_folder, cnn_builders, copied_images, eval_mode, frozen, full_precision,
     hooks_observed, import_extra, in_channels, is_bool, is_whole, map_tensors, noise_images, own_seed, own_sizes,
-    plain_tensor, rgb_images, shape_or_type, train_functions, unknown_name, usual_mode, whole_or_not_at_all, with_versions,
+    plain_tensor, rgb_images, shape_or_type, train_functions, unknown_name, usual_mode, whole_or_not_at_all,
+    with_versions,
 )
 from antehoc_nb.core.weight_net import (
     EVIDENCE_EXPONENT, class_numbers, contrast, count_classes, evidence_gate, gives_logits, in_deviations,
@@ -807,7 +810,7 @@ def _is_scores(out, ndim):
 def _count_names(self: AntehocModel, out):
     "How many classes there are to be named; None if it is not known"
     task = self.meta.get('task')
-    if task == 'binary' and isinstance(out, torch.Tensor) and out.numel() == len(out): return 2
+    if task == 'binary' and isinstance(out, torch.Tensor) and out.ndim and out.numel() == len(out): return 2
     if task in (None, 'single-label', 'multi-label') and gives_logits(out): return out.shape[1]
     return out.shape[1] if task == 'segmentation' else None
 
@@ -847,8 +850,8 @@ def explained(self: AntehocModel, # noqa: F811
              ): # A tensor; or `out`, if the map is about all of it
     "The output that the map is about, as of `explained_output`."
     found = explained_output(out, self.output)
-    is_squeezed = isinstance(found, torch.Tensor) and found.shape == (getattr(self, 'classes', None),)
-    return with_image_axis(found, 1) if is_squeezed else found
+    if not isinstance(found, torch.Tensor) or found.ndim != 1: return found
+    return with_image_axis(found, 1) if len(found) == getattr(self, 'classes', None) else found
 
 # %% ../../nbs/core/07_model.ipynb #216fec3e
 @patch
@@ -1131,7 +1134,12 @@ def _scores_of(self: AntehocModel, out):
 def _run_and_record(self: AntehocModel, args, kwargs):
     "What the CNN returns, and the `LayerMaps` of each layer"
     images = None if torch.compiler.is_compiling() or self.writes_to_images is False else args[0].detach().clone()
-    out, maps = record_sams(self.cnn, self.layers, args, kwargs, attention=self._recorders(args[0].shape[2:]))
+    with nullcontext() if torch.compiler.is_compiling() else hooks_observed(self.cnn) as newly_marked:
+        out, maps = record_sams(self.cnn, self.layers, args, kwargs, attention=self._recorders(args[0].shape[2:]))
+    if newly_marked:  # they were not called when the model was calibrated
+        inputs = args if images is None else (images, *args[1:])
+        self.calibrate(inputs)
+        if not self.cnn.training: return self._run_and_record(inputs, kwargs)
     recorded = Recorded(map(self._with_strength, maps))
     recorded.scores = self._scores_of(out)
     if images is not None:
@@ -1146,7 +1154,7 @@ def forward(self: AntehocModel, *args, **kwargs):
     recording = self.recording
     self.recording = False
     if not recording: return self.cnn(*args, **kwargs)
-    with hooks_observed(self.cnn), torch.set_grad_enabled(self.cnn_learns and torch.is_grad_enabled()):
+    with torch.set_grad_enabled(self.cnn_learns and torch.is_grad_enabled()):
         out, self._last_recorded = self._run_and_record(args, kwargs)
     return out
 

@@ -597,8 +597,12 @@ _skipping = _in_its_place(lambda hook: lambda *args: None)
 
 @contextmanager
 def hooks_observed(network: nn.Module): # Any network
-    "Inside the block, forward hooks are marked by `always_called` when they change something."
-    with _observing.block(_other_hooks(every_module(network), _FORWARD)): yield
+    """Inside the block, forward hooks are marked by `always_called` when they change something. Yields a list, which
+    holds those that were marked after the block."""
+    places, marked = _other_hooks(every_module(network), _FORWARD), []
+    hooks = [getattr(module, kind).get(key) for module, kind, key in places]
+    with _observing.block(places): yield marked
+    marked += [hook for hook in hooks if hasattr(hook, 'always_called')]
 
 # %% ../../nbs/core/00_utils.ipynb #cell0014
 @contextmanager

@@ -62,7 +62,8 @@ def test_a_scripted_body(cnn):
 def test_keyword_only_images(cnn):
     class Network(nn.Module):
         def forward(self, *, pixel_values): return pixel_values
-    with pytest.raises(TypeError, match='Network does not take the sample as its positional arguments .*a module whose'):
+    message = 'Network does not take the sample as its positional arguments .*a module whose'
+    with pytest.raises(TypeError, match=message):
         AntehocModel(Network(), X)
 
 

@@ -713,13 +713,13 @@ def command(model, tmp_path, monkeypatch):
 
 def test_the_command_writes_what_the_function_writes(model, command, tmp_path):
     options = '--out', 'out', '--maps', 'png', '--threshold', .5
-    said = command('in', *options, '--table', 'csv', '--workers', 0, code=1)
+    said = command('in', *options, '--table', 'csv', '--workers', 0)
     assert said.stdout.startswith('13 images explained in ')
     assert said.stdout.endswith('; 1 could not be read, see the column error; the table is out/images.csv\n'
                                 'next: antehoc report out\n')
     explain_many(model, 'in', 'same', maps='png', workers=0, threshold=.5, name='model', say=None)
     assert content(Path('out')) == content(Path('same'))
-    facts = json.loads(command('in', *options, '--json', code=1).stdout)
+    facts = json.loads(command('in', *options, '--json').stdout)
     assert (facts['explained'], facts['done_before'], facts['failed'], facts['table']) == (0, 13, 1, 'out/images.csv')
     said = command('in/cat/000.png', '--out', 'one', '--maps', 'none').stdout
     assert said.startswith('1 image explained in ') and 'next: ' not in said
@@ -730,7 +730,7 @@ def test_pictures_and_tables_have_folders_of_their_own(command, monkeypatch):
     monkeypatch.setattr(cli, '_MANY', 10)
     said = command('in', '--out', 'pictures', code=1)
     assert '13 images get three files each; --maps npz makes a table and a few files, faster' in said.stdout
-    command('in', '--out', 'many', '--maps', 'none', '--workers', 0, code=1)
+    command('in', '--out', 'many', '--maps', 'none', '--workers', 0)
     Path('a.tar').write_bytes(b'')
     for args, message in [
             (('in', '--out', 'many'), '--out many holds a run with --maps; choose another folder'),

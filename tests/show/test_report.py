@@ -569,7 +569,7 @@ def test_the_command(corner, tmp_path, monkeypatch):
     assert 'antehoc: error: nowhere is no folder of explain_many' in antehoc('nowhere', code=1)
     assert "the name must end in .html" in antehoc(folder, '--out', 'report', code=1)
     assert 'antehoc: error: nowhere: no such model folder' in antehoc(folder, '--model', 'nowhere', code=1)
-    assert "boxes='b.csv': no such file" in antehoc(folder, '--boxes', 'b.csv', code=1)
+    assert '--boxes b.csv: no such file' in antehoc(folder, '--boxes', 'b.csv', code=1)
 
 
 # ---- slow: a network that learnt a planted tag, and the page in a browser
