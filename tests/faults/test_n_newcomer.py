@@ -165,7 +165,6 @@ def test_a_report_that_tested_nothing(capsys):
     (dict(keep_maps=-1), 'keep_maps=-1: give a number of images, 0 or more'),
     (dict(mask=''), "unknown mask ''. Known: soft, top_area, capped, threshold, soft+top_area, soft+capped, "
                     'soft+capped+threshold, dimmed'),
-    (dict(loss=''), "unknown interpretation loss ''. Known: mse, cross_entropy"),
     (dict(eta=0), 'eta=0: give a whole number of layers, 1 or more'),
     (dict(eta=2.5), 'eta=2.5: give a whole number of layers, 1 or more'),
     (dict(layers=[]), "layers=[]: give names of layers, such as ['layer3', 'layer4']"),
@@ -182,6 +181,10 @@ def test_a_report_that_tested_nothing(capsys):
     (dict(evidence=-1), 'evidence=-1: give True, False or None')])
 def test_arguments_of_two_pass(given, message):
     with says(ValueError, message): TwoPass(**given)
+
+
+def test_an_unknown_loss_of_two_pass():
+    with pytest.raises(ValueError, match="unknown interpretation loss ''. Known: mse, cross_entropy"): TwoPass(loss='')
 
 
 def test_every_argument_of_two_pass_is_checked():
