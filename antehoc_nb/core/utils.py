@@ -554,12 +554,13 @@ def _is_part(hook, held):
 
 _FORWARD = '_forward_pre_hooks', '_forward_hooks'
 _BACKWARD = '_backward_pre_hooks', '_backward_hooks'
+_GLOBAL = {kind: f'_global{kind}' for kind in (*_FORWARD, *_BACKWARD)}  # of all modules
 
 
 def _other_hooks(modules, kinds):
     "(module, kind, key) of the hooks that are no part of the network, and of those that torch calls for all modules"
     places = [(module, kind) for module in modules for kind in kinds if getattr(module, kind)]
-    places += [(nn.modules.module, f'_global{kind}') for kind in kinds if getattr(nn.modules.module, f'_global{kind}')]
+    places += [(nn.modules.module, _GLOBAL[kind]) for kind in kinds if getattr(nn.modules.module, _GLOBAL[kind])]
     held = _held_by(modules) if places else ()
     return [(module, kind, key) for module, kind in places for key, hook in [*getattr(module, kind).items()]
             if not _is_part(hook, held)]

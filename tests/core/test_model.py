@@ -166,10 +166,10 @@ def test_thousand_explanations_leave_memory_flat():
         for _ in range(50): m.explain(x)  # what replaces something older counts as new, once
         gc.collect()
         before, _ = tracemalloc.get_traced_memory()
-        for _ in range(100): m.explain(x)
+        for _ in range(300): m.explain(x)
         gc.collect()
         after, _ = tracemalloc.get_traced_memory()
-        assert after - before < 100 * 100  # not even a small object each
+        assert after - before < 300 * 70  # not even a small object each; Python caches some names
     finally: tracemalloc.stop()
     assert n_tensors() == tensors
     assert not any(o._forward_hooks or o._forward_pre_hooks or o._backward_hooks for o in m.modules())
