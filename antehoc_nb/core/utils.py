@@ -540,8 +540,8 @@ def _held_by(modules):
 
 
 def _is_part(hook, held):
-    "Whether a hook is marked, or torch's own, or works with something of which the network holds the id"
-    if hasattr(hook, 'always_called'): return True
+    "Whether a hook is marked, or can't be, or is torch's own, or works with something that the network holds"
+    if hasattr(hook, 'always_called') or not hasattr(getattr(hook, '__func__', hook), '__dict__'): return True
     used = []
     while isinstance(hook, partial):
         used += [*hook.args, *hook.keywords.values()]

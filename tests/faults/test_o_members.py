@@ -127,6 +127,21 @@ def test_what_modules_write_elsewhere_is_put_back(cnn):
     assert (part.log, part.found, part.memory.tolist()) == ([], {}, [0, 0, 0])
 
 
+class Doubles:
+    __slots__ = ()
+    def __call__(self, module, args, out): return out * 2
+
+
+def test_a_hook_that_takes_no_mark(cnn):
+    "It is always called, since nothing can be noted about it."
+    network = cnn()
+    model = AntehocModel(network, X)
+    network[1].register_forward_hook(Doubles())
+    with torch.no_grad(): expected = network(X)
+    assert torch.equal(model.explain(X).pred, expected)
+    with frozen(network), torch.no_grad(): assert torch.equal(network(X), expected)
+
+
 @pytest.mark.parametrize('factor', [1, 2])
 def test_gradients_of_many_classes(cnn, factor):
     "As many passes as the last linear layer has features, unless something changes its output."
