@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['CANDIDATES', 'PIXELS', 'REPEATED', 'UNTRAINED', 'WRONG_TARGET', 'AVERAGE', 'GRAD_CAM', 'BLOB', 'SHARES',
-           'SMALL_DATASETS', 'DEFAULT_SETTINGS', 'DEFAULT_PROFILES', 'default_choice', 'few_images', 'Renormalise',
-           'pretrained_lite0', 'fit_head', 'score_maps', 'default_table', 'default_by_seed', 'default_accuracy']
+           'SMALL_DATASETS', 'DEFAULT_SETTINGS', 'DEFAULT_PROFILES', 'default_choice', 'few_images', 'few_scenes',
+           'few_faces', 'Renormalise', 'pretrained_lite0', 'fit_head', 'score_maps', 'default_table', 'default_by_seed',
+           'default_accuracy']
 
 # %% ../../nbs/tasks/59_default.ipynb #b7f16165
 import json
@@ -26,12 +27,15 @@ from ..core.interpretation_loss import change_at_area
 from ..core.model import AntehocModel
 from ..core.utils import Registry, check_config, eval_mode, import_extra, plain_tensor
 from ..data.images import Fit, FlipShift, image_dls, labelled_dls
-from ..evaluate.explainers import centred_blob, grad_cam
+from ..data.landmarks import FACE68, Landmarks, face_table, landmark_dls, nme_metric
+from ..data.photo_digits import photo_digits_dls
+from ..evaluate.explainers import centred_blob, grad_cam, regression_cam
 from ..evaluate.localisation import localisation
 from .classification import dataset_boxes
 from antehoc_nb.tasks.experiment import (
     DatasetSpec, Experiment, Paths, RunResult, bars_on_terminals, register_experiment, seed_loaders,
 )
+from .landmarks import TWO_PASS, group_regions
 from ..train.archs import build_cnn, packaged_weights
 from ..train.learner import antehoc_learner
 
@@ -42,7 +46,7 @@ def _items_of(dataset, name):
 
 
 def few_images(path: str | Path, # Folder or archive with train/<class>/ and test images in val/<class>/
-               classes: list[str], # Their folders' names
+               classes: list[str] | None, # Their folders' names; None: all that there are
                per_class: int, # Training images of each
                n_valid: int, # Validation images of each
                size: int, # Side in pixels
@@ -50,9 +54,13 @@ def few_images(path: str | Path, # Folder or archive with train/<class>/ and tes
                seed: int, # Picks training and validation images
                n_test: int | None = None, # Test images of each, the same for every seed; None: all that there are
                test: str = 'val', # The folder of the test images
+               boxes: bool = False, # Are there boxes, as in Tiny-ImageNet-20?
               ) -> dict[str, DataLoaders]: # 'valid' and 'test': the same training images, other images to score on
-    "A few images of some classes. `ValueError` if a class has too few."
+    """A few images of some classes; `regions` of the loaders are the boxes, or None.
+
+    `ValueError` if a class has too few."""
     whole = image_dls(path, size, bs, valid=test, verify=False)
+    classes = list(whole.vocab) if classes is None else classes
     train, scored = [], dict(valid=[], test=[])
     for name in classes:
         scored['test'] += _items_of(whole.valid_ds, name)[:n_test]
@@ -65,8 +73,49 @@ def few_images(path: str | Path, # Folder or archive with train/<class>/ and tes
         scored['valid'] += [of_class[i] for i in order[-n_valid:]]
     made = {split: labelled_dls(train, items, list(classes), bs, item_tfms=Fit(size), batch_tfms=[FlipShift()])
             for split, items in scored.items()}
-    for dls in made.values(): seed_loaders(dls, seed)
+    for dls in made.values():
+        seed_loaders(dls, seed)
+        dls.regions = dataset_boxes('tinyimagenet20', dls, size) if boxes else None
     return made
+
+# %% ../../nbs/tasks/59_default.ipynb #c1d5e0b7
+def few_scenes(path, # Not used: the scenes are made
+               n_train: int, # Training scenes
+               n_valid: int, # Validation scenes, by other writers
+               size: int, bs: int, # Side in pixels, batch size
+               seed: int, # Of the scenes
+              ) -> dict[str, DataLoaders]: # 'valid'; `regions` are the digits' boxes
+    "Scenes of photo-digits."
+    dls = photo_digits_dls(n_train, n_valid, size, bs, seed=seed)
+    seed_loaders(dls, seed)
+    dls.regions = torch.as_tensor(dls.valid_ds.boxes)
+    return dict(valid=dls)
+
+
+def few_faces(path: str | Path, # Folder or archive, as `face_table` takes it
+              group: str, # What is to be found: 'mouth'
+              n_train: int, # Training faces
+              n_valid: int, # Validation faces, of other people
+              size: int, bs: int, # Side in pixels, batch size
+              seed: int, # Picks the people
+             ) -> dict[str, DataLoaders]: # 'valid'; `regions` are masks of the group, (N,H,W)
+    "Faces of the training split. Errors as of `face_table`."
+    every = face_table(path, 'drop')
+    train = (~every.test).nonzero()[0]
+    people = np.random.default_rng(seed).permutation(np.unique(every.people[train]))
+    place = {person: i for i, person in enumerate(people)}
+    order = train[np.argsort([place[person] for person in every.people[train]], kind='stable')]
+    chosen = [*order[:n_train], *order[-n_valid:]]
+    shared = {*every.people[chosen[:n_train]]} & {*every.people[chosen[n_train:]]}
+    if shared:
+        raise ValueError(f'n_train={n_train}, n_valid={n_valid}: both have faces of person {min(shared)}; '
+                         f'the training split has {len(order)} faces of {len(people)} people')
+    faces = Landmarks([every.images[i] for i in chosen], every.points[chosen], np.arange(len(chosen)) >= n_train,
+                      scheme=FACE68, people=every.people[chosen]).resized(size)
+    dls = landmark_dls(faces, group, size, bs)
+    seed_loaders(dls, seed)
+    dls.regions = group_regions(faces.points[faces.test], FACE68, size, groups=[group])[group]
+    return dict(valid=dls)
 
 # %% ../../nbs/tasks/59_default.ipynb #60459c0a
 class Renormalise(nn.Module):
@@ -134,17 +183,18 @@ SHARES = (.1, .2, .5)
 def score_maps(model: AntehocModel, # Its CNN is what the maps explain
                x: torch.Tensor, # Images, (N,C,H,W)
                maps: torch.Tensor, # (N,1,H,W)
-               boxes: torch.Tensor | None, # (N,4), pixels; None: not known
+               regions: torch.Tensor | None, # Of the objects: boxes (N,4), pixels, or masks (N,H,W); None: not known
+               **how, # Settings of `change_at_area`
               ) -> dict[str, float]: # Average drops in per cent; pointing and energy in the box as shares
     "How faithful maps are at three areas, and where they lie."
-    scores = {f'drop_at_{share:.0%}': float(np.mean([change_at_area(model, images, of_images, share=share)
-                                                     for images, of_images in zip(x.split(50), maps.split(50))]))
-              for share in SHARES}
-    return scores | (localisation(maps, boxes) if boxes is not None else {})
+    def change(share): return np.mean([change_at_area(model, images, of_images, share=share, **how)
+                                       for images, of_images in zip(x.split(50), maps.split(50))])
+    scores = {f'drop_at_{share:.0%}': float(change(share)) for share in SHARES}
+    return scores | (localisation(maps, regions) if regions is not None else {})
 
 
 def _images_of(dls):
-    "Images and classes of the validation set"
+    "Images, and classes or points, of the validation set"
     batches = [(plain_tensor(x), plain_tensor(y)) for x, y in dls.valid]
     return torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])
 
@@ -167,18 +217,23 @@ def _own_maps(model, x, ahead=0):
 
 def _baselines(model, x):
     "Maps that need no training"
-    batches = zip(x.split(32), _predicted(model, x).split(32))
-    cams = [grad_cam(model, images, of_images) for images, of_images in batches]
     normalisation = dict(mean=model.mean.flatten().tolist(), std=model.std.flatten().tolist())
-    untrained = AntehocModel(model.cnn, x[:2], layers=model.layers, **normalisation)
-    average = AntehocModel(model.cnn, x[:2], layers=model.layers, weight_net='mean', **normalisation)
-    return {UNTRAINED: _own_maps(untrained, x), AVERAGE: _own_maps(average, x), GRAD_CAM: torch.cat(cams),
-            BLOB: centred_blob(len(x), x.shape[2:])}
+    def untrained(**settings): return AntehocModel(model.cnn, x[:2], layers=model.layers, **normalisation, **settings)
+    maps = {}
+    if model.class_specific:
+        maps = {WRONG_TARGET: _own_maps(model, x, ahead=1), UNTRAINED: _own_maps(untrained(), x)}
+        predicted = zip(x.split(32), _predicted(model, x).split(32))
+        cams = [grad_cam(model, images, of_images) for images, of_images in predicted]
+    else: cams = [regression_cam(model, images) for images in x.split(32)]
+    return maps | {AVERAGE: _own_maps(untrained(weight_net='mean'), x), GRAD_CAM: torch.cat(cams),
+                   BLOB: centred_blob(len(x), x.shape[2:])}
 
 # %% ../../nbs/tasks/59_default.ipynb #9f7d4c75
 def _learner(cnn_kind, dls, settings, config):
     "A learner for one candidate: of the pretrained CNN, which stays as it is, or of a CNN from scratch"
-    common = dict(metrics=accuracy, loss_func=CrossEntropyLossFlat()) | settings
+    group = config['images'].get('group')
+    if group: common = dict(metrics=nme_metric(FACE68, group)) | settings
+    else: common = dict(metrics=accuracy, loss_func=CrossEntropyLossFlat()) | settings
     if cnn_kind == 'scratch': return antehoc_learner(dls, config['scratch']['arch'], **common)
     batches = list(dls.train.new(shuffle=False, drop_last=False))
     x, y = (torch.cat([plain_tensor(batch[i]) for batch in batches]) for i in (0, 1))
@@ -190,20 +245,18 @@ def _learner(cnn_kind, dls, settings, config):
 def _run_part(cnn_kind, seed, name, config, path):
     "Train one candidate, and score it with what it is compared with"
     how = config[cnn_kind]
-    counts = {key: config[key] for key in ('classes', 'per_class', 'n_valid', 'n_test')}
-    loaders = few_images(path, **counts, size=how['size'], bs=how['bs'], seed=seed)
+    loaders = SMALL_DATASETS[config['dataset']].load(path, **config['images'], size=how['size'], bs=how['bs'], seed=seed)
     set_seed(seed)
     learn = _learner(cnn_kind, loaders['valid'], config['candidates'][name], config)
     with bars_on_terminals(learn): learn.fit_one_cycle(how['epochs'], how['lr'])
     model, best = learn.model.eval(), learn.two_pass.best
-    part = dict(kept=best.kept, rows={})
+    part = dict(kept=best.kept, rows={}, valid_metric=float(learn.recorder.values[-1][2]))
     for split, dls in loaders.items():
         x, y = _images_of(dls)
-        boxes = dataset_boxes('tinyimagenet20', dls, how['size']) if config['boxes'] else None
-        maps = {name: _own_maps(model, x)}
-        if name == 'auto': maps |= {WRONG_TARGET: _own_maps(model, x, ahead=1)} | _baselines(model, x)
-        part['rows'][split] = {key: score_maps(model, x, of_key, boxes) for key, of_key in maps.items()}
-        part[f'{split}_accuracy'] = (_predicted(model, x) == y).float().mean().item()
+        maps = {name: _own_maps(model, x)} | (_baselines(model, x) if name == 'auto' else {})
+        how = {} if y.ndim == 1 else dict(activation=None, fill='blur')  # a detector finds nothing on black
+        part['rows'][split] = {key: score_maps(model, x, of_key, dls.regions, **how) for key, of_key in maps.items()}
+        if y.ndim == 1: part[f'{split}_accuracy'] = (_predicted(model, x) == y).float().mean().item()
     return part
 
 
@@ -229,18 +282,47 @@ _TINY = 'tinyimagenet/tinyimagenet20_500tr_50val.tar.gz'
 _TWO = ('n02099601', 'n02123045')  # golden retriever, tabby
 _TEN = (*_TWO, 'n01855672', 'n02279972', 'n02364673', 'n02403003', 'n02415577', 'n02437312', 'n02504458', 'n01774750')
 SMALL_DATASETS = Registry('dataset')  # name -> `DatasetSpec`
+_ALL = dict(classes=None, per_class=200, n_valid=20, n_test=20, test='test')
+_DETECTORS = {name: TWO_PASS[name] for name in ('cells', 'mask', 'fill', 'temperature')}
+_FEW = dict(per_class=4, n_valid=2, n_test=2)
+
+
+def _of_classes(title, archive, images, candidates=CANDIDATES, publishable=True, cpu=None):
+    "A data set for `few_images`; `cpu`: settings that differ in that profile"
+    return DatasetSpec(title, few_images, archive=archive, publishable=publishable,
+                       settings=dict(images=images, candidates=candidates),
+                       by_profile=dict(smoke=dict(images=images | _FEW), cpu=cpu or {}))
+
+
+def _from_scratch(arch, n_train, n_valid, **images):
+    "Settings for a CNN from scratch and one seed, in every profile"
+    how = dict(arch=arch, size=64, epochs=10, bs=32, lr=3e-3)
+    few, many = (images | dict(n_train=n, n_valid=m) for n, m in ((16, 8), (n_train, n_valid)))
+    return dict(smoke=dict(images=few), cpu=dict(images=many, cnns=('scratch',), scratch=how, seeds=(0,)),
+                paper=dict(images=many, cnns=('scratch',), scratch=how))
+
+
 SMALL_DATASETS.update({
-    'two-classes': DatasetSpec('Tiny-ImageNet-20, 2 classes with 125 images each', few_images, archive=_TINY,
-                               settings=dict(classes=_TWO, per_class=125, n_valid=50, n_test=50,
-                                             candidates=CANDIDATES | PIXELS)),
-    'ten-classes': DatasetSpec('Tiny-ImageNet-20, 10 classes with 25 images each', few_images, archive=_TINY,
-                               settings=dict(classes=_TEN, per_class=25, n_valid=10, n_test=10))})
-DEFAULT_SETTINGS = dict(classes=_TWO, per_class=125, n_valid=50, n_test=50, boxes=True, candidates=CANDIDATES)
+    'two-classes': _of_classes('Tiny-ImageNet-20, 2 classes with 125 images each', _TINY, dict(
+        classes=_TWO, per_class=125, n_valid=50, n_test=50, boxes=True), CANDIDATES | PIXELS),
+    'ten-classes': _of_classes('Tiny-ImageNet-20, 10 classes with 25 images each', _TINY, dict(
+        classes=_TEN, per_class=25, n_valid=10, n_test=10, boxes=True)),
+    'cifar10': _of_classes('CIFAR-10 (JPEG), 10 classes with 200 images each', 'cifar10/cifar10_jpeg_full.tar.gz', _ALL,
+                           cpu=dict(seeds=(0,))),
+    'food101-10': _of_classes('Food-101-10, 10 classes with 200 images each', 'food101_10/food101_10.tar', _ALL,
+                              publishable=False, cpu=dict(seeds=(0,))),
+    'photo-digits': DatasetSpec('photo-digits, 4,000 scenes', few_scenes,
+                                by_profile=_from_scratch('small_cnn', 4000, 200)),
+    'faces68': DatasetSpec('faces68, 1,500 faces and their mouths', few_faces, archive='faces68/faces68_ytf.tar',
+                           publishable=False, by_profile=_from_scratch('landmark_cnn', 1500, 200, group='mouth'),
+                           settings=dict(candidates={'auto': {}, 'paper': CANDIDATES['paper'],
+                                                     'auto, as the detectors': _DETECTORS}))})
+DEFAULT_SETTINGS = dict(images={}, candidates=CANDIDATES)
 DEFAULT_PROFILES = Registry('profile')
 DEFAULT_PROFILES.update(
-    smoke=dict(cnns=('scratch',), seeds=(0,), per_class=4, n_valid=2, candidates={'auto': {}},
+    smoke=dict(cnns=('scratch',), seeds=(0,), candidates={'auto': {}},
                scratch=dict(arch='small_cnn', size=32, epochs=1, bs=4, lr=3e-3)),
-    cpu=dict(cnns=('pretrained',), seeds=(0, 1, 2), pretrained=dict(size=128, epochs=5, bs=16, lr=3e-3)),
+    cpu=dict(cnns=('pretrained',), seeds=(0, 1, 2), pretrained=dict(size=128, epochs=5, bs=16, lr=3e-3), scratch=None),
     paper=dict(cnns=('pretrained', 'scratch'), seeds=(0, 1, 2), pretrained=dict(size=128, epochs=5, bs=16, lr=3e-3),
                scratch=dict(arch='small_cnn', size=64, epochs=30, bs=16, lr=3e-3)))
 
@@ -279,9 +361,9 @@ def default_accuracy(record: dict, cnn: str, split: str = 'test') -> float: # As
 
 
 def _printed(record, results):
-    tables = {cnn: default_table(record, cnn) for cnn in record['config']['cnns']}
-    return '\n\n'.join(f'{cnn}, accuracy {default_accuracy(record, cnn):.2f}\n{table.round(2).to_string()}'
-                       for cnn, table in tables.items())
+    tables = {(cnn, split): default_table(record, cnn, split) for cnn in record['config']['cnns']
+              for split in record['results']['parts'][0]['rows']}
+    return '\n\n'.join(f'{cnn}, {split}\n{table.round(2).to_string()}' for (cnn, split), table in tables.items())
 
 
 default_choice = register_experiment(Experiment(
