@@ -10,6 +10,7 @@ import copy
 import json
 import tempfile
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,8 +21,8 @@ from torch import nn
 
 import antehoc_nb
 from .attention import fit_border, noise_like_photographs
-from .model import ACTIVATIONS, AntehocModel, pixel_batch
-from .utils import full_precision, import_extra, output_tensors, rgb_images, whole_or_not_at_all
+from .model import ACTIVATIONS, AntehocModel, Framing, framed_images, pixel_batch
+from .utils import full_precision, import_extra, output_tensors, whole_or_not_at_all
 from .weight_net import class_numbers
 
 # %% ../../nbs/core/08_export.ipynb #5bc437a5
@@ -278,7 +279,7 @@ def _file_facts(model, module):
                  labels=[str(name) for name in model.meta.get('vocab') or ()], classes=module.classes,
                  channels=module.channels, size=list(module.size), sides=module.sides,
                  mean=model.mean.flatten().tolist(),
-                 std=model.std.flatten().tolist(), activation=module.activation)
+                 std=model.std.flatten().tolist(), activation=module.activation) | model.framing.facts()
     return dict(format=_FORMAT) | {name: json.dumps(value) for name, value in facts.items()}
 
 
@@ -319,7 +320,7 @@ def _write_pt2(program, path, facts):
 def _read_pt2(path):
     "A function from arrays to arrays, and what the file says about itself"
     names = ('format', 'format_version', 'version', 'labels', 'classes', 'channels', 'size', 'sides', 'mean', 'std',
-             'activation')
+             'activation', 'resize', 'crop_pct')
     extra = {f'antehoc_{name}': '' for name in names}
     try: module = torch.export.load(path, extra_files=extra).module(check_guards=False)
     except Exception as e: raise ValueError(f'{path} is not a .pt2 file, or is cut short: {_first_line(e)}') from e
@@ -452,7 +453,9 @@ def export(self: AntehocModel,
             found, of_weight_net = _as_onnx(program, *_names(module))
             _write_onnx(found, unfinished, facts)
         _compare(_FILE_KINDS[kind](unfinished)[0], module, path)
-        if int8 is not None: _to_integers(unfinished, _pixels(int8, module.size, module.channels), of_weight_net, facts)
+        if int8 is not None:
+            framing = replace(model.framing, size=module.size)
+            _to_integers(unfinished, _pixels(int8, framing, module.channels), of_weight_net, facts)
     return path
 
 # %% ../../nbs/core/08_export.ipynb #aa29263d
@@ -461,9 +464,9 @@ def _copy_to_cpu(model):
     except Exception as e: raise ValueError(f'export: the network cannot be copied: {_first_line(e)}') from e
 
 
-def _pixels(images, size, channels):
+def _pixels(images, framing, channels):
     "Images of any kind as a file takes them, an array (B,C,H,W) of uint8"
-    return pixel_batch(rgb_images(images), size, channels).numpy()
+    return pixel_batch(framed_images(images, framing), framing.size, channels).numpy()
 
 
 def _names(module):
@@ -485,7 +488,8 @@ class ExportedModel:
         self._run = run
         self.facts = facts # What the file says about itself: labels, size, mean, std, activation, classes, version
         self.labels = tuple(facts['labels'])
-        self.size = tuple(facts['size']) # (H,W) that it was exported for, or that is usual
+        self.framing = Framing.of(facts) # What is taken of an image
+        self.size = self.framing.size # (H,W) that it was exported for, or that is usual
         sides = facts.get('sides') # (lowest, highest) of height and width if any size may be given; None: one size
         self.sides = None if sides is None else tuple(map(tuple, sides))
 
@@ -499,7 +503,7 @@ class ExportedModel:
         """Prediction and map. `ValueError` or `TypeError` for what is no image, a class that is not there, or a size
         that the file does not take."""
         if size is not None: self._check_size(size)
-        pixels = _pixels(images, size or self.size, self.facts['channels'])
+        pixels = _pixels(images, replace(self.framing, size=tuple(size or self.size)), self.facts['channels'])
         *outputs, i_map = self._run(pixels, *self._targets(target, len(pixels)))
         return Exported(outputs[0] if len(outputs) == 1 else tuple(outputs), i_map)
 

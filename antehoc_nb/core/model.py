@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ACTIVATIONS', 'TASKS', 'MAP_COLOURS', 'has_other_units', 'Explanation', 'check_settings', 'as_cnn_takes',
-           'AntehocModel', 'LayerMaps', 'Recorded', 'pixel_batch', 'load_weights']
+           'AntehocModel', 'LayerMaps', 'Recorded', 'Framing', 'framed_images', 'pixel_batch', 'load_weights']
 
 # %% ../../nbs/core/07_model.ipynb #cell0002
 import json
@@ -496,7 +496,7 @@ def _check_vocab(vocab):
 
 def _check_facts(meta):
     "`ValueError` for a misspelt fact, and for a size or names of classes that can't be used"
-    known = 'size', 'vocab', 'task', 'activation'
+    known = 'size', 'vocab', 'task', 'activation', 'resize', 'crop_pct'
     for name in meta:
         meant = 'vocab' if name == 'classes' else ([] if name in known else get_close_matches(str(name), known, 1, .7))
         if meant: raise ValueError(f"meta: {name!r} is not known; use {meant if name == 'classes' else meant[0]!r}")
@@ -505,6 +505,12 @@ def _check_facts(meta):
         raise ValueError(f"meta: activation={activation!r} is not known; use 'softmax', 'sigmoid', 'own' or None")
     if size is not None and not _is_size(size):
         raise ValueError(f'meta: size={size!r} must be a number of pixels or [height, width], each above 0')
+    resize, crop_pct = meta.get('resize', 'squish'), meta.get('crop_pct', 1)
+    if resize not in ('squish', 'crop', 'own'):
+        raise ValueError(f"meta: resize={resize!r} is not known; use 'squish' (all of the image), 'crop' (its middle) "
+                         "or 'own'")
+    if not _is_number(crop_pct) or crop_pct > 1:
+        raise ValueError(f'meta: crop_pct={crop_pct!r} must be the share of each side that is kept, in (0,1]')
     _check_vocab(meta.get('vocab'))
 
 
@@ -1321,6 +1327,41 @@ def _embedding_of(self: AntehocModel, images):
     x, _ = self._images_in(images)
     return plain_tensor(self.explained(self.cnn(x.clone())))
 
+# %% ../../nbs/core/07_model.ipynb #5b7c91e0
+@dataclass(frozen=True)
+class Framing:
+    "What a CNN gets of an image: all of it, or its middle."
+    size: tuple[int, int] # (H,W) of what it gets, pixels
+    resize: str = 'squish' # 'squish': all of the image; 'crop': as much of the middle as has the proportions of `size`
+    crop_pct: float = 1. # Then so much of each side is kept, around the middle, in (0,1]
+
+    def box(self,
+            width: int, height: int, # Of an image, pixels
+           ) -> tuple[int, int, int, int]: # left, top, right, bottom, pixels
+        "The part that the CNN gets."
+        sides = width, height
+        if self.resize == 'crop':
+            scale = min(width / self.size[1], height / self.size[0])
+            sides = int(scale * self.size[1]), int(scale * self.size[0])
+        sides = [max(1, round(side * self.crop_pct)) for side in sides]
+        left, top = (width - sides[0]) // 2, (height - sides[1]) // 2
+        return left, top, left + sides[0], top + sides[1]
+
+    def crop(self, image: Image.Image) -> Image.Image:
+        "That part, at the image's own size."
+        box = self.box(*image.size)
+        return image if box == (0, 0, *image.size) else image.crop(box)
+
+    def facts(self) -> dict: # For `meta`; empty if all of an image is taken
+        "How it differs from resizing whole images."
+        if (self.resize, self.crop_pct) == ('squish', 1): return {}
+        return dict(resize=self.resize, crop_pct=self.crop_pct)
+
+    @classmethod
+    def of(cls, facts: dict) -> 'Framing': # From `size` and what `facts` returned
+        "A framing that was written down."
+        return cls(tuple(facts['size']), facts.get('resize', 'squish'), facts.get('crop_pct', 1.))
+
 # %% ../../nbs/core/07_model.ipynb #43305d7e
 @patch(as_prop=True)
 def image_channels(self: AntehocModel) -> int:
@@ -1347,6 +1388,27 @@ def image_size(self: AntehocModel) -> tuple[int, int]:
                     + '; if that is not what the CNN was trained on, give AntehocModel(cnn, mean=[...], std=[...], '
                     'meta=dict(size=[H, W]))', level=6)
     return 224, 224
+
+
+@patch(as_prop=True)
+def framing(self: AntehocModel) -> Framing:
+    "What the CNN gets of an image from a file: as `meta` says; a warning where that cannot be said."
+    resize = self.meta.get('resize', 'squish')
+    if resize == 'own':
+        self._warn_once('resize', 'explain: in training the images were padded, or cropped to a number of pixels, '
+                        'which is not done here: they are resized whole, so that predictions can differ; give batches '
+                        'of the DataLoaders, or say how they are resized: meta=dict(size=[H, W], resize=...)', level=6)
+        resize = 'squish'
+    return Framing(self.image_size, resize, self.meta.get('crop_pct', 1.))
+
+
+def framed_images(images, # Of any kind, as `rgb_images` takes them
+                  framing: Framing, # What the CNN gets of them
+                 ) -> list[Image.Image]: # At their own size
+    "What a CNN gets of images. A tensor whose images have the CNN's size is taken as it is. Errors as of `rgb_images`."
+    photos = rgb_images(images)
+    if isinstance(images, torch.Tensor) and tuple(images.shape[-2:]) == framing.size: return photos
+    return list(map(framing.crop, photos))
 
 
 def pixel_batch(photos: Sequence[Image.Image], # RGB images of any size
@@ -1377,8 +1439,9 @@ def _check_units(self: AntehocModel):
 @patch
 def image_batch(self: AntehocModel,
                 images, # A path, a PIL image, an array (H,W) or (H,W,C), a uint8 tensor (C,H,W) or (B,C,H,W), or a list
-               ) -> tuple[torch.Tensor, list[Image.Image]]: # The batch (B,C,H,W), and the images at their own size
-    """Images of any kind as the CNN takes them: resized without cropping, normalised, on the model's device.
+               ) -> tuple[torch.Tensor, list[Image.Image]]: # The batch (B,C,H,W), and what the CNN gets of each
+    """Images of any kind as the CNN takes them: framed as in training, normalised, on the model's device; and what it
+    sees of each, at the image's own size. A tensor whose images have the CNN's size is not cropped.
 
     Raises `TypeError` or `ValueError` for what is no image, `OSError` for a file that cannot be read."""
     channels = self.image_channels
@@ -1386,8 +1449,9 @@ def image_batch(self: AntehocModel,
         raise ValueError(f'explain: the CNN takes images of {channels} channels, which no image file has; '
                          'give a normalised tensor (B,C,H,W)')
     self._check_units()
-    photos = rgb_images(images)
-    x = pixel_batch(photos, self.image_size, channels).to(self.mean.device)
+    framing = self.framing
+    photos = framed_images(images, framing)
+    x = pixel_batch(photos, framing.size, channels).to(self.mean.device)
     x = (x.float() / 255 - self.mean.float()) / self.std.float()
     weight = next(self.cnn.parameters(), x)
     return x.to(weight.dtype) if weight.is_floating_point() else x, photos

@@ -25,7 +25,7 @@ from matplotlib.font_manager import findfont
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
-from ..core.model import AntehocModel, Explanation, as_cnn_takes
+from ..core.model import AntehocModel, Explanation, as_cnn_takes, pixel_batch
 from ..core.utils import check_config, in_channels, weights_digest, whole_or_not_at_all
 from ..core.weight_net import class_numbers
 from ..data.images import open_rgb
@@ -36,7 +36,8 @@ from .plots import MAP_COLOURS, concept_regions
 class _ImageFile:
     "An image that has been read."
     name: str # in the output
-    rgb: Image.Image # at its own size
+    rgb: Image.Image # what the CNN gets of it, at its own size
+    corner: tuple[int, int] # where that begins in the image, x and y in pixels
     pixels: np.ndarray # (C,H,W) of uint8, at the model's size
     checksum: str # of the file
 
@@ -52,20 +53,20 @@ def decode_image(data: bytes, # What an image file holds
     except UnidentifiedImageError: raise ValueError('not an image, or damaged') from None
 
 
-def _read_image(path, name, size, channels):
+def _read_image(path, name, framing, channels):
     "An image file at its own size and at the model's"
     data = Path(path).read_bytes()
-    rgb = decode_image(data)
-    resized = rgb.resize(size[::-1], Image.Resampling.BILINEAR, reducing_gap=2.)
-    pixels = np.asarray(resized.convert('L' if channels == 1 else 'RGB')).reshape(*size, channels).transpose(2, 0, 1)
-    return _ImageFile(name, rgb, pixels, _checksum(data))
+    whole = decode_image(data)
+    rgb = framing.crop(whole)
+    pixels = pixel_batch([rgb], framing.size, channels)[0].numpy()
+    return _ImageFile(name, rgb, framing.box(*whole.size)[:2], pixels=pixels, checksum=_checksum(data))
 
 
-def _read_batch(images, size, channels):
+def _read_batch(images, framing, channels):
     "The images that can be read, and `(name, reason)` of the others"
     batch, failed = [], []
     for path, name in images:
-        try: batch.append(_read_image(path, name, size, channels))
+        try: batch.append(_read_image(path, name, framing, channels))
         except Exception as e: failed.append((name, str(e) or type(e).__name__))
     return batch, failed
 
@@ -110,13 +111,13 @@ def _write_arrays(e: Explanation, path):
     with whole_or_not_at_all(path) as unfinished: np.savez_compressed(unfinished, **arrays)
 
 
-def _region_rows(e: Explanation, rgb, threshold):
+def _region_rows(e: Explanation, image: _ImageFile, threshold):
     "The columns from `concept` on, a row per concept region of one image"
     height, width = e.map.shape[2:]
-    scale_x, scale_y = rgb.width / width, rgb.height / height
+    scales = (image.rgb.width / width, image.rgb.height / height) * 2
     rows = []
     for region in concept_regions(e.map, threshold):
-        box = [round(edge * scale, 1) for edge, scale in zip(region.box, (scale_x, scale_y, scale_x, scale_y))]
+        box = [round(start + edge * scale, 1) for start, edge, scale in zip(image.corner * 2, region.box, scales)]
         rows.append([region.label, *box, round(region.area, 4), round(region.energy, 4)])
     return rows or [[''] * 7]
 
@@ -129,7 +130,7 @@ def _write_image(e: Explanation, image: _ImageFile, out, stem, arrays):
     else: array_file.unlink(missing_ok=True)  # of an image that has changed
     probabilities = ', '.join(str(round(share, 4)) for _, share in e.decisions[0] if share is not None)
     label = [image.name, _overlay_name(stem), e.labels[0], probabilities]
-    return [[*label, *row, image.checksum] for row in _region_rows(e, image.rgb, e.threshold)]
+    return [[*label, *row, image.checksum] for row in _region_rows(e, image, e.threshold)]
 
 # %% ../../nbs/show/33_explain_files.ipynb #23b52b9b
 def _is_current(row, files, out, arrays):
@@ -300,9 +301,9 @@ def target_number(
     return int(e.target)
 
 
-def _settings(model, threshold, size, target):
+def _settings(model, threshold, framing, target):
     "What all explanations of a folder have in common"
-    settings = dict(model=weights_digest(model), threshold=threshold, size=size)
+    settings = dict(model=weights_digest(model), threshold=threshold, size=framing.size) | framing.facts()
     vocab = model.meta.get('vocab')
     if target is not None: settings['target'] = vocab[target] if vocab else target
     return settings
@@ -364,14 +365,14 @@ def _explain_batch(model, batch, out, taken, threshold, target, arrays):
         yield _write_image(e[i], image, out, _free_stem(image.name, taken), arrays=arrays)
 
 
-def _explain_to_table(model, todo, out, table, size, bs, say, **options):
+def _explain_to_table(model, todo, out, table, framing, bs, say, **options):
     "Explain images and append their rows to the table; the number explained, and `(name, reason)` of the others"
     progress, n, failed = Progress(len(todo), say), 0, []
     with _open_table(table, 'a') as file:
         writer = csv.writer(file)
         for start in range(0, len(todo), bs):
             files = todo[start:start + bs]
-            batch, unreadable = _read_batch(files, size, in_channels(model.cnn))
+            batch, unreadable = _read_batch(files, framing, in_channels(model.cnn))
             failed += unreadable
             for rows in _explain_batch(model, batch, out, **options) if batch else ():
                 writer.writerows(rows)
@@ -407,9 +408,9 @@ def explain_files(
     `ValueError` if `out` holds the explanations of another model, threshold or class, if an image would be overwritten,
     if the model's task has no table, or a target class is given for a class-agnostic weight network."""
     out, files = Path(out), {name: Path(path) for path, name in images}
-    table, size = out/'explanations.csv', model.image_size
-    target = target_number(model, target, size)
-    settings = _settings(model, threshold, size, target)
+    table, framing = out/'explanations.csv', model.framing
+    target = target_number(model, target, framing.size)
+    settings = _settings(model, threshold, framing, target)
     check_config(out, settings, 'explanations.json')
     finished = _finished_rows(table, files, out, arrays)
     _rewrite_table(table, finished)
@@ -417,7 +418,7 @@ def explain_files(
     todo = [(path, name) for path, name in images if name not in done]
     taken = {_stem_of(row).casefold() for row in finished}
     _check_overwrites(todo, taken, out, files)
-    n, failed = _explain_to_table(model, todo, out, table, size=size, bs=bs, say=say, taken=taken,
+    n, failed = _explain_to_table(model, todo, out, table, framing=framing, bs=bs, say=say, taken=taken,
                                   threshold=threshold, target=target, arrays=arrays)
     if n or done and not (out/'contact_sheet.png').exists():
         about = f" of {settings['target']}" if target is not None else ''

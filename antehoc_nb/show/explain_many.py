@@ -36,7 +36,7 @@ from PIL import Image
 from scipy import ndimage
 
 import antehoc_nb
-from ..core.model import AntehocModel, pixel_batch
+from ..core.model import AntehocModel, Framing, pixel_batch
 from ..core.utils import check_folder, import_extra, unknown_name, weights_digest
 from ..data.images import IMAGES, common_folder, no_images_error, unread_images
 from .explain_files import Progress, decode_image, explain_pixels, print_line, target_number
@@ -70,21 +70,22 @@ def _shares(maps):
     return cells, np.stack([centre_x, centre_y], 1)
 
 
-def _regions(maps, sizes, threshold):
-    "The concept regions of each of the maps (n,h,w) of 8 bits, in pixels of images whose (width, height) are `sizes`"
+def _regions(maps, boxes, threshold):
+    "The concept regions of each of the maps (n,h,w) of 8 bits, in pixels of the images, of which they cover `boxes`"
     in_plane = np.zeros((3, 3, 3), bool)
     in_plane[1] = True  # neighbours are in the same map
     numbers, n = ndimage.label(maps >= threshold * 255 - 1e-6, structure=in_plane)
     energies = ndimage.sum(maps, numbers, np.arange(1, n + 1)) if n else np.zeros(0)
     areas = np.bincount(numbers.ravel(), minlength=n + 1)[1:]
-    totals, scales = maps.sum((1, 2), dtype='int64'), np.array(sizes) / maps.shape[:0:-1]
+    corners, ends = np.hsplit(np.array(boxes), 2)
+    totals, scales = maps.sum((1, 2), dtype='int64'), (ends - corners) / maps.shape[:0:-1]
     found = [[] for _ in maps]
     for (image, rows, columns), area, energy in zip(ndimage.find_objects(numbers), areas, energies):
         i = image.start
         share = float(energy / totals[i])
         if share < _LEAST_SHARE: continue
-        box = np.array([columns.start, rows.start, columns.stop, rows.stop]) * [*scales[i], *scales[i]]
-        found[i].append([*box.round(1).tolist(), round(area / maps[i].size, 4), round(share, 4)])
+        box = corners[i] + scales[i] * [[columns.start, rows.start], [columns.stop, rows.stop]]
+        found[i].append([*box.flatten().round(1).tolist(), round(area / maps[i].size, 4), round(share, 4)])
     return [sorted(regions, key=lambda region: -region[-1]) for regions in found]
 
 
@@ -93,12 +94,13 @@ def _number(value):
     return None if value is None or np.isnan(value) else round(float(value), 6)
 
 
-def _map_columns(maps, sizes, threshold):
-    "The columns of the table that tell about maps (n,h,w) of 8 bits, a dict for each"
+def _map_columns(maps, sizes, threshold, framing):
+    "The columns of the table that tell about maps (n,h,w) of 8 bits, a dict for each; (width, height) of the images"
     cells, centres = _shares(maps)
     areas = (maps >= threshold * 255 - 1e-6).mean((1, 2))
     rows = []
-    for i, regions in enumerate(_regions(maps, sizes, threshold)):
+    boxes = [framing.box(*size) for size in sizes]
+    for i, regions in enumerate(_regions(maps, boxes, threshold)):
         row = dict(regions=json.dumps(regions), **dict(zip(_CELLS, map(_number, cells[i].ravel()))))
         row |= dict(centre_x=_number(centres[i, 0]), centre_y=_number(centres[i, 1]), area=_number(areas[i]))
         rows.append(row | dict(width=sizes[i][0], height=sizes[i][1]))
@@ -233,6 +235,11 @@ class Explained:
     _source: Any = field(default=None, repr=False) # where the images are, once it was needed
 
     def __len__(self): return len(self.images)
+
+    @property
+    def framing(self) -> Framing:
+        "What the network got of each image; the maps are of `framing.crop(image)`."
+        return Framing.of(self.meta)
 
     def maps(self,
         rows: Sequence[int] | slice | int | None = None, # positions in `images`, as of `iloc`; None: all rows
@@ -575,19 +582,20 @@ def _reason(error):
 
 class _Decoder(torch.utils.data.Dataset):
     "Reads and resizes batches of images"
-    def __init__(self, read, size, channels):
+    def __init__(self, read, framing, channels):
         self.read = read
-        self.size = size
+        self.framing = framing
         self.channels = channels
 
     def __getitem__(self, batch):
         shard, first, work = batch
-        pixels, sizes, labels, errors = [torch.empty(0, self.channels, *self.size, dtype=torch.uint8)], [], [], []
+        size = self.framing.size
+        pixels, sizes, labels, errors = [torch.empty(0, self.channels, *size, dtype=torch.uint8)], [], [], []
         for item in work:
             label = error = None
             try:
                 photo, label = self.read(item)
-                pixels.append(pixel_batch([photo], self.size, self.channels))
+                pixels.append(pixel_batch([self.framing.crop(photo)], size, self.channels))
                 sizes.append(photo.size)
             except Exception as e: error = _reason(e)
             labels.append(label)
@@ -611,9 +619,9 @@ def _batches(source, shards, shard_size, bs):
             yield shard, first, [source.work(i) for i in range(first, min(first + bs, end))]
 
 
-def _loader(source, shards, shard_size, bs, size, channels, workers, device):
+def _loader(source, shards, shard_size, bs, framing, channels, workers, device):
     "The decoded batches of some shards; two, or 64 images, are waiting for the network at most"
-    decoder = _Decoder(source.reader(), size, channels)
+    decoder = _Decoder(source.reader(), framing, channels)
     ahead = dict(prefetch_factor=max(2, math.ceil(64 / bs / workers))) if workers else {}
     return torch.utils.data.DataLoader(
         decoder, batch_size=None, sampler=_Sampler(partial(_batches, source, shards, shard_size, bs)),
@@ -721,7 +729,8 @@ class _Writer:
         labels = [self.label(self.source.names[batch.first + i], label)
                   for i, label in enumerate(batch.labels) if batch.errors[i] is None]
         probability_of = _probability_of(e, self.classes)
-        for i, row in enumerate(_map_columns(maps, batch.sizes, self.meta['threshold'])):
+        columns = _map_columns(maps, batch.sizes, self.meta['threshold'], framing=Framing.of(self.meta))
+        for i, row in enumerate(columns):
             probabilities = [share for _, share in decisions[i] if share is not None]
             row['prediction'] = ';'.join(name for name, _ in decisions[i]) or 'none'
             row['probability'] = _number(min(probabilities, default=None))
@@ -796,7 +805,7 @@ def _settings(model, name, source, maps, table, threshold, target, shard):
                 classes=vocab or None, task=model.meta.get('task') or 'single-label', root=source.root,
                 source=source.kind, size=size, map_size=None if maps == 'none' else _stored_size(size), maps=maps,
                 threshold=threshold, target=target, table=table, n=len(source), shard=shard,
-                images_digest=source.digest)
+                images_digest=source.digest) | model.framing.facts()
     return json.loads(json.dumps(meta)), number
 
 
@@ -930,9 +939,9 @@ def _explain_shards(model, source, out, meta, number, shards, bs, workers, say):
     if not shards: return
     device = model.mean.device
     workers = _usual_workers(device) if workers is None else workers
-    size = tuple(meta['size'])
-    bs = _usual_batch(device, size) if bs is None else bs
-    loader = _loader(source, shards, meta['shard'], bs, size=size, channels=model.image_channels, workers=workers,
+    framing = Framing.of(meta)
+    bs = _usual_batch(device, framing.size) if bs is None else bs
+    loader = _loader(source, shards, meta['shard'], bs, framing=framing, channels=model.image_channels, workers=workers,
                      device=device)
     _run(model, loader, _Writer(out, source, meta), number, progress=_Progress(_images_of(shards, meta), say))
 

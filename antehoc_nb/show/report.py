@@ -28,7 +28,7 @@ from PIL import Image
 import antehoc_nb
 
 from ..core.interpretation_loss import output_at_area, output_change
-from ..core.model import AntehocModel
+from ..core.model import AntehocModel, Framing
 from ..core.utils import import_extra, open_rgb, weights_digest
 from .explain_many import GRID, Explained, read_explained
 from .plots import MAP_COLOURS, concept_regions
@@ -505,38 +505,39 @@ def read_boxes(
     return boxes
 
 
-def _object_of_boxes(of_image, width, height, side):
-    "Share of each cell that lies in one of the boxes, (side,side)"
-    fine = 8 * side
+def _object_of_boxes(of_image, seen, side):
+    "Share of each cell that lies in one of the boxes, (side,side), of the part of the image that is seen"
+    fine, (left, top, right, bottom) = 8 * side, seen
     centre = (np.arange(fine) + .5) / fine
+    x, y = left + centre * (right - left), top + centre * (bottom - top)
     inside = np.zeros((fine, fine), bool)
-    for x0, y0, x1, y1 in of_image:
-        columns, rows = (centre * width >= x0) & (centre * width < x1), (centre * height >= y0) & (centre * height < y1)
-        inside |= np.outer(rows, columns)
+    for x0, y0, x1, y1 in of_image: inside |= np.outer((y >= y0) & (y < y1), (x >= x0) & (x < x1))
     return inside.reshape(side, 8, side, 8).mean((1, 3))
 
 
-def _object_of_mask(path, size, side):
-    "Share of each cell that is not black in a mask"
+def _object_of_mask(path, size, seen, side):
+    "Share of each cell that is not black in a mask, of the part that is seen"
     with Image.open(path) as mask:
         if size is not None and mask.size != size:
             raise ValueError(f'{path} has {mask.width} x {mask.height} pixels, its image {size[0]} x {size[1]}; '
                              'make the mask as large as the image')
-        inside = torch.from_numpy(np.asarray(mask.convert('L')) > 0).double()
+        inside = torch.from_numpy(np.asarray(mask.convert('L').crop(seen)) > 0).double()
     return F.interpolate(inside[None, None], [side, side], mode='area')[0, 0].numpy()
 
 
-def _objects(sample, table, boxes, masks):
+def _objects(sample, table, boxes, masks, framing):
     "Place in the sample -> share of each cell that is object"
     side, found = sample.maps.shape[1], {}
     of_image = {} if boxes is None else {name: part.to_numpy(float)
                                          for name, part in boxes.set_index('image').groupby(level=0)}
     for place, row in enumerate(sample.rows):
-        name, width, height = (table[column].iat[row] for column in ('image', 'width', 'height'))
-        if name in of_image: found[place] = _object_of_boxes(of_image[name], width, height, side)
+        name, *size = (table[column].iat[row] for column in ('image', 'width', 'height'))
+        size = tuple(map(int, size))
+        seen = framing.box(*size)
+        if name in of_image: found[place] = _object_of_boxes(of_image[name], seen, side)
         if masks is None: continue
         path = (Path(masks)/name).with_suffix('.png')
-        if path.exists(): found[place] = _object_of_mask(path, (int(width), int(height)), side)
+        if path.exists(): found[place] = _object_of_mask(path, size, seen, side=side)
     return found
 
 
@@ -545,11 +546,12 @@ def energy_off_object(
     table: pd.DataFrame, # of `Explained`
     boxes: str | Path | pd.DataFrame | None = None, # CSV file or table of boxes
     masks: str | Path | None = None, # folder of PNG files
+    framing: Framing | None = None, # what the network gets of an image; None: all of it
 ) -> pd.DataFrame: # a row per class: images, energy_off and area_off in 0..1, and how the two compare
     "Share of the maps' energy off the object, per class. `ValueError` if no box or mask is of an image of the run."
     if masks is not None and not Path(masks).is_dir(): raise NotADirectoryError(f'masks={str(masks)!r}: no such folder')
     boxes = None if boxes is None else read_boxes(boxes)
-    found = _objects(sample, table, boxes, masks)
+    found = _objects(sample, table, boxes, masks, framing=framing or Framing(sample.maps.shape[1:]))
     if not found:
         example = table['image'].iat[sample.rows[0]]
         raise ValueError('boxes, masks: none is of an image of this run; names are as in its table, such as '
@@ -595,6 +597,7 @@ class _Pictures:
     "The images that the page shows, each once."
     def __init__(self, explained, root, unlike, group_of, most):
         self.explained, self.root, self.most = explained, Path(root), most
+        self.framing = explained.framing
         self.unlike, self.group_of = unlike, group_of
         self.numbers, self.items, self.missing = {}, [], 0
 
@@ -613,14 +616,16 @@ class _Pictures:
         if len(self.items) >= self.most: return False
         row_of_table = self.explained.images.iloc[row]
         picture = self.read(row)
-        if picture is not None: picture.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
-        else: self.missing += 1
+        if picture is None: self.missing += 1
+        else:
+            picture = self.framing.crop(picture)
+            picture.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
         has_map = self.explained.meta['maps'] != 'none'
         facts = {name: _readable(row_of_table[name]) for name in ('image', 'prediction', 'label')}
         self.items.append(facts | dict(
             photo=None if picture is None else _data_uri(picture, 'JPEG', quality=80),
             map=_grey_uri(self.explained.maps([row])[0]) if has_map else None,
-            size=_shape_in_page(row_of_table), probability=_finite(row_of_table['probability']),
+            size=_shape_in_page(row_of_table, self.framing), probability=_finite(row_of_table['probability']),
             label_probability=_finite(row_of_table['label_probability']), group=self.group_of.get(row, ''),
             unlike=_finite(self.unlike.get(row)), regions=len(json.loads(row_of_table['regions'] or '[]')),
             corners=_finite(sum(row_of_table[f'energy_{r}{c}'] for r in (0, GRID - 1) for c in (0, GRID - 1)))))
@@ -628,10 +633,12 @@ class _Pictures:
         return True
 
 
-def _shape_in_page(row):
+def _shape_in_page(row, framing):
     "Width and height of an image in the page"
     width, height = row['width'], row['height']
     if not (width > 0 and height > 0): return [PICTURE_SIDE, PICTURE_SIDE]
+    left, top, right, bottom = framing.box(int(width), int(height))
+    width, height = right - left, bottom - top
     scale = min(1, PICTURE_SIDE / max(width, height))
     return [max(1, round(width * scale)), max(1, round(height * scale))]
 
@@ -1027,7 +1034,8 @@ def make_report(
     sample = sample_maps(explained, per_class, seed)
     if not len(sample): raise ValueError(f'{folder}: every map is empty; explain the images again')
     objects = None
-    if boxes is not None or masks is not None: objects = energy_off_object(sample, explained.images, boxes, masks)
+    if boxes is not None or masks is not None:
+        objects = energy_off_object(sample, explained.images, boxes, masks, framing=explained.framing)
     groups, unlike = map_groups(sample, seed), odd_images(sample)
     pictures = _Pictures(explained, root or explained.meta.get('root') or '.', dict(zip(sample.rows.tolist(), unlike)),
                          group_of=_groups_of_images(groups, sample), most=most_pictures)

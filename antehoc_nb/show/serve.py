@@ -259,8 +259,9 @@ def explain(self: PhotoPage,
         full = open_upload(photo)
         e = self.model.explain(full, target=None if target == PREDICTED else target)
         beside, note = self._compared(e, compare)
-        e = replace(e, photos=[_shown_photo(full)]).cpu()
-        answer = Answer(e, full.size, self._message(e, target) + note, prediction=self._prediction(e),
+        seen = e.photos[0]
+        e = replace(e, photos=[_shown_photo(seen)]).cpu()
+        answer = Answer(e, seen.size, self._message(e, target) + note, prediction=self._prediction(e),
                         overlay=e.overlays()[0], energy=energy_picture(e),
                         compared=beside and replace(e, map=beside.map.cpu()).overlays()[0])
         answer.regions, answer.table = self.cut(answer, threshold)

@@ -245,7 +245,8 @@ def _learner(cnn_kind, dls, settings, config):
 def _run_part(cnn_kind, seed, name, config, path):
     "Train one candidate, and score it with what it is compared with"
     how = config[cnn_kind]
-    loaders = SMALL_DATASETS[config['dataset']].load(path, **config['images'], size=how['size'], bs=how['bs'], seed=seed)
+    spec = SMALL_DATASETS[config['dataset']]
+    loaders = spec.load(path, **config['images'], size=how['size'], bs=how['bs'], seed=seed)
     set_seed(seed)
     learn = _learner(cnn_kind, loaders['valid'], config['candidates'][name], config)
     with bars_on_terminals(learn): learn.fit_one_cycle(how['epochs'], how['lr'])

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['rng_state', 'set_rng_state', 'untouched', 'sample_batch', 'sample_inputs', 'labels_are_classes', 'validation_batches',
-           'normalisation', 'process_count', 'process_rank', 'antehoc_splitter', 'IntLoss', 'MapDrop', 'TwoPass',
-           'read_learner', 'KeptWeights']
+           'normalisation', 'resizing', 'process_count', 'process_rank', 'antehoc_splitter', 'IntLoss', 'MapDrop',
+           'TwoPass', 'read_learner', 'KeptWeights']
 
 # %% ../../nbs/train/11_two_pass.ipynb #cell0002
 import inspect
+import math
 import random
 from collections.abc import Sequence
 from contextlib import contextmanager, nullcontext
@@ -25,6 +26,8 @@ from fastai.data.transforms import Normalize
 from fastai.learner import Metric
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import find_bs, norm_bias_params, to_device, trainable_params
+from fastai.vision.augment import CropPad, RandomCrop, RandomResizedCrop, RandomResizedCropGPU, ResizeMethod
+from fastai.vision.augment import Resize as FastaiResize
 from fastai.vision.core import PILImage, PointScaler
 from fastcore.basics import patch
 from fastcore.foundation import L
@@ -38,7 +41,7 @@ from antehoc_nb.core.interpretation_loss import (
     is_detector, nearest_references, output_at_area, output_change, target_scores,
 )
 from ..core.masking import Mask, as_mask, check_fill
-from ..core.model import ACTIVATIONS, AntehocModel, check_settings
+from ..core.model import ACTIVATIONS, AntehocModel, Framing, check_settings
 from antehoc_nb.core.utils import (
     frozen, in_channels, is_bool, is_whole, output_tensors, plain_tensor, train_functions, unknown_name,
 )
@@ -215,12 +218,16 @@ def validation_batches(dls, # fastai DataLoaders
     return batches
 
 # %% ../../nbs/train/11_two_pass.ipynb #8773d144
-def _torchvision_normalize(dataset):
-    "The `Normalize` among a data set's own transforms, or None; also of the data set inside a `Subset`"
+def _torchvision_transforms(dataset):
+    "A data set's own transforms, also of the data set inside a `Subset`; [None] if it has none"
     while isinstance(dataset, Subset): dataset = dataset.dataset
     transform = getattr(dataset, 'transform', None)
-    transforms = getattr(transform, 'transforms', [transform])
-    return next((transform for transform in transforms if type(transform).__name__ == 'Normalize'), None)
+    return getattr(transform, 'transforms', [transform])
+
+
+def _torchvision_normalize(dataset):
+    "The `Normalize` among them, or None"
+    return next((step for step in _torchvision_transforms(dataset) if type(step).__name__ == 'Normalize'), None)
 
 
 def normalisation(dls, # fastai DataLoaders
@@ -231,6 +238,58 @@ def normalisation(dls, # fastai DataLoaders
     if normalize is None: normalize = _torchvision_normalize(getattr(_inner(dls.train), 'dataset', None))
     if normalize is None: return None, None
     return [torch.as_tensor(values).flatten().tolist() for values in (normalize.mean, normalize.std)]
+
+# %% ../../nbs/train/11_two_pass.ipynb #3ac08d15
+def _validation_steps(loader):
+    "The transforms of a loader's images, in order: fastai's, or torchvision's of the data set"
+    pipelines = [getattr(loader, name, None) for name in ('after_item', 'before_batch', 'after_batch')]
+    steps = [step for pipeline in pipelines for step in getattr(pipeline, 'fs', ())]
+    return steps or _torchvision_transforms(getattr(_inner(loader), 'dataset', None))
+
+
+def _resized_item(step):
+    "Of fastai's transforms of single images: (`resize`, share of each side that is kept, size after it); else None"
+    if isinstance(step, RandomResizedCrop):
+        more = math.ceil(max(step.size) * step.val_xtra / 8) * 8  # as fastai has it
+        return 'squish', min(step.size) / (min(step.size) + more), tuple(step.size)
+    if not isinstance(step, FastaiResize): return None
+    how = {ResizeMethod.Squish: 'squish', ResizeMethod.Crop: 'crop'}.get(step.method, 'own')
+    return how, 1., tuple(step.size)
+
+
+def _resized_by_torchvision(step):
+    "The same of torchvision's; the size is None where the longer side is not known"
+    name, size = type(step).__name__, getattr(step, 'size', None)
+    if name != 'Resize': return None
+    sides = (size,) if isinstance(size, int) else tuple(size)
+    return ('squish', 1., sides[::-1]) if len(sides) == 2 else ('crop', 1., sides * 2)
+
+
+def _cropped_to(step):
+    "The (width, height) that a step crops the middle of an image to; None if it is no such step"
+    if isinstance(step, (CropPad, RandomCrop)): return tuple(step.size)
+    if type(step).__name__ != 'CenterCrop': return None
+    return (step.size,) * 2 if isinstance(step.size, int) else tuple(step.size)[::-1]
+
+
+def resizing(dls, # fastai or plain PyTorch DataLoaders
+            ) -> dict: # For `meta`: `resize` and `crop_pct` of a `Framing`; empty if validation images stay whole
+    "Which part of an image the CNN gets in validation. `resize='own'` where images are padded, or cut to pixels."
+    resize, kept, size = 'squish', 1., None
+    for step in _validation_steps(dls.loaders[-1]):
+        found, cropped = _resized_item(step) or _resized_by_torchvision(step), _cropped_to(step)
+        if isinstance(step, RandomResizedCropGPU): kept *= step.valid_scale
+        elif found:
+            how, share, size = found
+            if 'own' in (how, resize): resize = 'own'
+            elif how == 'crop': resize = 'crop'
+            kept *= share
+        elif cropped:
+            shares = [new / old for new, old in zip(cropped, size)] if size else [2.]
+            if max(shares) > 1 or max(shares) - min(shares) > .02: resize = 'own'
+            else: kept, size = kept * min(shares), cropped
+    if resize == 'own': return dict(resize='own')
+    return Framing((1, 1), resize, round(kept, 6)).facts()
 
 # %% ../../nbs/train/11_two_pass.ipynb #9c50c647
 def process_count() -> int:
@@ -519,7 +578,7 @@ def _output_facts(learn, labels):
 
 def _learner_facts(learn, sample, labels):
     "What a saved model should state: the size of its images, the names of the classes, and what its output means"
-    facts, names = dict(size=list(sample[0].shape[2:])), _class_names(learn.dls)
+    facts, names = dict(size=list(sample[0].shape[2:])) | resizing(learn.dls), _class_names(learn.dls)
     if names is not None: facts['vocab'] = names
     if _has_scaled_points(learn.dls): facts['points'] = True
     return facts | _output_facts(learn, labels)

@@ -20,7 +20,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from antehoc_nb.cli import app
-from antehoc_nb.core.model import AntehocModel, Explanation
+from antehoc_nb.core.model import AntehocModel, Explanation, Framing
 from antehoc_nb.show import explain_many as module
 from antehoc_nb.show.explain_many import TABLE_COLUMNS, explain_many, read_explained
 from antehoc_nb.show.plots import concept_regions
@@ -107,7 +107,7 @@ def test_numbers_are_those_of_the_stored_map(model, tmp_path):
 def test_shares_and_regions_of_maps_of_any_shape(shape):
     maps = np.random.default_rng(0).integers(0, 256, (5, *shape), dtype=np.uint8)
     maps[2] = 0
-    rows = module._map_columns(maps, [(100, 50)] * 5, .8)
+    rows = module._map_columns(maps, [(100, 50)] * 5, .8, Framing((50, 100)))
     for stored, row in zip(maps, rows):
         cells = [row[name] for name in TABLE_COLUMNS if name.startswith('energy')]
         if not stored.any():
