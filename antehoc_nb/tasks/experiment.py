@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['say_at_once', 'EXPLANATION_SETTINGS', 'experiments', 'dataset_items', 'fingerprint', 'seed_loaders', 'epoch_scores',
-           'EpochTable', 'bars_on_terminals', 'train_run', 'usual_mode', 'DatasetSpec', 'Paths', 'RunResult',
-           'FigureSpec', 'as_registry', 'Experiment', 'register_experiment']
+           'EpochTable', 'bars_on_terminals', 'train_run', 'DatasetSpec', 'Paths', 'RunResult', 'FigureSpec',
+           'as_registry', 'Experiment', 'register_experiment']
 
 # %% ../../nbs/tasks/50_experiment.ipynb #cell0002
 import hashlib
@@ -35,7 +35,7 @@ from safetensors.torch import save_model
 from tqdm import tqdm
 
 from ..core.model import AntehocModel, load_weights
-from ..core.utils import Registry, check_config, weights_digest
+from ..core.utils import Registry, check_config, usual_mode, weights_digest
 from ..data.images import data_root
 from ..evaluate.scoreboard import read_record, run_record, write_record
 from ..show.learner import plot_losses
@@ -361,13 +361,6 @@ def _results(learn, dls, parts):
                           int_loss=two_pass.int_loss, int_losses=[round(loss, 5) for loss in two_pass.int_losses[::10]])
 
 # %% ../../nbs/tasks/50_experiment.ipynb #bec159bc
-def usual_mode(path: Path) -> None:
-    "Give a file the mode that a newly made one has."
-    mask = os.umask(0)
-    os.umask(mask)
-    path.chmod(0o666 & ~mask)
-
-
 def _write_weights(learn, run):
     "The model; of a plain run the CNN"
     if isinstance(learn.model, AntehocModel): learn.model.save_pretrained(run.out/'model')
