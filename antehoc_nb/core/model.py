@@ -37,7 +37,7 @@ from antehoc_nb.core.attention import (
 )
 from .geometry import as_lengths, is_symbolic, layer_grids, pool_cells, resize_maps
 from antehoc_nb.core.interpretation_loss import (
-    class_shares, describe_outputs, explained_output, main_class, with_image_axis,
+    class_shares, describe_outputs, explained_output, is_detector, main_class, with_image_axis,
 )
 from .layers import channel_gradients, choose_layers, unseen_share
 from .masking import masked
@@ -754,9 +754,12 @@ def _check_unseen(self: AntehocModel, share):
     self.unseen = share
     if share <= .5: return
     kind = type(self.cnn).__name__
+    advice = 'name later layers with layers=[...] (layer_table(cnn, images) lists them)'
+    if is_detector(self.cnn):
+        advice = 'it shows what the backbone found; the layers after that are at several scales and have no common map'
     self._warn_once('unseen', f'AntehocModel: {share:.0%} of the multiply-adds of {kind} come after the last layer '
-                    f'that is recorded, {self.layers[-1]!r}, so the map does not show what they look at; name later '
-                    'layers with layers=[...] (layer_table(cnn, images) lists them)', level=6)
+                    f'that is recorded, {self.layers[-1]!r}, so the map does not show what they look at; {advice}',
+                    level=6)
 
 # %% ../../nbs/core/07_model.ipynb #5587bcad
 @patch

@@ -158,5 +158,6 @@ def test_layers_of_a_detector(cnn):
     backbone.out_channels = 8
     anchors = AnchorGenerator(((8,),), ((1.,),))
     network = FasterRCNN(backbone, num_classes=2, min_size=32, max_size=32, rpn_anchor_generator=anchors).eval()
-    with pytest.warns(UserWarning, match='come after the last layer'): model = AntehocModel(network, X)
+    with pytest.warns(UserWarning, match='come after the last layer .* at several scales and have no common map'):
+        model = AntehocModel(network, X)
     assert model.layers == ('backbone.0.2', 'backbone.1.2', 'backbone.2.2')
