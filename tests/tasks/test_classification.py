@@ -22,6 +22,7 @@ from antehoc_nb.tasks.classification import (
     PROFILES,
     WRONG_TARGET,
     classification,
+    criteria_won,
     criterion_name,
     dataset_boxes,
     dataset_dls,
@@ -222,6 +223,31 @@ def test_slow_explainers_are_scored_on_fewer_images(run):
     assert (v.significant == whole.significant).all()
     table = paper_table('table1', dict(tinyimagenet20=split), 'none.json')
     assert sorted(table.index) == sorted(paper_table('table1', dict(tinyimagenet20=b), 'none.json').index)
+
+
+RECORDS = Path(__file__).parents[2]/'results'
+
+
+@pytest.mark.parametrize('path', sorted((RECORDS/'classification').glob('*.json')), ids=lambda path: path.stem)
+def test_criteria_won_counts_as_by_hand(path):
+    b = read_classification(*path.stem.rsplit('-', 1), RECORDS)
+    values = [bench.df.set_index(['explainer', 'scorer', 'masks', 'metric']).value.to_dict()
+              for bench in (b, C.slow_scores(b)) if bench]
+    won = criteria_won(b)
+    for ours, row in won.iterrows():
+        ahead = {name: [_is_ahead(values, ours, name, criterion) for criterion in CRITERIA]
+                 for name in row.index.drop(['all', 'evaluator', 'significant'])}
+        every = np.all(list(ahead.values()), 0)
+        assert row['all'] == every.sum()
+        assert row['evaluator'] == sum(every[i] for i, criterion in enumerate(CRITERIA) if criterion[0] == 'evaluator')
+        assert {name: sum(of_one) for name, of_one in ahead.items()} == row[list(ahead)].to_dict()
+        assert row['significant'] <= row['all']
+
+
+def _is_ahead(values, ours, baseline, criterion):
+    found = next(of_bench for of_bench in values if (baseline, *criterion) in of_bench)
+    mine, theirs = found[ours, *criterion], found[baseline, *criterion]
+    return mine > theirs if BETTER[criterion[2]] == 'high' else mine < theirs
 
 
 @pytest.mark.slow
