@@ -246,7 +246,7 @@ def test_criteria_won_counts_as_by_hand(path):
 
 def _is_ahead(values, ours, baseline, criterion):
     found = next(of_bench for of_bench in values if (baseline, *criterion) in of_bench)
-    mine, theirs = found[ours, *criterion], found[baseline, *criterion]
+    mine, theirs = (found[(name, *criterion)] for name in (ours, baseline))
     return mine > theirs if BETTER[criterion[2]] == 'high' else mine < theirs
 
 
