@@ -93,6 +93,18 @@ def test_a_saved_model_predicts_what_the_learner_predicts(folder, tmp_path):
     assert model.meta['resize'] == 'crop' and model.framing == Framing((64, 64), 'crop')
 
 
+def test_progressive_resizing(folder):
+    "What is noted is of the last DataLoaders, unless the user has said it"
+    learn = learner_of(folder, Resize(48, method='squish'))
+    learn.dls = learner_of(folder, RandomResizedCrop(64)).dls
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-4)
+    assert learn.model.framing == Framing((64, 64), 'squish', .8)
+    said = vision_learner(learn.dls, resnet18, pretrained=False, cbs=TwoPass(keep_best=False, meta=dict(size=[32, 40])))
+    said.dls = learner_of(folder, Resize(48)).dls
+    with said.no_bar(), said.no_logging(): said.fit(1, 1e-4)
+    assert said.model.image_size == (32, 40)
+
+
 def test_unknown_ways_are_not_silent(folder):
     learn = learner_of(folder, Resize(64, method='pad'))
     assert resizing(learn.dls) == dict(resize='own')
