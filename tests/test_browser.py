@@ -108,6 +108,27 @@ def test_a_photograph(page, site, tmp_path):
     page.screenshot(path=os.environ.get('SCREENSHOT', tmp_path/'page.png'))
 
 
+def test_the_middle_of_a_photograph(page, site, tmp_path):
+    "The map is of the part that the CNN gets, and lies there"
+    folder, address = site
+    model = make_model()
+    model.meta |= dict(resize='crop')
+    model.export(folder/'model.onnx')
+    page.goto(address)
+    status(page, 'The network is ready')
+    file = photograph(tmp_path/'photo.png', (80, 48))
+    page.set_input_files('#photo', file)
+    status(page, ' ms)')
+    np.testing.assert_allclose(shown_map(page), model.explain(file).map[0, 0], atol=1e-3)
+    drawn = page.evaluate('''() => {
+        const canvas = document.getElementById("overlay");
+        return Array.from(canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data)}''')
+    drawn, original = np.array(drawn, dtype=float).reshape(48, 80, 4)[..., :3], np.asarray(Image.open(file), dtype=float)
+    for outside in (np.s_[:, :16], np.s_[:, 64:]): np.testing.assert_allclose(drawn[outside], original[outside], atol=2)
+    overlay = np.asarray(model.explain(file).overlays(.5)[0], dtype=float)
+    assert np.abs(drawn[:, 16:64] - overlay).mean() < 6
+
+
 def test_a_class_agnostic_model_and_a_large_photograph(page, site, tmp_path):
     folder, address = site
     make_model(class_specific=False).export(folder/'model.onnx')

@@ -65,14 +65,27 @@ async function useNetwork(buffer) {
   await explain();
 }
 
-// The photograph at the network's size, resized without cropping: channels first, uint8
+// The part of the photograph that the network gets, [left, top, width, height]: all of it, unless the file says that
+// its middle was taken in training
+function seenPart() {
+  const { size: [height, width], resize = 'squish', crop_pct: share = 1 } = network.facts;
+  let sides = [photo.width, photo.height];
+  if (resize === 'crop') {
+    const scale = Math.min(photo.width / width, photo.height / height);
+    sides = [Math.floor(scale * width), Math.floor(scale * height)];
+  }
+  sides = sides.map(side => Math.max(1, Math.round(side * share)));
+  return [Math.floor((photo.width - sides[0]) / 2), Math.floor((photo.height - sides[1]) / 2), ...sides];
+}
+
+// That part at the network's size: channels first, uint8
 function pixels() {
   const { size: [height, width], channels } = network.facts;
   const small = new OffscreenCanvas(width, height).getContext('2d', { willReadFrequently: true });
   small.fillStyle = 'white';
   small.fillRect(0, 0, width, height);
   small.imageSmoothingQuality = 'high';
-  small.drawImage(photo, 0, 0, width, height);
+  small.drawImage(photo, ...seenPart(), 0, 0, width, height);
   const rgba = small.getImageData(0, 0, width, height).data, n = width * height;
   const values = new Uint8Array(channels * n);
   for (let i = 0; i < n; i++) {
@@ -124,7 +137,7 @@ function draw() {
   context.imageSmoothingQuality = 'high';
   context.drawImage(photo, 0, 0);
   context.globalAlpha = Number(element('alpha').value);
-  context.drawImage(small, 0, 0, photo.width, photo.height);
+  context.drawImage(small, ...seenPart());
 }
 
 const complaining = action => async event => {
