@@ -123,7 +123,8 @@ def test_the_middle_of_a_photograph(page, site, tmp_path):
     drawn = page.evaluate('''() => {
         const canvas = document.getElementById("overlay");
         return Array.from(canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data)}''')
-    drawn, original = np.array(drawn, dtype=float).reshape(48, 80, 4)[..., :3], np.asarray(Image.open(file), dtype=float)
+    drawn = np.array(drawn, dtype=float).reshape(48, 80, 4)[..., :3]
+    original = np.asarray(Image.open(file), dtype=float)
     for outside in (np.s_[:, :16], np.s_[:, 64:]): np.testing.assert_allclose(drawn[outside], original[outside], atol=2)
     overlay = np.asarray(model.explain(file).overlays(.5)[0], dtype=float)
     assert np.abs(drawn[:, 16:64] - overlay).mean() < 6
