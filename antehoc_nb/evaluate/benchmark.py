@@ -262,10 +262,12 @@ def benchmark(
     config: dict | None = None, # More that the record should say of the run
     command: str | None = None, # The command that makes the record again
 ) -> Benchmark:
-    """Make maps of the same images by every explainer, and score them.
+    """Make maps of the same images by every explainer, and score them by every metric.
 
     With `out`, explainers whose values are there already are not run again: give a changed explainer another name.
-    Raises `ValueError` for bad maps, names or settings, or an empty test set."""
+    Raises `ValueError` for bad maps, names or settings, for a test set that is empty, has no labels or, unless
+    `absent_ok`, a class without images, and where `out` holds a run with other settings; `TypeError` for `mosaics`
+    that is no `Mosaics`."""
     chosen = _choose_explainers(explainers, model, out)
     functions = {name: benchmark_metrics[name] for name in metrics}
     _check_settings(chosen, functions, target, score=score, regions=regions, dl=dl)

@@ -39,14 +39,14 @@ def random_masks(
 
 # %% ../../nbs/evaluate/46_evaluator.ipynb #cell0008
 class RandomMasks(Callback):
-    """Mask images with `random_masks`.
+    """Mask the batches with `random_masks`.
 
-    In training the masks are new each time, for none to all of the images in the first half; in validation all images
-    are masked, always by the same masks."""
+    In training the masks are new each time; the share of masked images grows from none to all in the first half. In
+    validation all images are masked, always by the same masks. Raises `ValueError` for an unknown fill."""
     def __init__(
         self,
         fill='black', # The colour of masked pixels, as in `masked`: take the one that the maps are scored with
-        seed: int = 0, # Of the masks
+        seed: int = 0, # Of the masks, >= 0
     ):
         check_fill(fill)
         self.fill = fill

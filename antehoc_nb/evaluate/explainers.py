@@ -197,8 +197,8 @@ def grad_cam(
 ) -> torch.Tensor: # (B,1,H,W) in [0,1]
     """Grad-CAM (Selvaraju et al. 2017).
 
-    Raises `ValueError` for classes that do not fit or an unknown layer, `TypeError` for a CNN of several inputs,
-    `ImportError` without torchcam."""
+    Raises `ValueError` for classes that do not fit or an unknown layer, `TypeError` for class numbers that are not
+    integers or a CNN of several inputs, `ImportError` without torchcam."""
     return _cam('GradCAM', model, x, target, layer=layer, aligned=aligned)
 
 
@@ -248,7 +248,7 @@ def ones_map(
     x: torch.Tensor, # Images, (B,C,H,W)
     target=None, # Not used
 ) -> torch.Tensor: # (B,1,H,W), all 1
-    "Control: everything."
+    "Control: 1 at every pixel."
     return torch.ones(len(x), 1, *x.shape[2:], device=x.device)
 
 
@@ -259,7 +259,7 @@ def random_map(
     target=None, # Not used
     seed: int = 0, # Other numbers give other noise, >= 0
 ) -> torch.Tensor: # (B,1,H,W) in [0,1]
-    "Control: smooth noise (Gaussian filter, standard deviation a tenth of the shorter side), the same for an image."
+    "Control: noise, smoothed (Gaussian, deviation a tenth of the shorter side); one image always gets the same map."
     def noise(image):
         rng = np.random.default_rng([seed, zlib.crc32(image.tobytes())])
         size = image.shape[1:]
@@ -343,9 +343,10 @@ def regression_cam(
     target=None, # Not used: the map is of all outputs
     layer: str | None = None, # Name of a layer, as in `layer_table`; None: the last that an `AntehocModel` taps
 ) -> torch.Tensor: # (B,1,H,W) in [0,1]
-    """Grad-CAM of every output, by absolute value, averaged.
+    """Grad-CAM for a regression: the mean over the outputs of the absolute value of each output's CAM.
 
-    Raises `ValueError` without a layer, for an unknown one, or for outputs that are not (B,K)."""
+    Raises `ValueError` for a plain CNN without `layer`, an unknown layer, or outputs that are not (B,K), `TypeError`
+    for a CNN of several inputs."""
     if layer is None and not isinstance(model, AntehocModel):
         raise ValueError('layer: name one for a CNN that is not an AntehocModel (`layer_table` lists them)')
     cnn = _cnn(model)
@@ -380,8 +381,8 @@ def explain_with(
 ) -> torch.Tensor: # (N,1,H,W) float32 in [0,1], detached, on the device of `x`
     """Maps of `x` by any explainer, in evaluation mode, with autograd available whatever the caller has set.
 
-    Raises `ValueError`, naming the explainer, for an unknown name, targets that do not fit, or maps of another shape,
-    outside [0,1] or with NaN."""
+    Raises `ValueError` for an unknown name, targets that do not fit, or, naming the explainer, maps of another shape,
+    outside [0,1] or with NaN; `TypeError` for targets that are not integers."""
     function = explainers[explainer] if isinstance(explainer, str) else explainer
     name = explainer if isinstance(explainer, str) else _function_name(explainer)
     _check_images(x, bs)

@@ -97,7 +97,9 @@ def write_record(
     record: dict, # From `run_record`
     path, # The .json file; folders are made, an existing file is replaced
 ) -> Path: # `path`
-    "Write `record` as sorted, indented JSON, whole or not at all. `TypeError` names an entry that JSON cannot hold"
+    """Write `record` as sorted, indented JSON, whole or not at all.
+
+    `TypeError` names an entry that JSON cannot hold; `ValueError` a dict whose keys are the same as strings."""
     path = Path(path)
     text = json.dumps(_jsonable(record), indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False) + '\n'
     path.parent.mkdir(parents=True, exist_ok=True)

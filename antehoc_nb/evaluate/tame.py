@@ -37,7 +37,7 @@ from ..train.two_pass import normalisation, sample_inputs
 
 # %% ../../nbs/evaluate/49_tame.ipynb #18be7ad7
 class AttentionBranch(nn.Module):
-    "The attention branch of one layer: 1 x 1 convolution, batch norm, skip connection, ReLU."
+    "TAME's attention branch of one layer: 1 x 1 convolution, batch norm, skip connection, ReLU; the shape stays."
     def __init__(
         self,
         channels: int, # Of the layer
@@ -50,7 +50,7 @@ class AttentionBranch(nn.Module):
 
 
 class FeatureFusion(nn.Module):
-    "The attention network: a branch for each layer, enlarged to the largest, and a 1 x 1 convolution to the classes."
+    "TAME's attention network: a branch per layer, enlarged to the largest, and a 1 x 1 convolution to the classes."
     def __init__(
         self,
         channels: Sequence[int], # Of each layer
@@ -79,7 +79,7 @@ def _maps_of(maps, target):
 class TAME(nn.Module):
     """A frozen CNN with an attention network that explains it (Ntrougkas et al. 2022).
 
-    Make one with `train_tame`, or load one with `TAME.load`."""
+    Make one with `train_tame`, or load one with `TAME.load`. Raises `ValueError` for an unknown fill."""
     def __init__(
         self,
         cnn: nn.Module, # Images (B,C,H,W) to logits (B,K)
@@ -155,7 +155,7 @@ def build_tame(
 
 # %% ../../nbs/evaluate/49_tame.ipynb #14dbf074
 class TAMELoss(nn.Module):
-    "Cross-entropy, area and smoothness, with the published weights."
+    "TAME's training loss: cross-entropy, area and smoothness, by default with the published weights."
     def __init__(
         self,
         cross_entropy: float = 1.5, # Weight of the cross-entropy on the masked image, lambda 3
@@ -171,7 +171,7 @@ class TAMELoss(nn.Module):
         self,
         out: tuple, # What `TAME` returns in training
     ) -> dict: # Name -> term before it is weighted, a scalar
-        "The three terms."
+        "The three terms of the loss, each averaged over the images."
         logits, maps, target = out
         maps = maps.float()
         rows, columns = maps.diff(dim=2).square(), maps.diff(dim=3).square()
@@ -180,6 +180,7 @@ class TAMELoss(nn.Module):
                     variation=(rows.sum((1, 2, 3)) + columns.sum((1, 2, 3))).mean())
 
     def forward(self, out, *labels): # Labels are not used: the target is the predicted class
+        "The weighted sum of the three terms, a scalar."
         return sum(self.weights[name] * term for name, term in self.terms(out).items())
 
 # %% ../../nbs/evaluate/49_tame.ipynb #a71355f0
@@ -216,7 +217,9 @@ def train_tame(
     cbs=None, # Callbacks, such as `Checkpoint` or `Bf16`
     **kwargs, # Of fastai's `Learner`
 ) -> Learner: # Trained; its `model` is a `TAME`
-    "Train TAME on a frozen CNN. Errors as of `build_tame` and `sample_inputs`."
+    """Train TAME on a frozen CNN, and warn where its maps are the same everywhere.
+
+    Errors as of `build_tame` and `sample_inputs`; `ValueError` for batches of several inputs."""
     learn = _tame_learner(model, dls, layers, fill=fill, loss=loss, kwargs=dict(cbs=L(cbs)) | kwargs)
     modes = {module: module.training for module in learn.model.cnn.modules()}
     in_terminal = sys.stdout.isatty()  # lines, not bars, in a log file
@@ -278,7 +281,9 @@ def load(
     path: str | Path, # The file that `save` wrote
     model: nn.Module, # The classifier that it was trained on: an `AntehocModel`, or any CNN
 ) -> TAME: # In evaluation mode, on the device of the CNN
-    "Load an attention network for its CNN. `ValueError` for another file, a damaged one, or another CNN."
+    """Load an attention network for its CNN.
+
+    `FileNotFoundError` where there is no file; `ValueError` for another file, a damaged one, or another CNN."""
     cnn = model.cnn if isinstance(model, AntehocModel) else model
     facts, tensors = _read_file(Path(path))
     if facts.pop('cnn') != weights_digest(cnn):

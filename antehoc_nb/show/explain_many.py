@@ -554,7 +554,10 @@ def open_image(self: Explained,
     row: int, # position in `images`
     source=None, # the data set, if the images came from one in memory
 ) -> Image.Image: # RGB, at its own size
-    "The image of a row, from where it was explained. Errors of a file that is not there or cannot be read."
+    """The image of a row, from where it was explained.
+
+    `ValueError` where a data set in memory is missing, or for a file that holds no image; `FileNotFoundError` or
+    `OSError` for a file that is not there or cannot be read."""
     if source is None and not self.meta['root']:
         raise ValueError(f'{self.folder}: the images are of a data set that was in memory; give it: '
                          'open_image(row, source=dataset)')

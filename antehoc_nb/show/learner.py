@@ -108,7 +108,8 @@ def explain(self: Learner,
 ) -> Explanation: # a batch, in the order of `items`
     """Predictions and maps, one forward pass.
 
-    `TypeError` if the model is not an `AntehocModel`; `IndexError` for an index out of range."""
+    `TypeError` if the model is not an `AntehocModel`; `IndexError` for an index out of range; `ValueError` for no
+    items, or a threshold outside (0,1]; otherwise as `AntehocModel.explain`."""
     antehoc_of(self)
     return _explain(self, items, n, target, threshold=check_threshold(threshold))[0]
 
@@ -159,7 +160,8 @@ def show_maps(self: Learner, # noqa: F811
 ): # array of `Axes`
     """Maps of validation images or items, titled with prediction and, if wrong, truth, and with the target class.
 
-    There are no titles if the output is neither one score per class nor a segmentation nor an embedding."""
+    There are no titles if the output is neither one score per class nor a segmentation nor an embedding. Errors as of
+    `Learner.explain`."""
     antehoc_of(self)
     e, y = _explain(self, items, n, target)
     titles, colors = _titles(self, e.pred, y)
@@ -239,7 +241,7 @@ def plot_losses(
 def plot_losses(self: Learner, # noqa: F811
     **kwargs, # of the function `plot_losses`: skip, log, axs
 ): # array (2,) of `Axes`
-    "Task loss and interpretation loss of the last fit."
+    "Task loss and interpretation loss of the last fit. Errors as of the function `plot_losses`."
     return plot_losses(self, **kwargs)
 
 # %% ../../nbs/show/31_learner.ipynb #cell0018
@@ -281,5 +283,5 @@ def plot_map_history(
 def show_map_history(self: Learner,
     **kwargs, # of `plot_map_history`: n, epochs, size, alpha, cmap
 ): # array (n, 1+columns) of `Axes`
-    "`plot_map_history` of the last fit."
+    "Maps of fixed images after each epoch of the last fit, by `plot_map_history`. Errors as of it."
     return plot_map_history(self, **kwargs)

@@ -262,9 +262,10 @@ def find_groups(
     most: int = MOST_GROUPS, # groups, >= 2
     seed: int = 0, # of spectral clustering
 ) -> np.ndarray: # number of the group of each map, (n,), the largest group is 0
-    """Groups of maps that are alike: spectral clustering, two or as many as the eigengap says. Under 10 maps are one.
+    """Groups of maps that are alike, by spectral clustering (Lapuschkin et al. 2019).
 
-    `ValueError` for another `most`."""
+    There are two, or as many as the eigengap indicates; fewer than 10 maps are one group. `ValueError` for a `most`
+    below 2."""
     if most < 2: raise ValueError(f'most={most}: allow at least two groups')
     if len(maps) < 10: return np.zeros(len(maps), int)
     from sklearn.cluster import SpectralClustering
@@ -404,7 +405,7 @@ def groups_table(
 # %% ../../nbs/show/35_report.ipynb #7d297c14
 def odd_images(
     sample: MapSample, # from `sample_maps`
-    neighbours: int = 10, # how many maps of its class have to be farther away
+    neighbours: int = 10, # the distance is to this one of the nearest maps of its class, or else the last
 ) -> np.ndarray: # (n,) in [0,1]; NaN in classes of fewer than three images
     "How unlike the maps of its class each map is."
     from sklearn.neighbors import NearestNeighbors
@@ -462,7 +463,7 @@ def trust_in_maps(
     bs: int = 16, # images at a time
     seed: int = 0, # of random masks and of the bootstrap
 ) -> Trust:
-    "Average drop with a fifth of the pixels kept by each map, and by controls."
+    "The average drop with a fifth of the pixels kept by each map, beside that of controls with the same area."
     rng, drops = np.random.default_rng(seed), {}
     for start in range(0, len(rows), bs):
         part = model.explain(pictures[start:start + bs])
@@ -486,7 +487,10 @@ BOX_COLUMNS = 'image', 'x0', 'y0', 'x1', 'y1'
 def read_boxes(
     boxes: str | Path | pd.DataFrame, # a CSV file, or a table
 ) -> pd.DataFrame: # with the columns `BOX_COLUMNS`
-    "A table of boxes. `ValueError` for missing columns, values that are no numbers, or boxes without area."
+    """A table of boxes.
+
+    `FileNotFoundError` for a file that is not there; `ValueError` for a file that is no table, missing columns, values
+    that are no numbers, or boxes without area."""
     source = 'boxes' if isinstance(boxes, pd.DataFrame) else f'boxes={str(boxes)!r}'
     if not isinstance(boxes, pd.DataFrame):
         if not Path(boxes).is_file(): raise FileNotFoundError(f'{source}: no such file')
@@ -548,7 +552,10 @@ def energy_off_object(
     masks: str | Path | None = None, # folder of PNG files
     framing: Framing | None = None, # what the network gets of an image; None: all of it
 ) -> pd.DataFrame: # a row per class: images, energy_off and area_off in 0..1, and how the two compare
-    "Share of the maps' energy off the object, per class. `ValueError` if no box or mask is of an image of the run."
+    """Share of the maps' energy off the object, per class.
+
+    `ValueError` if no box or mask is of an image of the run, or a mask is not as large as its image;
+    `NotADirectoryError` for a folder of masks that is not there; else as `read_boxes`."""
     if masks is not None and not Path(masks).is_dir(): raise NotADirectoryError(f'masks={str(masks)!r}: no such folder')
     boxes = None if boxes is None else read_boxes(boxes)
     found = _objects(sample, table, boxes, masks, framing=framing or Framing(sample.maps.shape[1:]))

@@ -106,7 +106,9 @@ def region_picture(explanation: Explanation, # Of one photograph
                    threshold: float = .8, # In (0,1]
                    regions: Sequence | None = None, # As `concept_regions` gives them; None: found here
                   ) -> Image.Image: # RGB
-    "The photograph with what lies below the threshold dimmed, and the concept regions in numbered boxes."
+    """The photograph, darker where the map lies below the threshold, with the concept regions in numbered boxes.
+
+    `ValueError` for a threshold outside (0,1]."""
     photo, i_map = explanation.photos[0], explanation.map[0, 0]
     if regions is None: regions = concept_regions(i_map, threshold)
     kept = _enlarged((i_map >= check_threshold(threshold)).float(), photo.size, Image.Resampling.NEAREST)
@@ -197,7 +199,7 @@ class Answer:
     "What the page shows of one photograph. If there is nothing to show, only `message` is given."
     explanation: Explanation | None = None # On the CPU, with the photograph as large as it is shown
     size: tuple[int, int] | None = None # Width and height of the photograph as it came
-    message: str = '' # What was predicted and what the map is about; or what is wrong
+    message: str = '' # The prediction and the target of the map; or what is wrong
     prediction: dict | list | None = None # Class -> probability; of a regression rows [output, value]
     overlay: Image.Image | None = None
     energy: Image.Image | None = None
@@ -310,7 +312,7 @@ HEADERS = ['image', 'prediction', 'regions', 'energy in the first, %', 'problem'
 def explain_batch(self: PhotoPage,
                   files: Sequence[str | Path] | None, # Image files, `MAX_FILES` at most
                   threshold: float = .8, # Of the concept regions, in (0,1]
-                  progress: Callable = lambda done, desc=None: None, # Told how far it is, in [0,1]
+                  progress: Callable = lambda done, desc=None: None, # Called with the share that is done, in [0,1]
                   target: int = PREDICTED, # Class that the maps are about
                  ) -> tuple[str, list, list]: # Message; overlays with a text; rows of the table
     "Overlays and a table of several photographs. No error leaves it: the table says which files could not be read."
@@ -335,7 +337,7 @@ def explain_batch(self: PhotoPage,
 def write_table(rows: list, # Of `explain_batch`
                 file: str | Path, # CSV file to write
                ) -> Path: # The file
-    "The table as a file for spreadsheets."
+    "Write the table as a CSV file for spreadsheets; an apostrophe goes before texts that would be formulas."
     with open(file, 'w', newline='', encoding='utf-8-sig', errors='replace') as opened:
         csv.writer(opened).writerows([HEADERS, *([_no_formula(cell) for cell in row] for row in rows)])
     return Path(file)
@@ -504,7 +506,7 @@ def serve(model: AntehocModel | str | Path, # Or a folder that `save_pretrained`
           share: bool = False, # Give it a public address for a week? The page then goes through Gradio's servers
           title: str | None = None, # Above the page; None: with the name of the CNN
           block: bool = True, # Wait until it is closed? False: `blocks.close()` closes it
-          say: Callable | None = _say, # Told the address; None: no output
+          say: Callable | None = _say, # Prints the address; None: no output
          ): # The `gradio.Blocks`; its address is `local_url`
     """Open the page of a model. `ValueError` for a model that can't be shown, `OSError` for an address or port that
     is not free or a public address that can't be had, `ImportError` without Gradio 6."""
@@ -596,7 +598,8 @@ def write_space(folder: str | Path, # Where to; made if it is not there
                 title: str | None = None, # Of the Space and above the page; None: with the name of the CNN
                ) -> Path: # The folder
     """Write the files of a Hugging Face Space. `ValueError` for a model that the page can't show or that does not load
-    from its folder alone, or if the folder holds other files of these names; `ImportError` without Gradio 6."""
+    from its folder alone, or if the folder holds other files of these names; `NotADirectoryError` if it is a file;
+    `ImportError` without Gradio 6."""
     _gradio()
     folder = Path(folder)
     _check_space(folder, ('app.py', 'README.md', 'requirements.txt', '.gitattributes', 'model', 'antehoc_nb'))

@@ -79,6 +79,7 @@ class ConceptDecoder(nn.Module):
     def forward(self,
                 concepts: torch.Tensor # (B,k)
                ) -> torch.Tensor: # (B,C,H,W) in [-1,1]
+        "The images that the concepts are drawn as."
         cells = self.spread(concepts[..., None]).unflatten(2, self.grid)
         return self.draw(cells)
 
@@ -143,6 +144,7 @@ class ConceptModel(nn.Module):
     def forward(self,
                 x: torch.Tensor # Images, (B,C,H,W), normalised
                ) -> torch.Tensor: # Logits, (B,C)
+        "The prediction; with `recording` on, the concepts are kept once for `take_concepts`."
         recording = self.recording
         self.recording = False
         found = self.find_concepts(plain_tensor(x))
@@ -240,7 +242,8 @@ def _class_directions(found, directions):
 def robustness_term(found: Concepts, # Of a `Senn` in training, not yet differentiated
                     directions: int | None = None, # Random directions, >= 1; None: every class, as published
                    ) -> torch.Tensor: # A number, >= 0, differentiable in the weights
-    """SENN's Eq. 3: how much the gradient of the prediction differs from that of the concepts, weighted by relevance.
+    """SENN's Eq. 3 (Alvarez-Melis and Jaakkola 2018): how much the gradient of the prediction differs from that of the
+    concepts, weighted by relevance.
 
     A norm over batch, classes and pixels."""
     concepts = found.concepts[..., None]
@@ -363,7 +366,7 @@ class ConceptLoss(Callback):
 
 # %% ../../nbs/tasks/53_concept_models.ipynb #b4de035b
 class SennLoss(ConceptLoss):
-    "SENN's loss beside the task's. Errors as of `ConceptLoss`, and `ValueError` for `directions` below 1."
+    "SENN's terms of the loss, added to the task's. Errors as of `ConceptLoss`; `ValueError` for `directions` below 1."
     def __init__(self,
                  robustness: float = 1e-2, # Weight of `robustness_term`
                  sparsity: float = 1e-4, # Weight of the L1 norm of the concepts
@@ -385,7 +388,7 @@ class SennLoss(ConceptLoss):
 
 # %% ../../nbs/tasks/53_concept_models.ipynb #b819b8e3
 class CbahLoss(ConceptLoss):
-    "CBAH's loss beside the task's. Errors as of `ConceptLoss`, and `ValueError` for an unknown `fidelity`."
+    "CBAH's terms of the loss, added to the task's. Errors as of `ConceptLoss`; `ValueError` for unknown `fidelity`."
     def __init__(self,
                  alpha: float = 1e-4, # Weight of the reconstruction
                  beta: float = 1e-4, # Weight of the fidelity

@@ -251,7 +251,9 @@ def run_concept_models(dataset: str, # A name in `DATASETS`
                        data: str | Path | None = None, # Folder or archive, if it is not under ANTEHOC_DATA
                        command: str | None = None, # How the record is made, for the record
                       ) -> dict: # The record
-    "Train the four methods on one data set, and write `results/concepts/<dataset>-<profile>.json`."
+    """Train the four methods on one data set, and write `results/concepts/<dataset>-<profile>.json`.
+
+    `ValueError` for an unknown data set or profile, or fewer training images than two batches."""
     return concept_experiment.reproduce(dataset, profile, results, work, data=data, command=command)
 
 

@@ -93,7 +93,7 @@ def _cell(value):
 
 
 class EpochTable(Callback):
-    "Print a header and a row for each epoch, and meanwhile how far the epoch is."
+    "Print a header, a row for each epoch and, within an epoch, its progress: a bar on a terminal, else a line."
     order = 55  # after the recorder
 
     def __init__(self,
@@ -400,8 +400,8 @@ def _finish(learn, dls, config, run, command):
 # %% ../../nbs/tasks/50_experiment.ipynb #ddce7ffc
 @dataclass(frozen=True)
 class DatasetSpec:
-    "A data set of an experiment: its name beside a number, where it lies, how it is read, and what differs for it."
-    title: str # What to call it beside a number
+    "A data set of an experiment: its name in tables, where it lies, how it is read, and which settings differ for it."
+    title: str # Its name in tables and figures
     load: Callable # f(path or None, ...): reads or makes it; the experiment's notebook says what else it is given
     stands_for: str | None = None # The paper's data set that it is, or stands in for
     archive: str | None = None # Where it lies under ANTEHOC_DATA; None: made on the spot
@@ -409,11 +409,11 @@ class DatasetSpec:
     publishable: bool = True # May pictures of it be committed? If not, figures go to the folder of the runs
     settings: dict = field(default_factory=dict) # Settings that differ from the experiment's, in every profile
     by_profile: dict = field(default_factory=dict) # Profile -> settings that differ from that profile's
-    test_split: str | float = 'test' # Classes: split for the final numbers; a share of all images where there is none
-    boxes: str | None = None # Classes: CSV with path, xmin, ymin, xmax, ymax in pixels of the image file
-    side: int | None = None # Classes: side of the image files in pixels, where boxes are given
-    whole: int | None = None # Captions: images of the whole set; fewer are named as a subset
-    mirrored: bool = False # Captions: mirror and shift the training images?
+    test_split: str | float = 'test' # Classification: split for the final numbers, or a share of all images
+    boxes: str | None = None # Classification: CSV with path, xmin, ymin, xmax, ymax in pixels of the image file
+    side: int | None = None # Classification: side of the image files in pixels, where boxes are given
+    whole: int | None = None # Captioning: images of the whole set; fewer are named as a subset
+    mirrored: bool = False # Captioning: mirror and shift the training images?
 
     def path(self,
              data: str | Path | None = None, # Folder or archive, if it is not under ANTEHOC_DATA
@@ -427,7 +427,7 @@ class DatasetSpec:
 # %% ../../nbs/tasks/50_experiment.ipynb #6e43843a
 @dataclass(frozen=True)
 class Paths:
-    "Where a run finds its data and leaves what it can resume from."
+    "Where the function of an `Experiment` finds its data and leaves what it can resume from."
     work: Path # Folder of all runs
     out: Path # Folder of this run, in `work`
     data: str | Path | None = None # Folder or archive of the data set; None: as of `DatasetSpec.path`
@@ -435,7 +435,7 @@ class Paths:
 
 @dataclass(frozen=True)
 class RunResult:
-    "What a run found."
+    "What the function of an `Experiment` returns."
     results: dict # For the record
     seed: int | list[int] # The random seed, or all seeds
     about: dict = field(default_factory=dict) # What the record's configuration says beside the settings: title, images

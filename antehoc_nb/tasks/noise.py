@@ -80,7 +80,7 @@ def _run(config: dict, paths: Paths, explainers: Sequence[str] | None = None) ->
 def stability_table(record: dict, # As `run_stability` makes it
                     masks: str = 'energy', # Or 'binarised'
                    ) -> pd.DataFrame: # Index: explainer; columns: CD and CI by amount, mean SSIM, max-sensitivity
-    "The change of Drop and Inc under noise, in percentage points, and how far the maps themselves change."
+    "Change of Drop and Inc under noise (CD and CI of Table 5, percentage points), and how far the maps change."
     rows = {}
     for explainer, scores in record['results'].items():
         at = {amount: scores['noise'][f'{amount:g}'][masks] for amount in AMOUNTS}
