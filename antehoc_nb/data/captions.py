@@ -99,7 +99,7 @@ def subsample(self: Captioned,
     split: str, # the split that is made smaller
     n: int | None, # at most so many of its images; None: all
 ) -> Captioned: # a copy
-    "With at most `n` images of `split`, evenly spread over it."
+    "The set with at most `n` images of `split`, evenly spread over it. `ValueError` for a split without images."
     found = self.of(split)
     every = n is None or n >= len(found)
     chosen = {*found} if every else {found[i] for i in np.linspace(0, len(found) - 1, n).astype(int)}
@@ -433,6 +433,7 @@ class CaptionLoss(nn.Module):
         logits, # (B,T-1,V)
         tokens, # (B,T)
     ):
+        "The loss, a number, or (B,) without reduction."
         target = tokens.as_subclass(torch.Tensor)[:, 1:]
         scores = logits.as_subclass(torch.Tensor).transpose(1, 2).float()
         loss = F.cross_entropy(scores, target, ignore_index=0, reduction='none')

@@ -206,7 +206,9 @@ def unpack(
     archive: str | Path, # a .zip, .tar, .tar.gz, .tar.bz2 or .tar.xz
     dest: str | Path, # folder to make; one that exists and is not empty is taken as unpacked already
 ) -> Path: # `dest`
-    "Unpack safely and whole, or not at all. `ValueError` for a damaged archive, or one with paths that lead outside."
+    """Unpack safely and whole, or not at all.
+
+    `FileNotFoundError` for a missing archive, `ValueError` for a damaged one, or one with paths that lead outside."""
     archive, dest = Path(archive), Path(dest)
     if _has_files(dest): return dest
     if not archive.is_file(): raise FileNotFoundError(f'{archive}: no such archive')
@@ -226,7 +228,9 @@ def unpack(
 def unpacked(
     path: str | Path, # a folder, or an archive as `unpack` takes it
 ) -> Path: # the folder itself, or where the archive is unpacked
-    "Unpack an archive once, under `cache_root()`; another archive of the same name gets a folder of its own."
+    """Unpack an archive once, under `cache_root()`; another archive of the same name gets a folder of its own.
+
+    Errors as of `unpack`."""
     path = Path(path)
     if not path.is_file(): return path
     info = path.stat()
@@ -278,7 +282,7 @@ def _cifar_splits(path):
 def cifar10(
     dest: str | Path = None, # folder for the archive and what is in it; `cache_root()` by default
 ) -> Path: # the folder `cifar-10-batches-py`, for `image_dls`
-    "Download (170 MB) and unpack CIFAR-10, once."
+    "Download (170 MB) and unpack CIFAR-10, once. Errors as of `fetch` and `unpack`."
     dest = Path(dest or cache_root())
     if not (dest/'cifar10').exists():
         archive = fetch(CIFAR10_URL, dest/'cifar-10-python.tar.gz', sha256=CIFAR10_SHA256, md5=CIFAR10_MD5)
@@ -486,7 +490,7 @@ def _is_other_image(file):
 
 def unread_images(files: list[Path] # Any files
                  ) -> str: # Such as '1 image of a kind that is not read (.jp2), the first is dog/1.jp2'; '' for none
-    "What is to be said about images that cannot be read because of their kind, and about links to nowhere."
+    "A message about images of a kind that is not read, and about links to nowhere."
     other = [file for file in files if _is_other_image(file)]
     if not other: return ''
     lost = [file for file in other if not file.exists()]
@@ -636,7 +640,7 @@ TINY_IMAGENET_MD5 = '90528d7ca1a48142e341f4ef8d21d0de'
 def tiny_imagenet(
     dest: str | Path = None, # folder for the archive and what is in it; `cache_root()` by default
 ) -> Path: # the folder `tiny-imagenet-200`, for `image_dls`
-    "Download (240 MB) and unpack Tiny-ImageNet, once."
+    "Download (240 MB) and unpack Tiny-ImageNet, once. Errors as of `fetch` and `unpack`."
     dest = Path(dest or cache_root())
     if not (dest/'tinyimagenet').exists():
         archive = fetch(TINY_IMAGENET_URL, dest/'tiny-imagenet-200.zip', md5=TINY_IMAGENET_MD5)

@@ -55,7 +55,7 @@ class Scheme:
     def parts(self,
         group: str, # a group's name, or 'all'
     ) -> list[list[int]]: # numbers of the points of each part
-        "The connected parts of a group."
+        "The connected parts of a group. `ValueError` for an unknown name."
         points = self.points(group)
         n = dict(self.apart).get(group, 1)
         return [points[i * len(points) // n:(i + 1) * len(points) // n] for i in range(n)]
@@ -218,7 +218,7 @@ def _draw_face(rng, side, photos):
 def draw_faces(
     n: int, # how many, >= 1
     size: int = 64, # side in pixels, >= 24
-    split: str = 'train', # 'train' or 'test': other photographs behind the faces
+    split: str = 'train', # 'train' or 'test': other parts of the photographs behind the faces
     seed: int = 0, # the same seed, the same bytes
 ) -> tuple[np.ndarray, np.ndarray]: # images (n,size,size,3) of uint8; points (n,68,2) x, y in pixels, from the edge
     "Draw faces. `ValueError` for fewer than 1, a size below 24, or an unknown split."
@@ -244,7 +244,8 @@ def _image_size(image):
 class Landmarks:
     """Images with points.
 
-    Raises `ValueError` for points that are missing, in one place or outside their image, and for an empty split."""
+    Raises `ValueError` for shapes that do not fit, points that are missing or outside their image, the two `ends` of
+    the scheme in one place, an unreadable file, and an empty split."""
     images: Sequence # N paths, or arrays (H,W,3) of uint8
     points: np.ndarray # (N,P,2) x, y in pixels
     test: np.ndarray # (N,) bool: kept from training
@@ -355,7 +356,7 @@ def resized(self: Landmarks,
 # %% ../../nbs/data/22_landmarks.ipynb #cell0010
 def drawn_faces(
     n_train: int = 1000, # drawings for training, >= 1
-    n_test: int = 200, # for testing, on other photographs, >= 1
+    n_test: int = 200, # for testing, on other parts of the photographs, >= 1
     size: int = 64, # side in pixels, >= 24
     seed: int = 0, # the same seed, the same bytes
 ) -> Landmarks: # 68 points each
@@ -472,7 +473,10 @@ def face_table(
     path: str | Path, # folder or archive with landmarks.csv or landmarks.npz, and the images they name
     outside: str = 'error', # as of `Landmarks`
 ) -> Landmarks: # 68 points each, as the table has them
-    "Faces by a table. `ValueError` for a table that lacks columns, repeats an image, or has one person in both splits."
+    """Faces by a table.
+
+    `FileNotFoundError` for a missing path or table; `ValueError` for a table that lacks columns, repeats an image, or
+    has one person in both splits. Other errors as of `Landmarks`."""
     root = _data_folder(path, 'face crops')
     csv, npz = _first_file(root, 'landmarks.csv'), _first_file(root, 'landmarks.npz')
     if csv is None and npz is None:
@@ -528,6 +532,7 @@ class PointLoss(nn.Module):
         target, # all points, (B,P,2) in [-1,1]
         reduction: str | None = None, # 'mean', or 'none' for one loss per image; None: as set
     ):
+        "The loss, a number, or (B,) without reduction."
         wanted = target.as_subclass(torch.Tensor)[:, self.points].flatten(1)
         loss = (pred - wanted).pow(2).mean(1)
         return loss.mean() if (reduction or self.reduction) == 'mean' else loss

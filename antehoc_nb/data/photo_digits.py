@@ -170,7 +170,7 @@ class PhotoDigits:
 
     `images` (n,size,size,3) of uint8, `labels` (n,), `masks` (n,size,size) of bool and `boxes` (n,4) correspond.
     Train and test share no digit image and no photograph pixel.
-    Raises `ValueError` for a size under 24, an unknown split, a negative count."""
+    Raises `ValueError` for a size under 24, an unknown split, no scene, a negative seed or number of distractors."""
     vocab = [str(i) for i in range(10)]
 
     def __init__(self,
@@ -214,7 +214,9 @@ def photo_digits_dls(
     num_workers: int = 0, # worker processes; the scenes are in memory, so 0 is fast
     **kw, # for fastai's `DataLoaders`: device, path, shuffle, ...
 ) -> DataLoaders: # vocab '0'..'9', normalised with the ImageNet statistics
-    "Photo-digits for training; `dls.train_ds` and `dls.valid_ds` have `images`, `masks`, `boxes`, `labels` in order."
+    """Photo-digits for training; `dls.train_ds` and `dls.valid_ds` have `images`, `masks`, `boxes`, `labels` in order.
+
+    `ValueError` as of `PhotoDigits`."""
     train = PhotoDigits(n_train, size, seed, 'train', n_distractors)
     valid = PhotoDigits(n_valid, size, seed, 'test', n_distractors)
     dls = labelled_dls(

@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 # %% ../../nbs/data/24_photographs.ipynb #7a2a091a
 @dataclass(frozen=True)
 class Photograph:
-    "A photograph, and what has to be said beside it."
+    "A photograph, with its credit and licence."
     name: str # As its package calls it
     image: Image.Image # RGB
     credit: str # Who took it
@@ -50,7 +50,9 @@ def central_square(image: Image.Image, # Of any size
                    size: int, # Side of the square in pixels
                    margin: float = .875, # Share of the shorter side that is kept, in (0,1]
                   ) -> Image.Image: # (size,size)
-    "The middle of an image, as ImageNet networks are given it: the shorter side resized, a square cut out."
+    """The middle of an image, as ImageNet networks are given it: the shorter side resized, a square cut out.
+
+    `ValueError` for a margin outside (0,1]."""
     if not 0 < margin <= 1: raise ValueError(f'margin={margin}: give the share of the shorter side, in (0,1]')
     side = margin * min(image.size)
     left, top = ((length - side) / 2 for length in image.size)

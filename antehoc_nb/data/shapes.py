@@ -58,10 +58,10 @@ class ShapeScenes:
 
 def shape_scenes(n: int, # How many images
                  size: int = 48, # Height and width, at least 24
-                 seed: int = 0,
+                 seed: int = 0, # The same seed, the same scenes
                  present: float = .6, # How often each shape is there, from 0 to 1
                 ) -> ShapeScenes:
-    "Draw scenes, the same for the same seed. `ValueError` for a size without room for four shapes."
+    "Draw scenes of shapes. `ValueError` for a size without room for four shapes."
     if size < 24: raise ValueError(f'size={size}: there is no room for the shapes; take 24 or more')
     generator = torch.Generator().manual_seed(seed)
     grounds = .35 + .3 * torch.rand(n, 1, 1, 1, generator=generator)

@@ -326,8 +326,9 @@ def class_swap(
     target, # The targets, (B,)
     other, # The other classes, (B,)
 ) -> dict: # (B,) each: `own_none`, `own_own`, ... (scored class, map); `specificity` and `steering`
-    """The class-swap matrix of each image. `ValueError` for other images than `none`, `own` and `other`, or where a
-    target and its other class are the same."""
+    """The class-swap matrix of each image (after Stalder et al. 2022).
+
+    `ValueError` for other images than `none`, `own` and `other`, or where a target and its other class are the same."""
     if set(images) != {'none', 'own', 'other'}:
         raise ValueError(f"images must be a dict of 'none', 'own' and 'other', got {sorted(images)}")
     n = len(images['none'])

@@ -109,7 +109,7 @@ def localisation(
     maps: torch.Tensor, # (N,1,H,W) in [0,1]
     boxes, # Where the objects are, (N,4) x0,y0,x1,y1 in pixels
 ) -> dict[str, float]: # `pointing`: share of maps whose maximum is in the box; `energy_in_box`: share of the sum there
-    "How well maps find known objects."
+    "How well maps find known objects. `ValueError` as of `pointing_game` and `energy_in_region`."
     return dict(pointing=pointing_game(maps, boxes).mean().item(),
                 energy_in_box=energy_in_region(maps, boxes).nanmean().item())
 
@@ -166,7 +166,7 @@ def build(
     self: Mosaics,
     x: torch.Tensor, # Images, (M*cells,C,H,W), in the order of `group`
 ) -> torch.Tensor: # (M,C,side*H,side*W), or (M,C,H,W) if `resized`
-    "Join images to mosaics."
+    "Join images to mosaics, the cells of each row by row."
     parts = x.unflatten(0, (-1, self.side, self.side))
     joined = parts.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
     if not self.resized: return joined
@@ -179,7 +179,9 @@ def share_in_cell(
     map: torch.Tensor, # Maps of mosaics, (M,1,H,W) or (M,H,W), not negative
     cell: int, # Which cell, 0..cells-1, row by row
 ) -> torch.Tensor: # (M,), in [0,1]; nan where the map is all zero
-    "Share of each map's sum in a cell. A pixel on the border of two cells is counted in proportion."
+    """Share of each map's sum in a cell (Rao et al. 2022). A pixel on the border of two cells is counted in proportion.
+
+    `ValueError` for a negative map, or a cell that there is not."""
     maps = check_map(map).double()
     if maps.min() < 0: raise ValueError(f'map must not be negative to be shared, its minimum is {maps.min():.3g}')
     if not 0 <= cell < self.cells: raise ValueError(f'cell must lie in 0..{self.cells - 1}, got {cell}')

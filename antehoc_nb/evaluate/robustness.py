@@ -31,7 +31,9 @@ def ssim(
     a: torch.Tensor, # Maps, (B,1,H,W) or (B,H,W), in [0,1], at least 7x7 pixels
     b: torch.Tensor, # Maps of the same shape
 ) -> torch.Tensor: # (B,), at most 1
-    "Structural similarity of each pair of maps. `ValueError` for maps outside [0,1] or below 7x7 pixels"
+    """Structural similarity of each pair of maps (Wang et al. 2004).
+
+    `ValueError` for maps of different shapes, outside [0,1] or below 7x7 pixels. `ImportError` without scikit-image."""
     structural_similarity = import_skimage('metrics').structural_similarity
     a, b = check_pair(a, b)
     for maps in (a, b): check_unit_map(maps, ' for ssim')
@@ -76,7 +78,7 @@ def noise_stability(
     bs: int = 64, # Images per call of `explain` and of the model
     **kwargs, # For `faithfulness`: score, threshold, areas, fill
 ) -> pd.DataFrame: # Index `noise` (0 is clean) and `kind`; as `faithfulness_table`, with CD and CI (points) and ssim
-    """Drop and Inc of noisy images and their distance to the clean ones, CD and CI, with the SSIM of the maps.
+    """Drop and Inc of noisy images, their distance to the clean ones, CD and CI (paper, Table 5), and the maps' SSIM.
 
     Errors as of `faithfulness`."""
     x = as_plain(x, 'x')

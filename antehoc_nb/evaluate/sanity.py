@@ -51,7 +51,9 @@ def randomised(
     seed: int = 0, # Of the new parameters
     x: torch.Tensor | None = None, # Images, (N,C,H,W): an `AntehocModel` measures border and evidence again
 ) -> torch.nn.Module: # A copy of `model`
-    "A copy of `model` with some layers re-initialised by their own `reset_parameters`; global random numbers stay"
+    """A copy of `model` with some layers re-initialised by their own `reset_parameters`; global random numbers stay.
+
+    `ValueError` for an unknown layer, or one without `reset_parameters`."""
     model = deepcopy(model)
     known = dict(model.named_modules())
     for name in layers:
@@ -77,7 +79,9 @@ def model_randomisation(
     seed: int = 0, # Of the new parameters
     bs: int = 64, # Images per call of `explain`
 ) -> pd.DataFrame: # Row k: k random layers; columns layer, rank_correlation, ssim (means), flat (share of flat maps)
-    "Similarity of the maps to the trained model's, as layer after layer is re-initialised (Adebayo et al. 2018)"
+    """Similarity of the maps to the trained model's, as layer after layer is re-initialised (Adebayo et al. 2018).
+
+    `ValueError` for no images or bad maps; other errors as of `random_layers`, `randomised` and `ssim`."""
     layers = random_layers(model, part) if layers is None else list(layers)
     if not len(x): raise ValueError("x holds no image: the test set is empty")
     trained = _maps_of(explain, model, x, bs)

@@ -250,7 +250,9 @@ def _load_weights(cnn, arch, file, cut=None, n_in=3):
 # %% ../../nbs/train/10_archs.ipynb #36a2fe6c
 def weights_stats(arch: str, # As for `find_arch`
                  ) -> tuple[list[float], list[float]] | None: # Of each channel; None for our own CNNs
-    "Mean and standard deviation by which images are normalised for the ImageNet weights of an architecture."
+    """Mean and standard deviation by which images are normalised for the ImageNet weights of an architecture.
+
+    `ValueError` as of `find_arch`."""
     found = find_arch(arch)
     if arch in own_cnns: return None
     if isinstance(found, str):

@@ -72,8 +72,8 @@ class Checkpoint(Callback):
     file is there, go on from it.
 
     A run may have several fits, as `fine_tune` has: those that were finished are skipped. `ValueError` before training
-    starts if the file is unreadable, or belongs to a run of another length or another model. `FloatingPointError` after
-    an epoch that left NaN or infinity in the weights or the optimiser, with the epoch before still on file."""
+    starts if the file is unreadable, or belongs to a run of another length, model or optimiser. `FloatingPointError`
+    after an epoch that left NaN or infinity in the weights or the optimiser, with the epoch before still on file."""
     order = 10**6  # after all others
 
     def __init__(self,
@@ -213,6 +213,7 @@ def _go_on(self: Checkpoint):
 # %% ../../nbs/train/13_checkpoint.ipynb #6f4f848b
 @patch
 def before_fit(self: Checkpoint):
+    "Forget where the fit before was."
     self._first_epoch = 0
     self._fit_begun = False
     self._epoch_trained = False
@@ -238,9 +239,9 @@ def after_epoch(self: Checkpoint):
 def _numbers(values): return [None if np.isnan(value) else float(value) for value in values]
 
 
-def training_history(learn, # Trained
+def training_history(learn, # A trained learner
                     ) -> dict: # JSON can hold it
-    "Losses and learning rate of every step, scores of every epoch, of the last fit."
+    "Losses and learning rates of every step, and scores of every epoch, of the last fit."
     recorder, two_pass = learn.recorder, getattr(learn, 'two_pass', None)
     return dict(columns=[str(name) for name in recorder.metric_names[1:-1]],
                 values=[_numbers(row) for row in _epoch_rows(recorder)],

@@ -79,10 +79,10 @@ def imagenet_cnn(arch: str = IMAGENET_ARCH, # As for `find_arch`
 _NOT_SAVED = 'cnn.'  # how the names of the CNN's weights begin
 
 
-def save_weight_net(model: AntehocModel, # Trained
+def save_weight_net(model: AntehocModel, # A trained model
                     file: str | Path, # .safetensors
                    ) -> Path: # The file
-    "Write a model without its CNN."
+    "Write a model without its CNN; the file has the CNN's digest, by which `load_weight_net` checks it."
     config = model.config | dict(cnn_sha256=weights_digest(model.cnn))
     tensors = {name: value.contiguous() for name, value in model.state_dict().items()
                if not name.startswith(_NOT_SAVED)}

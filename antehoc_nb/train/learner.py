@@ -190,7 +190,7 @@ def antehoc_learner(dls, # fastai DataLoaders with images (B,C,H,W) as first inp
                     keep_best: bool = True, # At the end of a fit, keep the best weight network; False: the last one
                     output=None, # Of a CNN that returns several tensors: which one is explained, by name, position or a
                     # function, as for `AntehocModel`
-                    task: str | None = None, # What the output means, a name in `TASKS`; None: as labels and loss say
+                    task: str | None = None, # What the output means, a name in `TASKS`; None: read from labels and loss
                     cbs=None, # More callbacks
                     **kwargs, # As for `vision_learner`; for a CNN of your own as for `Learner`
                    ) -> Learner: # `learn.model` is an `AntehocModel`
@@ -208,6 +208,7 @@ class Bf16(MixedPrecision):
     def __init__(self): super().__init__('bf16')
 
     def before_fit(self):
+        "Choose the autocast of the device."
         device = torch.device(self.learn.dls.device or 'cpu').type
         self.autocast = torch.autocast(device, torch.bfloat16)
         self.learn.scaler = torch.amp.GradScaler(device, enabled=False)

@@ -189,7 +189,9 @@ def sample_inputs(dls, # fastai DataLoaders
 # %% ../../nbs/train/11_two_pass.ipynb #4df33ee2
 def labels_are_classes(dls, # fastai DataLoaders, or `DataLoaders` of plain PyTorch loaders
                       ) -> bool:
-    "Whether the labels of a batch are class numbers, one for each image. No random stream is disturbed."
+    """Whether the labels of a batch are class numbers, one for each image. No random stream is disturbed.
+
+    `ValueError` as of `sample_batch`."""
     _, labels = sample_batch(dls)
     if len(labels) != 1 or not isinstance(labels[0], torch.Tensor): return False
     return labels[0].ndim == 1 and labels[0].dtype in (torch.int64, torch.int32)
@@ -201,7 +203,9 @@ def _cut(part, n): return plain_tensor(part)[:n].cpu() if isinstance(part, torch
 def validation_batches(dls, # fastai DataLoaders
                        n: int = 64, # At most so many images
                       ) -> list[tuple]: # Batches as the loader makes them, on the CPU; none if there are no images
-    "Images from all over the validation set, evenly spread, in batches. No random stream is disturbed."
+    """Images from all over the validation set, evenly spread, in batches. No random stream is disturbed.
+
+    `ValueError` for a batch that is not a tuple with images first."""
     if len(dls.loaders) < 2 or _is_empty(dls.valid): return []
     loader = _inner(dls.valid)
     batches = []
@@ -274,7 +278,9 @@ def _cropped_to(step):
 
 def resizing(dls, # fastai or plain PyTorch DataLoaders
             ) -> dict: # For `meta`: `resize` and `crop_pct` of a `Framing`; empty if validation images stay whole
-    "Which part of an image the CNN gets in validation. `resize='own'` where images are padded, or cut to pixels."
+    """Which part of an image the CNN gets in validation.
+
+    `resize='own'` where images are padded, or cropped to pixels that are no fixed share of them."""
     resize, kept, size = 'squish', 1., None
     for step in _validation_steps(dls.loaders[-1]):
         found, cropped = _resized_item(step) or _resized_by_torchvision(step), _cropped_to(step)
@@ -373,7 +379,7 @@ class TwoPass(Callback):
 
     Give it to the learner when it is made: `vision_learner(dls, resnet34, cbs=TwoPass())`. The recorder gains the
     columns `train_int_loss` and `valid_int_loss`, and from at most 64 validation images `drop_at_20` and
-    `untrained_drop`. After a fit, `best` tells which weight network was kept. `ValueError` or `TypeError` at once for
+    `untrained_drop`. After a fit, `best` states which weight network was kept. `ValueError` or `TypeError` at once for
     arguments that can't be right, `ValueError` for batches that can't be used, and in training `FloatingPointError`
     when a loss is no longer finite, before the step is taken."""
     name = 'two_pass'  # of subclasses too: `learn.two_pass`
@@ -389,7 +395,7 @@ class TwoPass(Callback):
                  keep_maps: int = 0, # Keep the maps of so many validation images after every epoch, in `map_history`
                  keep_best: bool = True, # At the end of a fit, keep the best weight network; False: the last one
                  **model_kwargs, # Of `AntehocModel`: eta, layers, soft_attention, temperature, weight_net, scale,
-                 # output, meta, mean and std (where the DataLoaders do not tell)
+                 # output, meta, mean and std (where the DataLoaders do not have them)
                 ):
         as_mask('soft' if mask is None else mask)  # refuses unknown names
         int_losses['mse' if loss is None else loss]
@@ -608,7 +614,9 @@ def _first_inputs(learn):
 
 @train_functions.register
 def read_learner(learn) -> dict: # cnn, sample, mean, std, meta, class_specific
-    "What `AntehocModel(learn)` takes from a fastai learner: its network, and what it knows about its images."
+    """What `AntehocModel(learn)` takes from a fastai learner: its network, and the facts of its images and its output.
+
+    `ValueError` as of `sample_batch`."""
     sample = _first_inputs(learn)
     mean, std = normalisation(learn.dls)
     facts = _learner_facts(learn, sample, _labels_of(learn.dls))
@@ -873,6 +881,7 @@ def _measure_border(self: TwoPass):
 
 @patch
 def before_train(self: TwoPass):
+    "Begin the fit, in its first epoch. Measure a CNN that is trained; put any other into evaluation mode."
     if not self._fit_begun: self._begin_fit()
     self._fit_begun = True
     self._batch_losses['train'] = []
@@ -882,6 +891,7 @@ def before_train(self: TwoPass):
 
 @patch
 def before_validate(self: TwoPass):
+    "Measure border responses and evidence of the CNN as the epoch left it."
     if self.train_cnn and self._fit_begun: self._measure_border()
     self._batch_losses['valid'] = []
 
@@ -979,6 +989,7 @@ def after_loss(self: TwoPass):
 # %% ../../nbs/train/11_two_pass.ipynb #5a22692b
 @patch
 def before_backward(self: TwoPass):
+    "Skip the backward pass of a CNN that is not trained."
     if not self.train_cnn: raise CancelBackwardException()
 
 # %% ../../nbs/train/11_two_pass.ipynb #e8aa8fef
@@ -1034,6 +1045,7 @@ def _train_batch(self: TwoPass):
 
 @patch
 def after_backward(self: TwoPass):
+    "Run pass 2. `FloatingPointError` if the interpretation loss is not finite."
     with frozen(self.antehoc.cnn): self._train_batch()
 
 # %% ../../nbs/train/11_two_pass.ipynb #4096ebab
@@ -1056,6 +1068,7 @@ def before_step(self: TwoPass):
 
 @patch
 def after_step(self: TwoPass):
+    "Remove the weight network's gradients."
     for weight in self.antehoc.weight_net.parameters(): weight.grad = None
 
 
@@ -1275,7 +1288,7 @@ def state_dict(self: TwoPass) -> dict: # Numbers, tensors, lists and dicts
 def load_state_dict(self: TwoPass,
                     state: dict, # What `state_dict` returned
                    ) -> None:
-    "Put it back, after the fit has begun."
+    "Put back what `state_dict` returned, after the fit has begun."
     self.int_losses = state['int_losses']
     self.map_history = state['map_history']
     self._drops = state['drops']
@@ -1297,4 +1310,5 @@ def _record_maps(self: TwoPass):
 
 @patch
 def after_epoch(self: TwoPass):
+    "Keep the maps of `map_images`, with `keep_maps`."
     if self.keep_maps and self._fit_begun and not self._finding_lr(): self._record_maps()
