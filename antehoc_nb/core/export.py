@@ -187,11 +187,12 @@ class MapModule(nn.Module):
     what `explain` gives.
 
     It stays in evaluation mode, and on the device where the model was. Raises `ValueError` for a size that the network
-    does not take, and for a network that can't be exported, with the module that is to blame."""
+    does not take, and for a network that can't be exported, naming the module; `TypeError` for what is no
+    `AntehocModel`."""
     def __init__(self,
                  model: AntehocModel, # It is copied: later training changes nothing here
-                 size: int | tuple[int, int] | str | None = None, # Of the images, (H,W) or the side, or 'any'; None: as
-                 # `meta` knows it
+                 size: int | tuple[int, int] | str | None = None, # Of the images, (H,W) or the side, or 'any'; None:
+                 # that of `meta`
                  activation: str = 'none', # Of the prediction: 'none', 'softmax', 'sigmoid', or 'auto', which is the
                  # softmax for a classifier (the map is class-specific, or there are as many labels as outputs)
                  weights: bool = True, # Return the weights of the layers too
@@ -230,6 +231,7 @@ class MapModule(nn.Module):
                 target: torch.Tensor | None = None, # Of a class-specific map: classes, (B,) int64, -1 for what is
                 # predicted; None: all -1. A number that is no class gives a map of NaN
                ) -> tuple: # Prediction (or each tensor of it), map (B,1,H,W), weights (B,n,h,w) if they are wanted
+        "Prediction and map. `ValueError` or `TypeError` for images or targets that the graph does not take."
         self._check(images, target)
         if images.dtype == torch.uint8: images = ((images.float() / 255 - self.mean) / self.std).to(self.dtype)
         if self.classes is not None and target is None:
@@ -426,8 +428,8 @@ def _kind_of_file(path):
 @patch
 def export(self: AntehocModel,
            path: str | Path, # Of the file: 'model.onnx' or 'model.pt2'; its folder is made if it is not there
-           size: int | tuple[int, int] | str | None = None, # Of the images, (H,W) or the side; None: as `meta` knows
-           # it; 'any': of every size, where the CNN takes it. That graph is slower
+           size: int | tuple[int, int] | str | None = None, # Of the images, (H,W) or the side; None: that of
+           # `meta`; 'any': of every size, where the CNN takes it. That graph is slower
            activation: str = 'auto', # Of the prediction: 'softmax', 'sigmoid', 'none'; 'auto': the softmax for a
            # classifier (the map is class-specific, or there are as many labels as outputs)
            int8=None, # Images to set the ranges of 8-bit integers with, as `explain` takes them; None: floats

@@ -159,8 +159,9 @@ def _as_number(value, device):
 
 
 def as_lengths(*numbers) -> tuple: # The same, as new symbols
-    """Whole numbers that a graph computes as tensors, as lengths of tensors. A symbol of its own for each keeps what
-    depends on it simple: the formulas of lengths of lengths would take minutes to be simplified."""
+    """Turn whole numbers that a graph computes as tensors, each from 1 to 65,536, into lengths of tensors.
+
+    Each becomes a symbol of its own. Otherwise the formulas of lengths of lengths would take minutes to simplify."""
     found = tuple(number.item() for number in numbers)
     for length in found:
         torch._check(length >= 1)

@@ -650,7 +650,7 @@ def choose_layers(cnn: nn.Module, # Any CNN
 
     Raises `ValueError` for a network without layers of images, an `eta` below 1 or above the number of layers found, an
     unknown name (with near matches), a repeated name, a module called several times without saying which call, or an
-    output that does not hold the rows and columns of the images."""
+    output that does not hold the rows and columns of the images; `TypeError` for a layer that is not given by name."""
     if layers is None: return _choose(cnn, sample, eta)
     if isinstance(layers, str): layers = [layers]
     _check_names(cnn, layers)
@@ -673,7 +673,7 @@ def layer_table(cnn: nn.Module, # Any network
                 eta: int | None = None, # How many to mark as chosen; None: 8, or all if there are fewer
                ): # A `pandas.DataFrame`, one row per candidate: layer, kind, grid (how it holds rows and columns),
     # channels, height, width, stage, seen (% of the multiply-adds that come before), chosen (✓, or why it can't be)
-    "The candidates as a table, with the ones that `eta` would choose marked."
+    "The candidates as a table, with the choice of `eta` of them marked. `ValueError` for an `eta` above their number."
     import pandas as pd  # imported here: it would double the time that importing the core takes
     found, faults, _ = _try_layers(cnn, sample)
     good = _of_backbone(cnn, [layer for layer in found if layer.name not in faults])

@@ -50,7 +50,9 @@ def masked(x: torch.Tensor, # Images, (B,C,H,W), normalised
            mean: torch.Tensor | float = 0., # The normalisation's mean, (1,C,1,1)
            std: torch.Tensor | float = 1., # The normalisation's standard deviation, (1,C,1,1)
           ) -> torch.Tensor: # (B,C,H,W), normalised
-    "`x` where `m` is 1, the `fill` where it is 0, a mixture in between."
+    """`x` where `m` is 1, the `fill` where it is 0, a mixture in between; on black it is the paper's energy map.
+
+    `ValueError` for a map of another size than the images. Errors for the fill as of `check_fill`."""
     if m.ndim != 4 or m.shape[1] != 1 or m.shape[2:] != x.shape[2:]:
         raise ValueError(f'm: a map of shape ({x.shape[0]},1,{x.shape[2]},{x.shape[3]}) is needed for these images, '
                          f'got {tuple(m.shape)}')
@@ -205,7 +207,9 @@ def masked_input(x: torch.Tensor, # Images, (B,C,H,W), normalised as the CNN exp
                  mean: torch.Tensor | float = 0., # The normalisation's mean, (1,C,1,1)
                  std: torch.Tensor | float = 1., # The normalisation's standard deviation, (1,C,1,1)
                 ) -> torch.Tensor: # (B,C,H,W), normalised
-    "What the CNN gets in pass 2. `ValueError` for an unknown mask or fill, or maps of another size."
+    """The masked input: the images under the mask of their maps, as the CNN gets them in pass 2.
+
+    `ValueError` for an unknown mask or fill, or maps of another size."""
     mask = as_mask(mask)
     kept = mask(maps, number)
     on_black = mask.on_black(number)

@@ -229,7 +229,7 @@ def numbers(self: Explanation) -> torch.Tensor:
 def decisions(self: Explanation) -> list[list[tuple[str, float | None]]]:
     """What is predicted for each image, with its probability: the class, or each of the labels that are on. Without a
     probability: the numbers of a regression; the classes of at least 1 % of the pixels, the largest first; the cosine
-    similarity of an embedding with the target. Classes have names if the model knows them, else numbers. `TypeError`
+    similarity of an embedding with the target. Classes have names if the model has a `vocab`, else numbers. `TypeError`
     for other tasks."""
     if isinstance(self.explained, torch.Tensor) and self.task in _WITHOUT_PROBABILITY:
         return [[(text, None) for text in of_image] for of_image in _WITHOUT_PROBABILITY[self.task](self)]
@@ -248,7 +248,7 @@ def decisions(self: Explanation) -> list[list[tuple[str, float | None]]]:
 
 @patch(as_prop=True)
 def labels(self: Explanation) -> list[str]:
-    """The predicted class of each image: its name, or its number if the model knows no names; of several labels those
+    """The predicted class of each image: its name, or its number if the model has no `vocab`; of several labels those
     that are on, or 'none'. `TypeError` likewise."""
     return [', '.join(label for label, _ in of_image) or 'none' for of_image in self.decisions]
 
@@ -300,7 +300,7 @@ def _overlay(photo, i_map, colours, alpha):
 def overlays(self: Explanation,
              alpha: float = .5, # Opacity of the map, in [0,1]
             ) -> list[Image.Image]: # RGB; photographs at their own size, other images at that of the map
-    "Each image under its map."
+    "Each image under its map. `ValueError` for an `alpha` outside [0,1]."
     from matplotlib import colormaps  # imported here, since the core needs no figures
     if not 0 <= alpha <= 1: raise ValueError(f'alpha={alpha} must lie in [0,1]')
     photos = self.photos or [_as_photo(pixels) for pixels in self.pixels.float()]
@@ -312,7 +312,9 @@ def save(self: Explanation,
          path: str | Path, # Of an image file, such as 'overlay.png'; its folder is made if it is not there
          alpha: float = .5, # Opacity of the map, in [0,1]
         ) -> list[Path]: # The files: `path`, or for several images 'overlay-0.png', 'overlay-1.png', ...
-    "Write the overlay of each image to a file. `ValueError` for a name that does not end like an image file's."
+    """Write the overlay of each image to a file.
+
+    `ValueError` for a name that does not end like an image file's, `TypeError` for what is no path."""
     if not isinstance(path, (str, os.PathLike)):
         raise TypeError(f"path: a {type(path).__name__} is no path; give the name of a file, such as 'overlay.png'")
     path = Path(path)
@@ -629,7 +631,7 @@ def as_cnn_takes(sample, cnn):
 
 # %% ../../nbs/core/07_model.ipynb #a52e3934
 class AntehocModel(nn.Module):
-    """A CNN with a weight network that explains it (paper, section 2). Calling it is calling the CNN.
+    """A CNN with a weight network that explains it (paper, section 2). A call returns what the CNN returns.
 
     Raises `ValueError` if the CNN has no usable convolutions or does not take the sample, `eta` exceeds the layers
     found, a name of a layer, soft attention or weight network is not known, or there are more or fewer names of classes
@@ -1183,7 +1185,9 @@ def interpret(self: AntehocModel,
               target: torch.Tensor | None = None, # Of a class-specific map: classes, (B,), or several each, (B,Q)
               exponent: float | None = None, # Of the blend; None: `EVIDENCE_EXPONENT` with evidence, else 1
              ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: # Map (B,1,H,W); weights and SAMs (B,n,h,w)
-    "Align the soft attention maps, weigh them and blend them (Eq. 1); differentiable in the weight network."
+    """Align the soft attention maps, weigh them and blend them (paper, Eq. 1); differentiable in the weight network.
+
+    `ValueError` if the map is class-specific and there is no target."""
     if self.class_specific and target is None:
         raise ValueError('interpret: the map is class-specific, give target, (B,)')
     target = self._read_target(target) if self.class_specific else None
@@ -1656,7 +1660,7 @@ def mask(self: AntehocModel,
          m: torch.Tensor, # How much of each pixel is kept, (B,1,H,W) in [0,1]
          fill: str | float | Sequence[float] = 'black', # 'black', 'mean', 'blur' or a colour in [0,1]
         ) -> torch.Tensor: # (B,C,H,W), normalised
-    "`masked`, with this model's normalisation."
+    "The images under a map, by `masked` with this model's normalisation. Errors as of `masked`."
     return masked(plain_tensor(x), m, fill, mean=self.mean, std=self.std)
 
 # %% ../../nbs/core/07_model.ipynb #68439e2f

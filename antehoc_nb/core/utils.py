@@ -154,7 +154,7 @@ def as_inputs(sample: Any, # A tensor, or a tuple or list of the CNN's arguments
 
 def copied_images(sample: Any, # As of `as_inputs`
                  ) -> tuple: # The arguments of the CNN's forward
-    "The same, with a copy of the images, since some CNNs write to their input."
+    "A sample as a tuple of arguments, with a copy of the images, since some CNNs write to their input."
     images, *others = as_inputs(sample)
     return images.detach().clone(), *others
 
@@ -166,8 +166,10 @@ def plain_tensor(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def in_channels(cnn: nn.Module) -> int: # 3 for RGB; also 3 for a network without convolutions
-    """How many channels the images of a CNN have: the input channels of its first convolution. If these are over 4,
-    pixels may have become channels on the way there, so the CNN is tried: RGB counts if it takes that alone."""
+    """How many channels the images of a CNN have: the input channels of its first convolution.
+
+    If these are over 4, the network may have turned pixels into channels before. So the CNN is tried with noise of that
+    many channels, then of 3, 1 and 4. The first number that it takes is returned."""
     for module in cnn.modules():
         if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
             return module.in_channels if module.in_channels <= 4 else _taken_channels(cnn, module.in_channels)
@@ -613,10 +615,10 @@ def frozen(cnn: nn.Module, # The network that pass 2 must not change
     """Evaluation mode inside the block, no gradients for the weights, no move of the random streams of torch, NumPy and
     Python, and no call of hooks that are no part of the network.
 
-    The CNN's input still gets its gradient. All is as before after the block, also after an error, and also what the
-    modules write in evaluation mode, but for parameters that are written in place. Threads may freeze one network at
-    the same time. The random streams belong to the process, though: what another thread draws meanwhile is drawn again
-    after the block."""
+    The CNN's input still gets its gradient. After the block, also after an error, all is as before, including what the
+    modules write in evaluation mode. Only parameters that are written in place stay changed, unless `whole` is set.
+    Threads may freeze one network at the same time. The random streams belong to the process, though: what another
+    thread draws meanwhile is drawn again after the block."""
     modules = every_module(cnn)
     parameters = {weight for module in modules for weight in module._parameters.values() if weight is not None}
     devices = {weight.device for weight in parameters if weight.is_cuda}

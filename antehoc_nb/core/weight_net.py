@@ -53,6 +53,7 @@ class Autoencoder(nn.Module):
                 maps: torch.Tensor, # (B,n_maps,h,w)
                 context: torch.Tensor | float = 0., # Added in the bottleneck, (B,2 * width,1,1)
                ) -> torch.Tensor: # Logits, (B,n_out,h/stride,w/stride)
+        "The logits for maps of any size."
         entered = F.relu(self.enter(maps))
         bottleneck = F.relu(self.bottleneck(F.relu(self.down(entered))) + context)
         decoded = F.interpolate(self.up(bottleneck), size=entered.shape[2:], mode='nearest')
@@ -80,6 +81,7 @@ class PixelWeights(nn.Module):
     def forward(self,
                 sams: torch.Tensor, # Soft attention maps, (B,eta,H,W) in [0,1]
                ) -> torch.Tensor: # Logits, (B,eta,H/4,W/4)
+        "The logits, of which the softmax over the layers gives the weights."
         return self.autoencoder(_halve(sams) - 0.5)
 
 # %% ../../nbs/core/04_weight_net.ipynb #cell0011
@@ -141,7 +143,7 @@ def in_deviations(read: torch.Tensor, # Of each layer, projections and last its 
 def modulate(standardised: torch.Tensor, # How strongly each layer responds, (B,eta,h,w), mean 0 and deviation 1
              change: torch.Tensor, # The activations along the directions, (B,eta,h,w)
             ) -> torch.Tensor: # Standardised, (B,eta,h,w)
-    "The sum, standardised again."
+    "The response that a modulated map is made of: the sum of both, standardised again."
     response = standardised + change
     if response.requires_grad:  # a constant response has nothing to learn from, and its gradients would be infinite
         constant = response.detach().var((2, 3), correction=0, keepdim=True) < 1e-8
@@ -178,6 +180,7 @@ class FeatureWeights(nn.Module):
                 features: torch.Tensor, # The last layer's average over the image, (B,C)
                 target: torch.Tensor | None = None, # Of a class-specific network: classes, (B,), or several each, (B,Q)
                ) -> torch.Tensor: # Logits, (B,2 eta,h,w)
+        "The logits, of which the softmax over the maps gives the weights."
         context = self.image_embedding(features)
         if target is not None: context = context + _of_targets(self.class_embedding, target)
         return self.autoencoder(torch.cat([sams - 0.5, views], 1), context[:, :, None, None])
@@ -269,7 +272,8 @@ class ScalarWeights(nn.Module):
         super().__init__()
         self.logits = nn.Parameter(torch.zeros(eta))
 
-    def forward(self, sams: torch.Tensor) -> torch.Tensor:
+    def forward(self, sams: torch.Tensor) -> torch.Tensor: # (B,eta,h,w) -> logits, (B,eta,1,1)
+        "The learned logits, the same for every image."
         return self.logits[None, :, None, None].expand(sams.shape[0], -1, 1, 1)
 
 
