@@ -477,7 +477,7 @@ class MapForm(str, Enum):
 
 
 class TableForm(str, Enum):
-    "The forms of its table."
+    "The forms of the table of `antehoc explain --maps`."
     csv = 'csv'
     parquet = 'parquet'
 
@@ -916,7 +916,7 @@ Reproducible = Enum('Reproducible', {name.replace('-', '_'): name for name in RE
 
 def find_experiment(name: str, # A name in `REPRODUCIBLE`
                    ): # An `Experiment`
-    "The experiment of a table or figure."
+    "The experiment of a table or figure. `KeyError` for an unknown name."
     importlib.import_module(f'antehoc_nb.tasks.{REPRODUCIBLE[name]}')
     from antehoc_nb.tasks.experiment import experiments
     return experiments[name]

@@ -62,7 +62,7 @@ def _fields(tree):
 
 def parameter_comments(symbol, # A function or a class
                       ) -> dict: # Name of the parameter -> its comment, of one line or several; 'return': the result's
-    "The comments that describe the parameters of `symbol`."
+    "The comments that describe the parameters of `symbol`; empty if its source cannot be read."
     has_fields = is_dataclass(symbol) or hasattr(symbol, '_fields')
     documented = symbol if not inspect.isclass(symbol) or has_fields else symbol.__init__
     try: source = textwrap.dedent(''.join(_source_lines(documented)[0]))
@@ -162,7 +162,7 @@ def _signature(symbol):
 def signature_text(name, # As the caller writes it
                    signature: inspect.Signature, # Without `self`
                    prefix: str = 'def', # What stands before the name
-                   width: int = 78, # Columns, at most, if a line break between parameters can do it
+                   width: int = 78, # Columns at most, as far as line breaks between parameters allow
                   ) -> str: # One line or several
     "A signature without the types of its parameters."
     words, keyword = [], False
@@ -182,7 +182,9 @@ def signature_text(name, # As the caller writes it
     return start + ''.join(f'\n    {word}' for word in body).replace('\0', ' ') + f'\n{end}'
 
 
-def usage_text(command, signature: inspect.Signature):
+def usage_text(command, # Its name, as that of its function
+               signature: inspect.Signature, # Its parameters, as typer reads them
+              ): # Such as 'antehoc explain [OPTIONS] MODEL IMAGES'
     "How a command is written on the command line."
     names = [(_shown_name(parameter), parameter.default is inspect.Parameter.empty)
              for parameter in signature.parameters.values()]
@@ -372,9 +374,9 @@ def _spans(code):
 
 
 def narrow_code(sources: list, # Source of cells, without directives
-                width: int = WIDTH, # Columns
+                width: int = WIDTH, # Columns of a line, at most
                ) -> list: # Source of the same cells
-    "Lay out the statements that have lines of more than `width` columns. What they mean stays the same."
+    "Lay out the statements that have lines of more than `width` columns; the program stays the same. It needs ruff."
     lines = [source.split('\n') for source in sources]
     places = [(i, span) for i, source in enumerate(sources) for span in _spans(source)]
     def is_long(i, span): return any(len(line) > width for line in lines[i][slice(*span)])
@@ -398,13 +400,13 @@ def _is_check(statement):
 
 def shows_checks_only(source, # Of a cell without output
                      ) -> bool: # Whether at least half of its statements are assertions
-    "Whether a cell is there for its assertions."
+    "Whether a cell has mostly assertions, and shows no error by `expect_fail`."
     statements = _statements(source)
     return 2 * sum(map(_is_check, statements)) >= max(1, len(statements)) and 'expect_fail(' not in source
 
 
 class arrange_code(Processor):
-    "The last step for the code of a page: fold checks, lay out long lines, drop entries that are empty."
+    "A step for the code of a page: fold checks, lay out long lines, drop entries that are empty."
     def _visible(self):
         "Cells of code that a page shows, as (cell, its Quarto directives, the rest)"
         for cell in self.nb.cells:
@@ -436,7 +438,8 @@ def _resolve(module, name):
     return found
 
 
-def first_sentence(symbol) -> str: # '' for none
+def first_sentence(symbol, # A function, class or method
+                  ) -> str: # '' for none
     "The first sentence of a docstring, on one line."
     doc = inspect.cleandoc(getattr(_function_of(symbol)[0], '__doc__', None) or '').split('\n\n')[0]
     return re.split(r'(?<=[.!?])\s', re.sub(r'\s+', ' ', doc))[0]
@@ -509,7 +512,7 @@ def repaired_links(markdown, # As nbdev has made links in it
                    site, # Where the addresses of its pages begin
                    entries, # Addresses that exist, relative to the site
                   ) -> str: # The same text with fewer links
-    "Take back links to symbols that cannot work or are not meant."
+    "Remove links to symbols that cannot work or are not meant."
     def is_wanted(found):
         before = re.split(r'\n\n|\|', markdown[:found.start()])[-1]
         is_inside = before.count('[') > before.count(']') and _REST_OF_LINK.match(markdown, found.end())

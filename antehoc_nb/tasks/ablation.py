@@ -76,13 +76,13 @@ TRIALS = {  # name -> arguments of `AntehocModel`, and `mask` and `fill` as for 
 
 # %% ../../nbs/tasks/58_ablation.ipynb #cell0007
 class Trials(Callback):
-    "Train one weight network per entry of `trials` on the learner's CNN, as `TwoPass` would train each alone."
+    "Trains one weight network per entry of `trials` on the learner's CNN, each as `TwoPass` alone would train it."
     order = TwoPass.order
 
     def __init__(self,
                  trials: dict[str, dict], # Name -> arguments of `AntehocModel`, and `mask` and `fill` as for `TwoPass`;
                  # all maps are class-agnostic
-                 eta: int = 6, # How many layers to record
+                 eta: int = 6, # How many layers are recorded, >= 1
                  train_cnn: bool = False, # Whether the CNN goes on training meanwhile
                 ):
         self.trials = trials
@@ -178,7 +178,7 @@ def _second_pass(self: Trials, model, settings):
 # %% ../../nbs/tasks/58_ablation.ipynb #cell0011
 def trial_controls(x: torch.Tensor, # Images, (B,C,H,W)
                   ) -> dict[str, torch.Tensor]: # Name -> maps (B,1,H,W) in [0,1]
-    "Maps that do not depend on the CNN, as the records have them."
+    "Controls: a centred blob, white noise, edges and ones, none of which depends on the CNN."
     B, _, H, W = x.shape
     noise = torch.rand(B, 1, H, W, generator=torch.Generator().manual_seed(0))
     grey = x.mean(1, keepdim=True)
@@ -190,15 +190,15 @@ def trial_controls(x: torch.Tensor, # Images, (B,C,H,W)
             'control: ones': torch.ones(B, 1, H, W)}
 
 
-def score_trial_maps(model: AntehocModel, # Has the CNN and its black pixel
+def score_trial_maps(model: AntehocModel, # Whose CNN scores the maps
                      x: torch.Tensor, # Images, (N,C,H,W), normalised
                      y: torch.Tensor, # True classes, (N,)
                      maps: torch.Tensor, # (N,1,H,W) in [0,1]
-                     boxes: torch.Tensor | None = None, # Where the object is, (N,4) pixels, if known
-                     shares: tuple = (.1, .2, .35), # Areas for the equal-area drop
-                     steps: int = 12, # Of insertion and deletion
+                     boxes: torch.Tensor | None = None, # Of the objects, (N,4) in pixels; None: not known
+                     shares: tuple = (.1, .2, .35), # Areas for the equal-area drop, in (0,1]
+                     steps: int = 12, # Steps of insertion and deletion, >= 1
                     ) -> dict[str, float]: # Means over the images; drops and shares in percent, the others in [0,1]
-    "Score maps by the probability of the true class on the masked images, and by where they lie."
+    "Score maps by the probability of the true class on the masked images and, given `boxes`, by where they lie."
     probability = partial(class_probability, model.cnn)
     p_x = probability(x, y)
     def dropped(masks): return drop_inc_win(p_x, probability(model.mask(x, masks), y))

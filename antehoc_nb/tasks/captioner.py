@@ -40,7 +40,7 @@ from ..train.learner import antehoc_learner, plain_learner
 
 # %% ../../nbs/tasks/56_captioner.ipynb #cell0006
 def caption_body(arch: str, # "resnet50", "timm/convnext_atto", "small_cnn", ...
-                 pretrained: bool = False, # Download ImageNet weights
+                 pretrained: bool = False, # True: download ImageNet weights
                 ) -> nn.Module: # (B,3,H,W) -> (B,D,h,w)
     """A CNN by name, without its head.
 
@@ -326,9 +326,9 @@ def caption_learner(dls, # From `caption_dls`
     return antehoc_learner(dls, cnn, int_loss=int_loss, **kwargs)
 
 # %% ../../nbs/tasks/56_captioner.ipynb #63f69a0a
-def load_captioner(folder: str | Path, # That `save_pretrained` wrote
-                   tokenizer=None, # One that it must agree with
-                   cnn: Captioner | None = None, # One of the same form, where its backbone was not built by name
+def load_captioner(folder: str | Path, # Written by `save_pretrained`
+                   tokenizer=None, # Whose vocabulary the saved one must equal; None: any
+                   cnn: Captioner | None = None, # One of the same form; needed if the backbone was not built by name
                   ) -> AntehocModel: # Of a `Captioner`
     "A saved captioner with its vocabulary. `ValueError` if it is none, or has another vocabulary than `tokenizer`."
     model = AntehocModel.from_pretrained(folder, cnn)
@@ -440,11 +440,11 @@ def _check_word(word, tokens):
 class CaptionScore(nn.Module):
     """A captioner with a fixed caption: images (B,C,H,W) -> its mean log-probability, or one word's, (B,1).
 
-    Explainers of classifiers can be given it, with class 0. `ValueError` for a `word` that is not there, or as many
-    captions as do not fit the images."""
+    Explainers of classifiers take it with class 0 as the target. `ValueError` for a `word` that is not there, or for
+    a number of captions that does not fit the images."""
     def __init__(self,
                  captioner: Captioner, # The model
-                 tokens: torch.Tensor, # (B,T), one caption for each image to come, or (1,T) for all
+                 tokens: torch.Tensor, # (B,T), one caption for each image of a batch, or (1,T) for all
                  word: int | None = None, # The one word that is scored, 0 the first after <start>; None: all
                 ):
         super().__init__()
@@ -463,6 +463,7 @@ class CaptionScore(nn.Module):
     def forward(self,
                 x: torch.Tensor # Images, (B,C,H,W), normalised
                ) -> torch.Tensor: # (B,1)
+        "The mean log-probability of each image's caption, or that of its `word`."
         tokens = self._captions(len(x))
         if self.word is None: return _caption_log_prob(self.captioner, x, tokens)[:, None]
         return word_log_probs(self.captioner, x, tokens)[:, self.word, None]
@@ -497,7 +498,7 @@ def caption_maps(explainer: str | Callable, # A name in `explainers`, 'plain ave
                  model: AntehocModel, # Of a `Captioner`
                  x: torch.Tensor, # Images, (B,C,H,W), normalised
                  tokens: torch.Tensor, # Captions, (B,T)
-                 word: int | None = None, # As of `CaptionScore`, for maps that depend on the caption
+                 word: int | None = None, # The word explained, 0 the first after <start>; None: the caption
                  bs: int = 64, # Images at a time
                 ) -> torch.Tensor: # (B,1,H,W) in [0,1]
     """Maps of captions by any explainer; a function gets a `CaptionScore` as model and class 0 as target.
@@ -542,9 +543,9 @@ def _region(m, mask):
 def peak_regions(map, # One map in [0,1]: (H,W), (1,H,W) or (1,1,H,W)
                  threshold: float = .3, # Pixels with map >= threshold belong to a region, in (0,1]
                  apart: float = .2, # A peak joins a higher one in a square of this share of the shorter side, > 0
-                 n: int = 8, # At most so many, those with most energy
+                 n: int = 8, # Regions at most, those with most energy
                 ) -> list[ConceptRegion]: # Most energy first; empty for a map without a peak
-    "The parts of a map, one for each of its peaks. `ValueError` as of `to_map`, or for a threshold outside (0,1]."
+    "The parts of a map, one for each of its peaks. `ValueError` for what is not one map, or a threshold outside (0,1]."
     if not 0 < threshold <= 1: raise ValueError(f'threshold={threshold} must lie in (0,1]')
     values = to_map(map)
     above = values >= threshold
@@ -558,7 +559,7 @@ def peak_regions(map, # One map in [0,1]: (H,W), (1,H,W) or (1,1,H,W)
 class WordMaps:
     "What each word of a caption rests on."
     words: list[str] # T of them, <end> included
-    maps: torch.Tensor # (T,H,W) in [0,1]: regions by the loss of the word without them; the caption's largest loss is 1
+    maps: torch.Tensor # (T,H,W) in [0,1]: the map on each region times the word's loss; largest of a caption: 1
     regions: list[ConceptRegion] # R regions of the image's map
     loss: torch.Tensor # (R,T): log-probability of each word, minus that without the region
 
@@ -581,7 +582,7 @@ def word_maps(model: AntehocModel, # Of a `Captioner`
               x: torch.Tensor, # Images, (B,C,H,W), normalised
               tokens: torch.Tensor, # Captions, (B,T)
               fill: str = 'blur', # What replaces a removed region, as in `masked`
-              maps: torch.Tensor | None = None, # Whose regions, (B,1,H,W); None: the model's own
+              maps: torch.Tensor | None = None, # Whose regions are taken, (B,1,H,W) in [0,1]; None: the model's own
               **kwargs, # Of `peak_regions`
              ) -> list[WordMaps]: # One for each image
     "Take one region after the other out of an image, and see which words become less likely."
@@ -597,7 +598,7 @@ def _n_panels(found): return 2 + sum(word != '<end>' for word in found.words)
 def show_words(image, # One image (C,H,W) in [0,1]
                map, # Its map, (1,H,W) in [0,1]
                found: WordMaps, # Of the same image
-               axs=None, # Axes, as many as there are words and two more, or more; a new figure if None
+               axs=None, # Axes, at least two more than there are words; None: a new figure
                title: str | None = None, # Above the image
               ): # The axes
     "A row for one image: regions, map, and the words under their maps."
@@ -641,9 +642,9 @@ def _validation_items(dls, n):
 
 @patch
 def show_captions(self: Learner,
-                  n: int = 4, # So many validation images, from the first
-                  items: Sequence | None = None, # Paths, PIL images or arrays instead
-                  beam: int = 3, # As of `generate`
+                  n: int = 4, # Number of validation images, from the first
+                  items: Sequence | None = None, # Paths, PIL images or arrays in place of validation images
+                  beam: int = 3, # Beam of `generate`
                   captions: Sequence[str] | None = None, # Explain these instead of generated ones, one per image
                   fill: str = 'blur', # As of `word_maps`
                   **kwargs, # As of `word_maps`
@@ -713,7 +714,7 @@ def word_pointing(model: AntehocModel, # Of a `Captioner`
                   x: torch.Tensor, # Images, (B,C,H,W), normalised
                   tokens: torch.Tensor, # Captions, (B,T)
                   places: Sequence[dict], # As of `named_words`
-                  explainers: Sequence[str] = ('ante-hoc', 'grad-cam', PLAIN_AVERAGE, 'gaussian'), # Whose maps
+                  explainers: Sequence[str] = ('ante-hoc', 'grad-cam', PLAIN_AVERAGE, 'gaussian'), # By name
                   **kwargs, # Of `word_maps`
                  ) -> dict[str, torch.Tensor]: # Kind of map -> (M,) hits in [0,1], in the order of `named_words`
     "The pointing game of the words whose place is known."
@@ -750,12 +751,13 @@ def score_captions(model: AntehocModel, # Of a `Captioner`
                    explainers: Sequence[str] = CAPTION_EXPLAINERS, # Names, as for `caption_maps`
                    metrics: Sequence[str] = ('faithfulness', 'insertion_deletion'), # Names in `benchmark_metrics`
                    bs: int = 32, # Images at a time
-                   told: dict[str, torch.Tensor] | None = None, # Captions of the maps, if others: a control, (N,T) each
+                   told: dict[str, torch.Tensor] | None = None, # Captions of the maps, if wrong-target, (N,T) each
                    **kwargs, # Of `Task`: fill, threshold, areas, steps
-                  ) -> dict: # As `summarise` takes it: explainer -> values
-    """Scores of every image for every explainer and every kind of caption.
+                  ) -> dict: # Explainer -> {(kind, masked, metric): values (N,)}, as for `summarise`
+    """Scores of every image for every explainer and every kind of caption (Table 4 of the paper: Drop and Inc).
 
-    The score is the probability of `captions`; the maps are those of the same captions, or of `told`."""
+    The score is the probability of `captions`; the maps are those of the same captions, or of
+    `told`, the wrong-target control."""
     explained = told or captions
     values = {}
     for name in explainers:

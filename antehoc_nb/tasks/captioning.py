@@ -39,7 +39,7 @@ from antehoc_nb.tasks.experiment import (
 # %% ../../nbs/tasks/57_captioning.ipynb #cell0006
 def class_specific_settings(epochs: int, # Of the second weight network
                            ) -> dict: # For `config['class_specific_net']`
-    "How the weight network that is given the caption is trained, on the finished captioner."
+    "Settings of the class-specific weight network, trained on the frozen captioner."
     return dict(weight_net='auto', class_specific=True, cells='pixels', int_loss='cross_entropy', mask='soft+capped',
                 lr=1e-3, epochs=epochs)
 
@@ -79,7 +79,7 @@ CAPTION_DATASETS.update({
 def load_captions(config: dict, # From `captioning.config`
                   data: str | Path | None = None, # Folder or archive, if it is not under ANTEHOC_DATA
                  ) -> Captioned: # At most as many images as the configuration names
-    "The images and captions of a configuration."
+    "The images and captions of a configuration. `FileNotFoundError` where they are not."
     spec = CAPTION_DATASETS[config['dataset']]
     captioned = spec.load(spec.path(data), config)
     for split in ('train', 'valid', 'test'): captioned = captioned.subsample(split, config[f'n_{split}'])
@@ -94,7 +94,7 @@ def _title(config, captioned):
     return f'{spec.title} ({n:,} images: {parts})'
 
 # %% ../../nbs/tasks/57_captioning.ipynb #cell0009
-WRONG_CAPTION = 'ante-hoc, wrong caption'  # the control: the same network, given the caption of the image before
+WRONG_CAPTION = 'ante-hoc, wrong caption'  # the wrong-target control: the target is the caption of the image before
 
 
 def _backbone(config, paths):
@@ -219,14 +219,16 @@ def _run(config: dict, paths: Paths) -> RunResult:
     return RunResult(results, config['seed'], dict(images=fingerprint(dls), title=_title(config, captioned)))
 
 # %% ../../nbs/tasks/57_captioning.ipynb #cell0013
-CAPTIONS = 'reference', 'generated'  # by a person, and by the captioner
+CAPTIONS = 'reference', 'generated'  # of the data set, and by the captioner
 
 
 def table4(records: dict, # Data set -> record
            caption: str = 'reference', # Or 'generated': whose probability is the score
            paper: str | Path = 'results/paper.json', # The paper's own cells
           ) -> pd.DataFrame: # Rows: explainers; columns: (data set, masks, metric); text, "measured (paper's)"
-    "Drop, Inc and the area that is left, for energy maps and binarised ones. `ValueError` for another kind of caption."
+    """The paper's Table 4: Drop, Inc and the area that is left, for energy maps and binarised ones.
+
+    `ValueError` for another kind of caption."""
     if caption not in CAPTIONS: raise ValueError(unknown_name('caption', caption, CAPTIONS))
     cells, columns = paper_cells('table4', paper), {}
     for dataset, record in records.items():
@@ -242,7 +244,7 @@ def table4(records: dict, # Data set -> record
 def caption_verdict(record: dict, # As `run_captioning` makes it
                     ours: str = 'ante-hoc', # Or `CLASS_SPECIFIC`: the explainer that is compared
                    ) -> pd.DataFrame: # Index: (caption, criterion); columns as of `verdict`
-    "Where an explainer of ours is ahead of the three class activation maps."
+    "In which criteria an explainer of ours is ahead of Grad-CAM, Grad-CAM++ and Score-CAM."
     criteria = [*[(masks, metric) for masks in ('energy', 'binarised') for metric in ('drop', 'inc')],
                 *[(f'top {share}%', 'average_drop') for share in (5, 10, 20, 50)],
                 ('', 'insertion'), ('', 'deletion')]
@@ -253,7 +255,7 @@ def caption_verdict(record: dict, # As `run_captioning` makes it
 
 def caption_scores(records: dict, # Data set -> record
                   ) -> pd.DataFrame: # Rows: (data set, split, search); columns: BLEU-1 to BLEU-4
-    "How good the captions are."
+    "BLEU of the generated captions, in [0,100]."
     rows = {}
     for record in records.values():
         for split, found in record['results']['bleu'].items():

@@ -47,7 +47,7 @@ from ..train.learner import normalise_for
 # %% ../../nbs/tasks/60_imagenet.ipynb #9d5c84e1
 def labelled_photos(path: str | Path, # Folder or archive with labels.csv
                     n_test: int, # Photographs set aside for the scores
-                    n_valid: int, # Photographs that tell how the training goes
+                    n_valid: int, # Photographs for validation
                    ) -> dict[str, list]: # 'train', 'valid' and 'test' -> (file, number of the class)
     "Photographs and their classes. `FileNotFoundError` without labels.csv, `ValueError` with none left to train on."
     folder = unpacked(Path(path))
@@ -64,7 +64,7 @@ def labelled_photos(path: str | Path, # Folder or archive with labels.csv
 
 
 def other_photos(archives: Sequence[str], # Paths under ANTEHOC_DATA
-                 n: int, # At most so many of each
+                 n: int, # Images of each, at most
                 ) -> list[Path]: # Image files
     "Photographs of other data sets. `FileNotFoundError` as of `data_root`, and for an archive that is not there."
     found = []
@@ -82,7 +82,7 @@ def photo_dls(train: Sequence, valid: Sequence, # (file, number of the class)
               arch: str = IMAGENET_ARCH, # Whose statistics the images are normalised with
               seed: int = 0, # Of the shuffling
              ) -> DataLoaders: # `dls.vocab`: the 1,000 classes in words
-    "Photographs, cropped as for ImageNet."
+    "Loaders of photographs, normalised and cropped as for ImageNet (at random in training, else in the middle)."
     names = imagenet_names()
     labelled = [[(file, names[index]) for file, index in part] for part in (train, valid)]
     crop = [Resize(round(size / .875)), RandomCrop(size)]
@@ -97,7 +97,7 @@ def predicted_classes(cnn: nn.Module, # Of 1,000 classes
                       size: int, bs: int, # Side in pixels, batch size
                       arch: str = IMAGENET_ARCH, # As for `photo_dls`
                      ) -> list[int]: # Numbers of classes
-    "What a CNN takes photographs for."
+    "The class that a CNN predicts for each photograph."
     unlabelled = [(file, 0) for file in files]
     dls = photo_dls(unlabelled[:1], unlabelled, size, bs, arch=arch)
     with torch.no_grad(), eval_mode(cnn):
@@ -108,7 +108,9 @@ def predicted_classes(cnn: nn.Module, # Of 1,000 classes
 def divergence(y2: torch.Tensor, # Logits for the masked images, (B,K)
                y1: torch.Tensor, # Logits for the images, (B,K)
               ) -> torch.Tensor: # Scalar, 0 or more
-    "Cross-entropy of the probabilities for the images and for the masked ones, over ln K; 1 is a guess."
+    """Cross-entropy of the probabilities for the images and for the masked ones, over ln K.
+
+    1: no better than equal probabilities. Above 2 the loss of an image grows as its logarithm."""
     loss = -(y1.float().softmax(1) * y2.float().log_softmax(1)).sum(1) / math.log(y2.shape[1])
     return torch.where(loss > 2, 2 + 2 * (loss.clamp_min(2) / 2).log(), loss).mean()  # no image counts for too much
 
@@ -277,7 +279,7 @@ def photograph_sheet(dataset: str = 'imagenet600', profile: str = 'transfer', # 
                      model: AntehocModel | None = None, # Of 1,000 classes; None: `imagenet_model()`
                      explainers: dict = SHEET_EXPLAINERS, # Title -> name of an explainer
                     ): # A matplotlib figure
-    "Photographs, our map of each, and the maps of others for the predicted class."
+    "Photographs, each beside our map and those of other explainers, for the predicted class."
     model = imagenet_model() if model is None else model
     titles, squares = _sheet_photographs(data)
     explanation = model.explain(squares)
@@ -320,7 +322,7 @@ _COLUMNS = [('grid_pointing', '', 'grid pointing'), ('average_drop', 'top 10%', 
 def imagenet_table(record: dict, # As `run_imagenet` makes it
                    slow: bool = False, # The scores on the few photographs that Score-CAM was scored on
                   ) -> pd.DataFrame: # Rows: explainers; columns: measures
-    "How well maps serve the CNN, and how much of them lies in the right quarter of four photographs."
+    "Scores by the CNN's probability under the maps, and the share of a map in the right quarter of four photographs."
     results = record['results']['slow'] if slow else record['results']
     values = Benchmark.of(dict(record, results=results)).df
     rows = values[values.scorer.isin(['', 'cnn'])].set_index(['explainer', 'metric', 'masks']).value

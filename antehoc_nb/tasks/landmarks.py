@@ -38,12 +38,14 @@ from antehoc_nb.tasks.experiment import (
 
 # %% ../../nbs/tasks/55_landmarks.ipynb #cell0008
 def group_regions(points: np.ndarray, # (N,P,2) x, y in pixels
-                  scheme: Scheme, # What they are
+                  scheme: Scheme, # Groups and ends of the points
                   size: int, # Side of the images
-                  widen: float = .1, # By a share of the distance between the scheme's ends
+                  widen: float = .1, # By this share of the distance between the scheme's ends
                   groups: Sequence[str] | None = None, # Which; None: all of the scheme's
                  ) -> dict[str, torch.Tensor]: # Group -> (N,H,W) bool
-    "The pixels of each group of points: convex hulls of its parts, widened. Parts outside the image leave nothing."
+    """The pixels of each group of points: convex hulls of its parts, widened. Parts outside the image leave nothing.
+
+    `ValueError` for an unknown group."""
     first, second = scheme.ends
     regions = {}
     for group in groups or scheme.groups:
@@ -103,7 +105,7 @@ def score_maps(model: AntehocModel, # A detector
                x: torch.Tensor, # Images, (N,C,S,S), normalised as the CNN expects
                maps: torch.Tensor, # (N,1,S,S) in [0,1]
                points: np.ndarray, # All points, (N,P,2) x, y in pixels of `x`
-               scheme: Scheme, # What they are
+               scheme: Scheme, # Groups and ends of the points
                group: str, # What the model detects
                bs: int = 64, # Images per forward pass
                regions: dict | None = None, # Of all groups, (N,S,S) bool; None: `group_regions` of the points
@@ -284,10 +286,10 @@ def detector_table(record: dict, # As `run_landmarks` makes it
 
 # %% ../../nbs/tasks/55_landmarks.ipynb #58ebd2d9
 def confusion(record: dict, # As `run_landmarks` makes it
-              explainer: str = 'ante-hoc', # A map of the record
+              explainer: str = 'ante-hoc', # Whose map, a name in the record
               what: str = 'density', # 'density' or 'energy'
              ) -> pd.DataFrame: # Rows: detectors; columns: groups, those with a detector first
-    "Where each detector's map lies. `ValueError` for a map that the record does not have, or another `what`."
+    "How much of each detector's map lies on each group. `ValueError` for a map not in the record, or another `what`."
     maps = {group: detector['maps'] for group, detector in _detectors(record).items()}
     known = [name for name in next(iter(maps.values())) if all(name in of_group for of_group in maps.values())]
     if explainer not in known: raise ValueError(unknown_name('explainer', explainer, known))
