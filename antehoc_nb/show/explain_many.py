@@ -713,11 +713,11 @@ class _Writer:
 
     def collect(self, batch, e, maps):
         maps = None if maps is None else maps.cpu().numpy()
-        told = iter(() if e is None else self.told(batch, e.cpu(), maps))
+        columns = iter(() if e is None else self.columns(batch, e.cpu(), maps))
         for i, error in enumerate(batch.errors):
             name = self.source.names[batch.first + i]
             row = dict(image=name, label=self.label(name, batch.labels[i]))
-            self.rows.append(row | (dict(error=error) if error else next(told)))
+            self.rows.append(row | (dict(error=error) if error else next(columns)))
         if maps is not None and self.meta['maps'] != 'none': self.maps.append(maps)
 
     def label(self, name, label):
@@ -726,7 +726,7 @@ class _Writer:
         is_number = label.isdecimal() and int(label) < len(self.classes)
         return self.meta['classes'][int(label)] if is_number else ''
 
-    def told(self, batch, e, maps):
+    def columns(self, batch, e, maps):
         "What the model says about images, a dict for each"
         decisions = e.decisions
         labels = [self.label(self.source.names[batch.first + i], label)

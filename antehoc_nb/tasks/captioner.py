@@ -751,14 +751,14 @@ def score_captions(model: AntehocModel, # Of a `Captioner`
                    explainers: Sequence[str] = CAPTION_EXPLAINERS, # Names, as for `caption_maps`
                    metrics: Sequence[str] = ('faithfulness', 'insertion_deletion'), # Names in `benchmark_metrics`
                    bs: int = 32, # Images at a time
-                   told: dict[str, torch.Tensor] | None = None, # Captions of the maps, if wrong-target, (N,T) each
+                   wrong_captions: dict[str, torch.Tensor] | None = None, # Whose maps are scored, (N,T) each
                    **kwargs, # Of `Task`: fill, threshold, areas, steps
                   ) -> dict: # Explainer -> {(kind, masked, metric): values (N,)}, as for `summarise`
     """Scores of every image for every explainer and every kind of caption (Table 4 of the paper: Drop and Inc).
 
     The score is the probability of `captions`; the maps are those of the same captions, or of
-    `told`, the wrong-target control."""
-    explained = told or captions
+    `wrong_captions`, the wrong-target control."""
+    explained = wrong_captions or captions
     values = {}
     for name in explainers:
         found = {}

@@ -149,10 +149,11 @@ def _score(model, class_specific, x, captions, out, config):
     jobs = {ours: (model, ours, None), CLASS_SPECIFIC: (class_specific, ours, None),
             WRONG_CAPTION: (class_specific, ours, of_image_before)} | {e: (model, e, None) for e in others}
     values = {}
-    for name, (explained, explainer, told) in tqdm(jobs.items(), desc='scoring', disable=None):
+    for name, (explained, explainer, wrong_captions) in tqdm(jobs.items(), desc='scoring', disable=None):
         file = out/f'{name}.npz'
         if not file.exists():
-            scores = score_captions(explained, x, captions, [explainer], told=told, steps=steps)[explainer]
+            every = score_captions(explained, x, captions, [explainer], wrong_captions=wrong_captions, steps=steps)
+            scores = every[explainer]
             unfinished = out/f'.{name}.npz'
             np.savez_compressed(unfinished, **{'|'.join(key): numbers for key, numbers in scores.items()})
             unfinished.replace(file)
