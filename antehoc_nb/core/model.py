@@ -76,7 +76,7 @@ class Explanation:
     threshold: float = 0.8 # Where the map is binarised, in (0,1]
     target: torch.Tensor | None = None # Target classes, (B,), words, (B,Q) with -1 for none, pixels of a class,
     # (B,h,w) with -1 elsewhere, or directions of embeddings, (B,D); None: class-agnostic
-    photos: list | None = None # The images at their own size, as PIL images, if the explanation was made from such
+    photos: list | None = None # What the CNN got of each image, at its own size; None for tensors
     vocab: tuple[str, ...] = () # Names of the classes, if they are known
     meta: dict | None = None # Facts about the output: task, activation, threshold
     output: Any = None # Which of the CNN's outputs is explained, as of `explained_output`

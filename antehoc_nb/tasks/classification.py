@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['DATASETS', 'VARIANTS', 'CLASS_SPECIFIC', 'WRONG_TARGET', 'OURS', 'SCORED', 'TAME_MAP', 'BASELINES', 'MANY_MAPS',
-           'SLOW', 'CLASS_SPECIFIC_NET', 'SETTINGS', 'PROFILES', 'TABLES', 'CRITERIA', 'CONCEPT_THRESHOLD',
+           'SLOW', 'CLASS_SPECIFIC_NET', 'SETTINGS', 'PROFILES', 'TABLES', 'CRITERIA', 'MEASURES', 'CONCEPT_THRESHOLD',
            'classification', 'photo_digit_scenes', 'image_folders', 'epochs', 'dataset_dls', 'dataset_boxes',
            'cnn_config', 'run_dls', 'shared_inc', 'train_weight_net', 'train_class_specific', 'train_class_agnostic',
-           'class_specific_explainer', 'trained_tame', 'criterion_name', 'verdict', 'criteria_won', 'slow_scores',
-           'paper_cells', 'beside_paper', 'paper_table', 'trained_model', 'words_of_classes', 'figure1', 'figure3',
-           'figure5', 'method_sheet', 'run_classification', 'read_classification']
+           'class_specific_explainer', 'trained_tame', 'criterion_name', 'verdict', 'criteria_won', 'measures_table',
+           'summary_table', 'slow_scores', 'paper_cells', 'beside_paper', 'paper_table', 'trained_model',
+           'words_of_classes', 'figure1', 'figure3', 'figure5', 'method_sheet', 'run_classification',
+           'read_classification']
 
 # %% ../../nbs/tasks/51_classification.ipynb #cell0002
 import json
@@ -443,6 +444,58 @@ def criteria_won(scores: Benchmark, # As for `verdict`
         rows[ours] = dict(all=int(won.sum()), evaluator=int((won & by_evaluator).sum()),
                           significant=int((won & table.significant.astype(bool)).sum())) | each
     return pd.DataFrame(rows).T
+
+
+MEASURES = { # column of `measures_table` -> (scorer, masks, metric)
+    'drop at 20 %': ('cnn', 'top 20%', 'average_drop'),
+    'by the evaluator': ('evaluator', 'top 20%', 'average_drop'),
+    'soft drop': ('cnn', 'energy', 'average_drop'),
+    'insertion': ('cnn', '', 'insertion'),
+    'deletion': ('cnn', '', 'deletion'),
+    'own map': ('cnn', 'energy', 'swap_own_own'),
+    'map of another class': ('cnn', 'energy', 'swap_own_other'),
+    'steering': ('cnn', 'top 20%', 'swap_steering'),
+    'steering, evaluator': ('evaluator', 'top 20%', 'swap_steering'),
+    'grid pointing': ('', '', 'grid_pointing'),
+    'pointing': ('', '', 'pointing'),
+    'energy in the box': ('', '', 'energy_in_region'),
+}
+
+
+def measures_table(scores: Benchmark, # With slow explainers in its record, if there are any
+                  ) -> pd.DataFrame: # Index: explainers; columns: those of `MEASURES` that were measured
+    """The main measures of all maps. Drops in per cent; insertion, deletion, pointing and energy as shares.
+
+    `own map` and `map of another class` are the probabilities of the class under both (the class-swap matrix);
+    `steering` is what another class gains in probability under the top 20 % of its own map."""
+    rows = {}
+    for bench in (scores, slow_scores(scores)):
+        if not bench: continue
+        table = bench.df.set_index(['explainer', 'scorer', 'masks', 'metric'])
+        for name in dict.fromkeys(bench.df.explainer):
+            rows.setdefault(name, {column: _cell(table, (name, *key)) for column, key in MEASURES.items()})
+    return pd.DataFrame(rows).T.dropna(axis=1, how='all')
+
+
+def summary_table(benchmarks: dict, # Data set -> `Benchmark`
+                 ) -> pd.DataFrame: # Index: titles of the data sets; text
+    """One line for each data set: the CNN's accuracy, the average drop at 20 % of the pixels of both of our maps and of
+    the best of the others, and the criteria that they win against all baselines (`criteria_won`)."""
+    rows = {}
+    for dataset, scores in benchmarks.items():
+        drop, won = measures_table(scores)['drop at 20 %'], criteria_won(scores)['all']
+        rows[DATASETS[dataset].title] = {
+            'accuracy': f"{scores.record['results']['runs'][0]['accuracy']:.2f}", 'default': f'{drop[CLASS_SPECIFIC]:.1f}',
+            'class-agnostic': f"{drop['ante-hoc']:.1f}", 'best CAM': _best(drop, BASELINES[:-1]),
+            'TAME': f'{drop[TAME_MAP]:.1f}' if TAME_MAP in drop else '–', 'best control': _best(drop, CONTROLS),
+            'criteria won': f'{won[CLASS_SPECIFIC]} and {won["ante-hoc"]} of {len(CRITERIA)}'}
+    return pd.DataFrame(rows).T
+
+
+def _best(drop, names):
+    "The lowest of some numbers, and whose it is"
+    found = drop[[name for name in names if name in drop]]
+    return f'{found.min():.1f} ({found.idxmin()})' if len(found) else '–'
 
 
 def _cell(table, key): return table.value.get(key, float('nan'))

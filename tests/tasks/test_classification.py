@@ -30,10 +30,12 @@ from antehoc_nb.tasks.classification import (
     figure3,
     figure5,
     image_folders,
+    measures_table,
     method_sheet,
     paper_table,
     read_classification,
     run_classification,
+    summary_table,
     trained_model,
     verdict,
     words_of_classes,
@@ -242,6 +244,22 @@ def test_criteria_won_counts_as_by_hand(path):
         assert row['evaluator'] == sum(every[i] for i, criterion in enumerate(CRITERIA) if criterion[0] == 'evaluator')
         assert {name: sum(of_one) for name, of_one in ahead.items()} == row[list(ahead)].to_dict()
         assert row['significant'] <= row['all']
+
+
+@pytest.mark.parametrize('path', sorted((RECORDS/'classification').glob('*.json')), ids=lambda path: path.stem)
+def test_tables_of_a_record(path):
+    dataset, profile = path.stem.rsplit('-', 1)
+    b = read_classification(dataset, profile, RECORDS)
+    measures, won = measures_table(b), criteria_won(b)
+    for bench in filter(None, (b, C.slow_scores(b))):
+        values = bench.df.set_index(['explainer', 'scorer', 'masks', 'metric']).value
+        for explainer in {*bench.df.explainer} - ({*C.OURS} if bench is not b else set()):
+            for column in measures:
+                np.testing.assert_equal(measures[column][explainer], values.get((explainer, *C.MEASURES[column]), np.nan))
+    row, drop = summary_table({dataset: b}).iloc[0], measures['drop at 20 %']
+    cams = drop[[name for name in C.BASELINES[:-1] if name in drop]]
+    assert row['best CAM'] == f'{cams.min():.1f} ({cams.idxmin()})' and row['default'] == f'{drop[CLASS_SPECIFIC]:.1f}'
+    assert row['criteria won'] == f"{won['all'][CLASS_SPECIFIC]} and {won['all']['ante-hoc']} of 20"
 
 
 def _is_ahead(values, ours, baseline, criterion):
