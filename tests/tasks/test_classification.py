@@ -255,7 +255,8 @@ def test_tables_of_a_record(path):
         values = bench.df.set_index(['explainer', 'scorer', 'masks', 'metric']).value
         for explainer in {*bench.df.explainer} - ({*C.OURS} if bench is not b else set()):
             for column in measures:
-                np.testing.assert_equal(measures[column][explainer], values.get((explainer, *C.MEASURES[column]), np.nan))
+                wanted = values.get((explainer, *C.MEASURES[column]), np.nan)
+                np.testing.assert_equal(measures[column][explainer], wanted)
     row, drop = summary_table({dataset: b}).iloc[0], measures['drop at 20 %']
     cams = drop[[name for name in C.BASELINES[:-1] if name in drop]]
     assert row['best CAM'] == f'{cams.min():.1f} ({cams.idxmin()})' and row['default'] == f'{drop[CLASS_SPECIFIC]:.1f}'
