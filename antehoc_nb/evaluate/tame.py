@@ -30,7 +30,8 @@ from ..core.layers import ActivationRecorder, candidate_layers, choose_layers
 from ..core.masking import check_fill, masked
 from ..core.model import AntehocModel
 from antehoc_nb.core.utils import (
-    as_normalisation, eval_mode, frozen, own_seed, plain_tensor, shape_or_type, weights_digest,
+    as_normalisation, eval_mode, frozen, own_seed, plain_tensor, shape_or_type, usual_mode, weights_digest,
+    whole_or_not_at_all,
 )
 from ..core.weight_net import class_numbers
 from ..train.two_pass import normalisation, sample_inputs
@@ -268,11 +269,10 @@ def save(
 ) -> Path: # `path`
     "Write the attention network to a file."
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     facts = json.dumps(self.config | dict(cnn=weights_digest(self.cnn)))
     tensors = {name: value.detach().cpu().contiguous() for name, value in self.fusion.state_dict().items()}
-    save_file(tensors, path, metadata=dict(tame=facts))
-    return path
+    with whole_or_not_at_all(path) as unfinished: save_file(tensors, unfinished, metadata=dict(tame=facts))
+    return usual_mode(path)
 
 
 @patch(cls_method=True)

@@ -21,7 +21,7 @@ from torch import nn
 
 import antehoc_nb
 from ..core.model import AntehocModel
-from ..core.utils import import_extra, weights_digest
+from ..core.utils import import_extra, usual_mode, weights_digest, whole_or_not_at_all
 from .archs import build_cnn, packaged_weights
 
 # %% ../../nbs/train/14_imagenet.ipynb #01e1e71f
@@ -87,9 +87,9 @@ def save_weight_net(model: AntehocModel, # A trained model
     tensors = {name: value.contiguous() for name, value in model.state_dict().items()
                if not name.startswith(_NOT_SAVED)}
     file = Path(file)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, str(file), metadata=dict(config=json.dumps(config)))
-    return file
+    with whole_or_not_at_all(file) as unfinished:
+        save_file(tensors, str(unfinished), metadata=dict(config=json.dumps(config)))
+    return usual_mode(file)
 
 # %% ../../nbs/train/14_imagenet.ipynb #b4c733ac
 def load_weight_net(file: str | Path, # That `save_weight_net` wrote

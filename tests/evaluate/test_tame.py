@@ -137,7 +137,10 @@ def test_an_antehoc_model_brings_its_normalisation(trained, scenes, tmp_path):
     torch.testing.assert_close(again, trained.cnn(trained.mask(x[:4], mask)))
     f = tame_explainer(tame)
     assert torch.equal(f(trained, x[:3], y[:3]), f(copy.deepcopy(trained.cnn), x[:3], y[:3]))
-    loaded = TAME.load(tame.save(tmp_path / 'a' / 'tame.safetensors'), trained)
+    (tmp_path / 'plain').touch()
+    file = tame.save(tmp_path / 'a' / 'tame.safetensors')
+    assert file.stat().st_mode == (tmp_path / 'plain').stat().st_mode
+    loaded = TAME.load(file, trained)
     assert torch.equal(loaded.explain(x, y), tame.explain(x, y))
     with pytest.raises(ValueError, match='this TAME was trained on another CNN than the one that is explained'):
         f(small_cnn(), x, y)

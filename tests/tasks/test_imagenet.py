@@ -147,6 +147,8 @@ def test_files_that_are_no_weight_network(tmp_path):
     cnn = small_cnn(3).eval()
     model = AntehocModel(cnn, torch.rand(2, 3, 32, 32), eta=3).eval()
     file = save_weight_net(model, tmp_path/'new'/'net.safetensors')
+    (tmp_path/'plain').touch()
+    assert file.stat().st_mode == (tmp_path/'plain').stat().st_mode
     with pytest.raises(FileNotFoundError, match='lost.safetensors: no such file of a weight network'):
         load_weight_net(tmp_path/'lost.safetensors', cnn)
     cut = tmp_path/'cut.safetensors'
