@@ -262,9 +262,9 @@ def _resized_item(step):
 
 
 def _resized_by_torchvision(step):
-    "The same of torchvision's; the size is None where the longer side is not known"
+    "The same of torchvision's; where the shorter side is given, that is the size of the middle"
     name, size = type(step).__name__, getattr(step, 'size', None)
-    if name != 'Resize': return None
+    if name != 'Resize' or size is None: return None
     sides = (size,) if isinstance(size, int) else tuple(size)
     return ('squish', 1., sides[::-1]) if len(sides) == 2 else ('crop', 1., sides * 2)
 
@@ -419,7 +419,6 @@ class TwoPass(Callback):
         self._pending_gradients = None  # of the weight network, until the optimiser steps
         self._batch_losses = dict(train=[], valid=[])  # (loss, number of images) of each batch of the epoch
         self._attached_model = None
-        self._follows_images = False  # whether the model's size and framing of images come from the DataLoaders
         self._border_sample = None  # the CNN's inputs that the border responses are measured with
         self._normalisation = None  # mean and standard deviation of the DataLoaders that the model took them from
         self._fit_begun = False
@@ -775,8 +774,6 @@ def attach(self: TwoPass):
     `ValueError` for arguments of the model if there is one already, for another normalisation, and for a loss that
     does not fit."""
     self._check_alone()
-    knows_size = 'size' in (self.model_kwargs.get('meta') or getattr(self.learn.model, 'meta', {}))
-    self._follows_images = not knows_size
     if not isinstance(self.learn.model, AntehocModel): self._wrap_model()
     elif not self.model_kwargs or self._is_copy(): self._adopt_model()
     else:
@@ -798,20 +795,10 @@ def after_create(self: TwoPass): self.attach()
 
 # %% ../../nbs/train/11_two_pass.ipynb #c17e1ff6
 @patch
-def _follow_images(self: TwoPass):
-    "Of other DataLoaders, as in progressive resizing: note in `meta` what the CNN now gets of an image"
-    dls = self.learn.dls
-    if not self._follows_images or _was_emptied(dls.train): return
-    others = {name: fact for name, fact in self.antehoc.meta.items() if name not in ('resize', 'crop_pct')}
-    self.antehoc.meta = others | dict(size=list(sample_inputs(dls)[0].shape[2:])) | resizing(dls)
-
-
-@patch
 def before_fit(self: TwoPass):
     "Attach to a model that is new."
     self._check_alone()
     if self._attached_model is not self.antehoc: self.attach()
-    self._follow_images()
     if self.train_cnn and is_detector(self.antehoc.cnn):
         raise ValueError('TwoPass: the CNN is a detector, which gives no detections in training mode; train it without '
                          'TwoPass, then the weight network alone, with two_pass_step')
@@ -845,7 +832,10 @@ def _renew_facts(self: TwoPass):
     dls, model = self.learn.dls, self.antehoc
     inputs, labels = sample_batch(dls)
     facts = _learner_facts(self.learn, inputs, labels)
-    model.meta = model.meta | _with_given_facts(facts, self.model_kwargs.get('meta') or {})
+    given = self.model_kwargs.get('meta') or {}
+    stale = {'resize', 'crop_pct'} - {*given}
+    kept = {name: fact for name, fact in model.meta.items() if name not in stale}
+    model.meta = kept | _with_given_facts(facts, given)
     self._border_sample = inputs
     model.check_training_images(inputs[0].to(model.mean.device), 'TwoPass')
     mean, std = normalisation(dls)
