@@ -485,7 +485,8 @@ def summary_table(benchmarks: dict, # Data set -> `Benchmark`
     for dataset, scores in benchmarks.items():
         drop, won = measures_table(scores)['drop at 20 %'], criteria_won(scores)['all']
         rows[DATASETS[dataset].title] = {
-            'accuracy': f"{scores.record['results']['runs'][0]['accuracy']:.2f}", 'default': f'{drop[CLASS_SPECIFIC]:.1f}',
+            'accuracy': f"{scores.record['results']['runs'][0]['accuracy']:.2f}",
+            'default': f'{drop[CLASS_SPECIFIC]:.1f}',
             'class-agnostic': f"{drop['ante-hoc']:.1f}", 'best CAM': _best(drop, BASELINES[:-1]),
             'TAME': f'{drop[TAME_MAP]:.1f}' if TAME_MAP in drop else '–', 'best control': _best(drop, CONTROLS),
             'criteria won': f'{won[CLASS_SPECIFIC]} and {won["ante-hoc"]} of {len(CRITERIA)}'}
