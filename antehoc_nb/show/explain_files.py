@@ -25,7 +25,7 @@ from matplotlib.font_manager import findfont
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
-from ..core.model import AntehocModel, Explanation, as_cnn_takes, pixel_batch
+from ..core.model import AntehocModel, Explanation, as_cnn_takes, pixel_batch, place_map
 from ..core.utils import check_config, in_channels, weights_digest, whole_or_not_at_all
 from ..core.weight_net import class_numbers
 from ..data.images import open_rgb
@@ -36,8 +36,8 @@ from .plots import MAP_COLOURS, concept_regions
 class _ImageFile:
     "An image that has been read."
     name: str # in the output
-    rgb: Image.Image # what the CNN gets of it, at its own size
-    corner: tuple[int, int] # where that begins in the image, x and y in pixels
+    rgb: Image.Image # at its own size
+    box: tuple[int, int, int, int] # of the part that the CNN gets: left, top, right, bottom
     pixels: np.ndarray # (C,H,W) of uint8, at the model's size
     checksum: str # of the file
 
@@ -56,10 +56,9 @@ def decode_image(data: bytes, # What an image file holds
 def _read_image(path, name, framing, channels):
     "An image file at its own size and at the model's"
     data = Path(path).read_bytes()
-    whole = decode_image(data)
-    rgb = framing.crop(whole)
-    pixels = pixel_batch([rgb], framing.size, channels)[0].numpy()
-    return _ImageFile(name, rgb, framing.box(*whole.size)[:2], pixels=pixels, checksum=_checksum(data))
+    rgb = decode_image(data)
+    pixels = pixel_batch([framing.crop(rgb)], framing.size, channels)[0].numpy()
+    return _ImageFile(name, rgb, framing.box(*rgb.size), pixels=pixels, checksum=_checksum(data))
 
 
 def _read_batch(images, framing, channels):
@@ -91,9 +90,9 @@ COLUMNS = ['image', 'overlay', 'prediction', 'probability', 'concept', 'x0', 'y0
            'energy_share', 'checksum']
 
 
-def _write_pictures(map, rgb, out, stem):
+def _write_pictures(map, image: _ImageFile, out, stem):
     "Map and overlay at the size of the image"
-    grey = Image.fromarray((map * 255).round().astype('uint8')).resize(rgb.size, Image.Resampling.BILINEAR)
+    rgb, grey = image.rgb, place_map(map, image.rgb.size, image.box)
     colours = (colormaps[MAP_COLOURS](np.arange(256))[:, :3] * 255).astype('uint8')
     overlay = Image.blend(rgb, Image.fromarray(colours[np.asarray(grey)]), .5)
     for picture, path in ((grey, out/f'maps/{stem}.png'), (overlay, out/_overlay_name(stem))):
@@ -114,17 +113,18 @@ def _write_arrays(e: Explanation, path):
 def _region_rows(e: Explanation, image: _ImageFile, threshold):
     "The columns from `concept` on, a row per concept region of one image"
     height, width = e.map.shape[2:]
-    scales = (image.rgb.width / width, image.rgb.height / height) * 2
+    left, top, right, bottom = image.box
+    scales = ((right - left) / width, (bottom - top) / height) * 2
     rows = []
     for region in concept_regions(e.map, threshold):
-        box = [round(start + edge * scale, 1) for start, edge, scale in zip(image.corner * 2, region.box, scales)]
+        box = [round(start + edge * scale, 1) for start, edge, scale in zip((left, top) * 2, region.box, scales)]
         rows.append([region.label, *box, round(region.area, 4), round(region.energy, 4)])
     return rows or [[''] * 7]
 
 
 def _write_image(e: Explanation, image: _ImageFile, out, stem, arrays):
     "Write the files of one image; its rows of the table"
-    _write_pictures(e.map[0, 0].cpu().numpy(), image.rgb, out, stem)
+    _write_pictures(e.map[0, 0].cpu().numpy(), image, out, stem)
     array_file = out/f'arrays/{stem}.npz'
     if arrays: _write_arrays(e, array_file)
     else: array_file.unlink(missing_ok=True)  # of an image that has changed

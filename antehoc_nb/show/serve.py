@@ -261,8 +261,8 @@ def explain(self: PhotoPage,
         full = open_upload(photo)
         e = self.model.explain(full, target=None if target == PREDICTED else target)
         beside, note = self._compared(e, compare)
-        seen = e.photos[0]
-        e = replace(e, photos=[_shown_photo(seen)]).cpu()
+        seen = e.framing.crop(full)
+        e = replace(e, photos=[_shown_photo(seen)], framing=None).cpu()
         answer = Answer(e, seen.size, self._message(e, target) + note, prediction=self._prediction(e),
                         overlay=e.overlays()[0], energy=energy_picture(e),
                         compared=beside and replace(e, map=beside.map.cpu()).overlays()[0])

@@ -1,5 +1,6 @@
 """An image from a file is shown to the CNN as in validation; places are told in pixels of the file."""
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -89,7 +90,13 @@ def test_a_saved_model_predicts_what_the_learner_predicts(folder, tmp_path):
     model = AntehocModel.from_pretrained(tmp_path)
     e = model.explain(files)
     torch.testing.assert_close(e.probabilities, wanted, atol=.01, rtol=0)
-    assert {photo.size for photo in e.photos} == {(180, 180)} and e.overlays()[0].size == (180, 180)
+    assert {photo.size for photo in e.photos} == {(300, 180), (180, 300)}
+    for photo, overlay in zip(e.photos, e.overlays(1.)):
+        left, top, right, bottom = model.framing.box(*photo.size)
+        shown = np.asarray(overlay).astype(int)
+        assert overlay.size == photo.size and shown[top:bottom, left:right].any()
+        shown[top:bottom, left:right] = shown[0, 0]
+        assert (shown == shown[0, 0]).all() and shown[0, 0].max() < 10
     assert model.meta['resize'] == 'crop' and model.framing == Framing((64, 64), 'crop')
 
 
@@ -136,7 +143,9 @@ def test_tensors_of_the_right_size_are_not_cropped():
     x = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     torch.testing.assert_close(model.image_batch(x)[0], x / 255)
     file = Image.fromarray(x[0].permute(1, 2, 0).numpy())
-    assert model.image_batch(file)[1][0].size == (16, 16)
+    half = x[:1, :, 8:24, 8:24].float() / 255
+    torch.testing.assert_close(model.image_batch(file)[0].mean((2, 3)), half.mean((2, 3)), atol=.03, rtol=0)
+    assert model.explain(x).framing == Framing((32, 32)) and model.explain(file).framing.crop_pct == .5
 
 
 @pytest.fixture
@@ -164,7 +173,10 @@ def test_explain_files(of_middle, tmp_path):
     for name, boxes in boxes_in_whole_images(model, files).items():
         rows = table[table.image == name]
         np.testing.assert_allclose(rows[['x0', 'y0', 'x1', 'y1']], boxes, atol=.051)
-        with Image.open(tmp_path/rows.overlay.iloc[0]) as overlay: assert overlay.size == (180, 180)
+        with Image.open(tmp_path/rows.overlay.iloc[0]) as overlay: assert sorted(overlay.size) == [180, 300]
+        with Image.open(tmp_path/'maps'/Path(rows.overlay.iloc[0]).name) as grey: placed = np.asarray(grey).astype(int)
+        left, top, right, bottom = model.framing.box(*placed.shape[::-1])
+        assert placed[top:bottom, left:right].any() and placed.sum() == placed[top:bottom, left:right].sum()
     settings = json.loads((tmp_path/'explanations.json').read_text())
     assert settings['resize'] == 'crop'
 
