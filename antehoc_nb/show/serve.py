@@ -11,6 +11,7 @@ __all__ = ['MAX_BYTES', 'MAX_PIXELS', 'MAX_FILES', 'FORMATS', 'SHOWN_SIDES', 'PR
 import csv
 import importlib.metadata
 import importlib.util
+import io
 import json
 import logging
 import os
@@ -34,7 +35,7 @@ import antehoc_nb
 import antehoc_nb.train.archs  # noqa: F401  builds CNNs by name
 
 from ..core.model import AntehocModel, Explanation
-from ..core.utils import as_rgb, import_extra
+from ..core.utils import as_rgb, import_extra, whole_or_not_at_all
 from ..evaluate.explainers import explain_with, needs_target
 from .plots import check_threshold, concept_regions
 
@@ -338,8 +339,10 @@ def write_table(rows: list, # Of `explain_batch`
                 file: str | Path, # CSV file to write
                ) -> Path: # The file
     "Write the table as a CSV file for spreadsheets; an apostrophe goes before texts that would be formulas."
-    with open(file, 'w', newline='', encoding='utf-8-sig', errors='replace') as opened:
-        csv.writer(opened).writerows([HEADERS, *([_no_formula(cell) for cell in row] for row in rows)])
+    text = io.StringIO(newline='')
+    csv.writer(text).writerows([HEADERS, *([_no_formula(cell) for cell in row] for row in rows)])
+    with whole_or_not_at_all(Path(file)) as unfinished:
+        unfinished.write_bytes(text.getvalue().encode('utf-8-sig', 'replace'))
     return Path(file)
 
 
