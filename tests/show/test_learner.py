@@ -61,7 +61,8 @@ def test_its_own_images_as_ever(learn):
 
 def test_errors_name_what_came(tmp_path, learn):
     with pytest.raises(FileNotFoundError, match='nowhere.png'): learn.explain([tmp_path/'nowhere.png'])
-    with pytest.raises(TypeError, match='an array of int64 is no image'): learn.explain(PIXELS.astype(int))
+    with pytest.warns(UserWarning, match='an array of int64 has no value above 255'): e = learn.explain(PIXELS.astype(int))
+    assert torch.equal(e.map, learn.explain(PIXELS).map)
     with pytest.raises(ValueError, match='these look like pixels from 0 to 255'):
         learn.explain(torch.rand(1, learn.model.image_channels, 32, 32) * 255)
     with pytest.raises(ValueError, match='empty list'): learn.explain([])
