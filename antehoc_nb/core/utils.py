@@ -726,22 +726,6 @@ def with_versions(weights: Mapping[str, torch.Tensor], # By name
     versioned._metadata = getattr(network.state_dict(), '_metadata', None)
     return versioned
 
-# %% ../../nbs/core/00_utils.ipynb #cell0018
-def check_config(out: Path, # Folder of the run
-                 config: dict, # The settings of the run, JSON-able
-                 file: str = 'config.json', # Name of the file that holds them
-                ) -> None:
-    "Write `file`; `ValueError` if the folder already holds a run with another configuration."
-    path = out/file
-    new = json.loads(json.dumps(config))
-    old = json.loads(path.read_text()) if path.exists() else new
-    if old != new:
-        differ = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
-        difference = ', '.join(f'{key}: {old.get(key)} there, {new.get(key)} now' for key in differ)
-        raise ValueError(f'{out} holds a run with other settings ({difference}); '
-                         'choose another folder, or delete this one')
-    with whole_or_not_at_all(path) as unfinished: unfinished.write_text(json.dumps(new, indent=1) + '\n')
-
 # %% ../../nbs/core/00_utils.ipynb #fab78d79
 def usual_mode(path: Path, # A file, or a folder
               ) -> Path: # `path`
@@ -794,6 +778,22 @@ def check_folder(folder: Path, # That is to be written to; it need not be there
         raise NotADirectoryError(f'{argument}: {existing} is a file, not a folder; choose another folder')
     if os.access(existing, os.W_OK | os.X_OK): return
     raise PermissionError(f'{argument}: no permission to write to {existing}; choose another folder')
+
+# %% ../../nbs/core/00_utils.ipynb #cell0018
+def check_config(out: Path, # Folder of the run
+                 config: dict, # The settings of the run, JSON-able
+                 file: str = 'config.json', # Name of the file that holds them
+                ) -> None:
+    "Write `file`; `ValueError` if the folder already holds a run with another configuration."
+    path = out/file
+    new = json.loads(json.dumps(config))
+    old = json.loads(path.read_text()) if path.exists() else new
+    if old != new:
+        differ = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
+        difference = ', '.join(f'{key}: {old.get(key)} there, {new.get(key)} now' for key in differ)
+        raise ValueError(f'{out} holds a run with other settings ({difference}); '
+                         'choose another folder, or delete this one')
+    with whole_or_not_at_all(path) as unfinished: unfinished.write_text(json.dumps(new, indent=1) + '\n')
 
 # %% ../../nbs/core/00_utils.ipynb #cell0019
 def import_extra(module: str, # What is imported, e.g. 'skimage.metrics'
