@@ -498,8 +498,8 @@ def _is_other_image(file):
     "Whether a file is an image, but its name does not end in one of `IMAGES`; or a link to nowhere"
     suffix = file.suffix.lower()
     if suffix in IMAGES: return False
-    kind = mimetypes.guess_type(file.name)[0]
-    return suffix in _OTHER_IMAGES or (kind or '').startswith('image/') or not file.exists() or not kind and _opens(file)
+    kind = mimetypes.guess_type(file.name)[0] or ''
+    return suffix in _OTHER_IMAGES or kind.startswith('image/') or not file.exists() or not kind and _opens(file)
 
 
 def unread_images(files: list[Path] # Any files
