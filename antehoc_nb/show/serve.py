@@ -619,8 +619,9 @@ def write_space(folder: str | Path, # Where to; made if it is not there
     facts = dict(mark=_MARK, title=title, yaml_title=json.dumps(title, ensure_ascii=False), python=python,
                  gradio=importlib.metadata.version('gradio'), cnn=type(model.cnn).__name__,
                  version=antehoc_nb.__version__)
-    texts = {'app.py': _APP, 'README.md': _README}
-    for name, text in texts.items(): (folder/name).write_text(text.format(**facts), encoding='utf-8')
-    (folder/'requirements.txt').write_text('\n'.join(_requirements(model)) + '\n')
-    (folder/'.gitattributes').write_text('*.safetensors filter=lfs diff=lfs merge=lfs -text\n')
+    texts = {'app.py': _APP.format(**facts), 'README.md': _README.format(**facts),
+             'requirements.txt': '\n'.join(_requirements(model)) + '\n',
+             '.gitattributes': '*.safetensors filter=lfs diff=lfs merge=lfs -text\n'}
+    for name, text in texts.items():
+        with whole_or_not_at_all(folder/name) as unfinished: unfinished.write_text(text, encoding='utf-8')
     return folder
