@@ -117,7 +117,11 @@ def _in_words(error):
     "An error as a user can read it"
     text = str(error)
     if 'Exception occured in' in text: text = text.split('\n\t', 1)[-1]  # fastai wraps errors of callbacks
-    if _is_disk_full(error, text): return 'the disk is full; what was written before is whole. Make room, start again'
+    file = f'{error.filename} was not written, ' if getattr(error, 'filename', None) else ''
+    if _is_disk_full(error, text):
+        return f'{file}the disk is full; what was written before is whole. Make room, start again'
+    if getattr(error, 'errno', None) in (errno.EFBIG, errno.EDQUOT, errno.EIO):
+        return f'{file}{os.strerror(error.errno).lower()}; what was written before is whole'
     if isinstance(error, URLError):
         return (f'download failed ({error.reason}); see to the network: without --pretrained, images of your own need '
                 'no download; nor does --arch timm/tf_efficientnet_lite0 after '
@@ -523,7 +527,8 @@ def _explain_files(model, images, out, output, device, target, bs, arrays, thres
     output.say(f'{len(files):,} image{"s" * (len(files) != 1)}, on {device}')
     now, before, failed = explain_files(net, files, out, bs or 32, threshold=threshold, target=target_class,
                                         arrays=arrays, say=output.progress)
-    for name, why in failed: typer.echo(f'antehoc: could not read {name} ({why})', err=True)
+    for name, why in failed:
+        typer.echo(f'antehoc: could not read {name if name.isprintable() else repr(name)} ({why})', err=True)
     done_before = f', {before} were done already' if before else ''
     sheet = f'; look at {out}/contact_sheet.png' if now + before else ''
     explained = f'{now} image{"s" * (now != 1)} explained'
@@ -775,8 +780,8 @@ def _localisation_of_maps(model, dls):
 def _save_picture(path):
     "Write the current figure"
     import matplotlib.pyplot as plt
-    path.parent.mkdir(parents=True, exist_ok=True)
-    plt.savefig(path, dpi=110, bbox_inches='tight')
+    from antehoc_nb.core.utils import whole_or_not_at_all
+    with whole_or_not_at_all(path) as unfinished: plt.savefig(unfinished, dpi=110, bbox_inches='tight')
     plt.close()
 
 

@@ -7,6 +7,7 @@ __all__ = ['MapModule', 'Exported', 'ExportedModel', 'load_exported']
 
 # %% ../../nbs/core/08_export.ipynb #2513ba00
 import copy
+import io
 import json
 import tempfile
 import warnings
@@ -316,7 +317,9 @@ def _check_inputs(module, n, turn=0, size=None):
 
 
 def _write_pt2(program, path, facts):
-    torch.export.save(program, path, extra_files={f'antehoc_{name}': value for name, value in facts.items()})
+    content = io.BytesIO()  # PyTorch would not say why a file cannot be written
+    torch.export.save(program, content, extra_files={f'antehoc_{name}': value for name, value in facts.items()})
+    path.write_bytes(content.getbuffer())
 
 
 def _read_pt2(path):

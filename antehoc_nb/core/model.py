@@ -1750,12 +1750,12 @@ def save_pretrained(self: AntehocModel,
     folder = Path(folder)
     check_folder(folder, 'folder')
     self._name_cnn()
-    weights, config = whole_or_not_at_all(folder/'model.safetensors'), whole_or_not_at_all(folder/'config.json')
-    with weights as weights_file, config as config_file:  # both are whole before one replaces an earlier one
-        save_model(self, str(weights_file))
-        _leave_out_zeros(weights_file)
-        usual_mode(weights_file)
+    with whole_or_not_at_all(folder/'config.json') as config_file:  # both are whole before one replaces an earlier one
         config_file.write_text(json.dumps(self.config, indent=1) + '\n')
+        with whole_or_not_at_all(folder/'model.safetensors') as weights_file:
+            save_model(self, str(weights_file))
+            _leave_out_zeros(weights_file)
+            usual_mode(weights_file)
     return folder
 
 

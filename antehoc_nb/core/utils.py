@@ -15,9 +15,11 @@ import json
 import operator
 import os
 import random
+import re
 import shlex
 import stat
 import threading
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -251,6 +253,40 @@ def _floats_as_bytes(values, what):
     return (values.clip(0, 1) * 255).round().astype('uint8')
 
 
+_TIFF_BITS, _TIFF_WHITE = 258, 281  # tags: bits per sample, largest value of a sample
+
+
+def _declared_white(image):
+    "The number that stands for white by what the file of an image of whole numbers says; None if it does not say"
+    if image.format != 'TIFF': return None
+    tags = image.tag_v2
+    bits, white = tags.get(_TIFF_BITS, (16,))[0], tags.get(_TIFF_WHITE, (65535,))
+    white = min(2**bits - 1, *(white if isinstance(white, tuple) else [white]))
+    return white if 0 < white < 65535 else None
+
+
+def _integers_as_bytes(values, what, white=None):
+    "Whole numbers of 16 bits or more as uint8; a warning if white is a guess, `ValueError` below 0 or above 65535"
+    low, high = int(values.min()), int(values.max())
+    if low < 0 or high > 65535:
+        raise ValueError(f'{what} of whole numbers must lie in 0..65535, it goes from {low} to {high}; '
+                         "scale it to 0..255, array.astype('uint8')")
+    if white is None or high > white:
+        white = next(white for white in (255, 4095, 65535) if high <= white)
+        if white < 65535:
+            warnings.warn(f'{what} of {values.dtype.name} has no value above {white}, which is taken for white; '
+                          "if it is a dark one of 16 bits, divide by 257 and give it as 'uint8'", stacklevel=3)
+    return (values.astype('int64') * 255 // white).astype('uint8')
+
+
+def _warn_of_lost_bits(image, packed):
+    "A warning where Pillow has read the upper 8 of 16 bits, and nearly nothing is in them"
+    if ';16' not in packed or image.mode not in ('RGB', 'RGBA', 'LA'): return
+    if max(high for _, high in image.convert('RGB').getextrema()) > 15: return
+    warnings.warn('an image of 16 bits a channel has no value above 4095, and is read as nearly black; convert it to 8 '
+                  'bits, or give it as an array', stacklevel=3)
+
+
 def _is_transparent(image):
     "Whether an image has an alpha channel, or a colour that stands for none"
     if image.mode == 'P' and image.palette.mode == 'RGBA': return True
@@ -267,11 +303,14 @@ def _load_unmapped(image):
 
 def as_rgb(image: Image.Image, # A PIL image of any mode
           ) -> Image.Image: # 8-bit RGB, upright, on white where it is transparent
-    "A PIL image as 8-bit RGB. `ValueError` for one of floats outside [0,1]."
+    "A PIL image as 8-bit RGB. `ValueError` for one of floats outside [0,1], or of whole numbers outside 0..65535."
+    packed = str(getattr(image, 'tile', ''))
     _load_unmapped(image)
+    white = _declared_white(image)
     image = ImageOps.exif_transpose(image)
     if image.mode == 'I' or image.mode.startswith('I;16'):
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype('uint8'))
+        image = Image.fromarray(_integers_as_bytes(np.asarray(image), 'an image', white))
+    _warn_of_lost_bits(image, packed)
     if image.mode == 'F': image = Image.fromarray(_floats_as_bytes(np.asarray(image), 'an image'))
     if _is_transparent(image):
         image = image.convert('RGBA')
@@ -296,12 +335,12 @@ def _array_image(values):
                          'array.transpose(1, 2, 0)')
     if values.ndim not in (2, 3) or values.ndim == 3 and shape[2] not in _CHANNELS or not values.size:
         raise ValueError(f'an image as an array is (H,W) or (H,W,C) with 1, 3 or 4 channels, got {shape}')
-    if values.dtype == np.uint16: values = (values // 257).astype('uint8')
     if values.dtype == bool: values = values.astype('uint8') * 255
+    if np.issubdtype(values.dtype, np.integer) and values.dtype != np.uint8:
+        values = _integers_as_bytes(values, 'an array')
     if np.issubdtype(values.dtype, np.floating): values = _floats_as_bytes(values, 'an array')
     if values.dtype != np.uint8:
-        raise TypeError(f'an array of {values.dtype} is no image: pixels are uint8, 0 to 255, or floats, 0 to 1; '
-                        "convert it with array.astype('uint8')")
+        raise TypeError(f'an array of {values.dtype} is no image: pixels are uint8, 0 to 255, or floats, 0 to 1')
     return Image.fromarray(values[..., 0] if values.ndim == 3 and shape[2] == 1 else values)
 
 
@@ -687,6 +726,59 @@ def with_versions(weights: Mapping[str, torch.Tensor], # By name
     versioned._metadata = getattr(network.state_dict(), '_metadata', None)
     return versioned
 
+# %% ../../nbs/core/00_utils.ipynb #fab78d79
+def usual_mode(path: Path, # A file, or a folder
+              ) -> Path: # `path`
+    "Give a file or folder the mode that the umask of this process leaves to a new one."
+    probe = path.with_name(f'.{os.getpid()}-{threading.get_ident()}')
+    if path.is_dir():
+        probe.mkdir()
+        mode = probe.stat().st_mode
+        probe.rmdir()
+    else:
+        probe.touch(exist_ok=False)  # the umask itself can't be read without setting it, for all threads
+        mode = probe.stat().st_mode
+        probe.unlink()
+    path.chmod(stat.S_IMODE(mode))
+    return path
+
+# %% ../../nbs/core/00_utils.ipynb #0a39a562
+def _write_error(error, unfinished, path):
+    "The error of the operating system while a file was written, with its name; None for other errors"
+    found = re.search(r'\(os error (\d+)\)', str(error))  # of safetensors
+    number = int(found[1]) if found else getattr(error, 'errno', None)
+    if number is None or getattr(error, 'filename', None) not in (None, str(unfinished)): return None
+    return OSError(number, os.strerror(number), str(path))
+
+
+@contextmanager
+def whole_or_not_at_all(path: Path): # Of the file to be written; its folder is made if it is not there
+    """A name beside `path` to write to, which becomes `path` if all goes well, and is removed if not.
+
+    `OSError` with `path` and the reason if the file cannot be written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    mark = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:8]
+    unfinished = path.with_name(f'.{mark}-{os.getpid()}-{threading.get_ident()}{path.suffix[:16]}')
+    try:
+        yield unfinished
+        os.replace(unfinished, path)
+    except Exception as error:
+        told = _write_error(error, unfinished, path)
+        if told is None: raise
+        raise told from error
+    finally: unfinished.unlink(missing_ok=True)
+
+# %% ../../nbs/core/00_utils.ipynb #4ddebc33
+def check_folder(folder: Path, # That is to be written to; it need not be there
+                 argument: str, # That named it, for messages
+                ) -> None:
+    "`NotADirectoryError` for a file in its place, `PermissionError` where nothing can be written."
+    existing = next((path for path in (folder, *folder.parents) if path.exists()), Path())
+    if not existing.is_dir():
+        raise NotADirectoryError(f'{argument}: {existing} is a file, not a folder; choose another folder')
+    if os.access(existing, os.W_OK | os.X_OK): return
+    raise PermissionError(f'{argument}: no permission to write to {existing}; choose another folder')
+
 # %% ../../nbs/core/00_utils.ipynb #cell0018
 def check_config(out: Path, # Folder of the run
                  config: dict, # The settings of the run, JSON-able
@@ -701,46 +793,7 @@ def check_config(out: Path, # Folder of the run
         difference = ', '.join(f'{key}: {old.get(key)} there, {new.get(key)} now' for key in differ)
         raise ValueError(f'{out} holds a run with other settings ({difference}); '
                          'choose another folder, or delete this one')
-    out.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(new, indent=1) + '\n')
-
-# %% ../../nbs/core/00_utils.ipynb #fab78d79
-def usual_mode(path: Path, # A file, or a folder
-              ) -> Path: # `path`
-    "Give a file or folder the mode that the umask of this process leaves to a new one."
-    probe = path.with_name(f'.{path.name}-{os.getpid()}-{threading.get_ident()}')
-    if path.is_dir():
-        probe.mkdir()
-        mode = probe.stat().st_mode
-        probe.rmdir()
-    else:
-        probe.touch(exist_ok=False)  # the umask itself can't be read without setting it, for all threads
-        mode = probe.stat().st_mode
-        probe.unlink()
-    path.chmod(stat.S_IMODE(mode))
-    return path
-
-# %% ../../nbs/core/00_utils.ipynb #0a39a562
-@contextmanager
-def whole_or_not_at_all(path: Path): # Of the file to be written; its folder is made if it is not there
-    "A name beside `path` to write to, which becomes `path` if all goes well, and is removed if not."
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f'.{path.stem}-{os.getpid()}-{threading.get_ident()}{path.suffix}')
-    try:
-        yield unfinished
-        os.replace(unfinished, path)
-    finally: unfinished.unlink(missing_ok=True)
-
-# %% ../../nbs/core/00_utils.ipynb #4ddebc33
-def check_folder(folder: Path, # That is to be written to; it need not be there
-                 argument: str, # That named it, for messages
-                ) -> None:
-    "`NotADirectoryError` for a file in its place, `PermissionError` where nothing can be written."
-    existing = next((path for path in (folder, *folder.parents) if path.exists()), Path())
-    if not existing.is_dir():
-        raise NotADirectoryError(f'{argument}: {existing} is a file, not a folder; choose another folder')
-    if os.access(existing, os.W_OK | os.X_OK): return
-    raise PermissionError(f'{argument}: no permission to write to {existing}; choose another folder')
+    with whole_or_not_at_all(path) as unfinished: unfinished.write_text(json.dumps(new, indent=1) + '\n')
 
 # %% ../../nbs/core/00_utils.ipynb #cell0019
 def import_extra(module: str, # What is imported, e.g. 'skimage.metrics'

@@ -290,7 +290,8 @@ def cifar10(
     return dest/'cifar10'/'cifar-10-batches-py'
 
 # %% ../../nbs/data/20_images.ipynb #cell0021
-_SPLIT_ALIASES = dict(train='train training', valid='valid val validation', test='test testing evaluation')
+_SPLIT_ALIASES = dict(train='train training', valid='valid val validation dev development',
+                      test='test testing eval evaluation')
 SPLITS = {alias: split for split, aliases in _SPLIT_ALIASES.items() for alias in aliases.split()}
 IMAGES = {'.jpg', '.jpeg', '.jfif', '.png', '.bmp', '.gif', '.webp', '.tif', '.tiff', '.ppm', '.pgm'}
 
@@ -298,6 +299,11 @@ FOOD11 = ['bread', 'dairy product', 'dessert', 'egg', 'fried food', 'meat', 'noo
           'soup', 'vegetable and fruit']
 ANIMALS10 = dict(cane='dog', cavallo='horse', elefante='elephant', farfalla='butterfly', gallina='chicken', gatto='cat',
                  mucca='cow', pecora='sheep', ragno='spider', scoiattolo='squirrel')
+
+
+def _split_of(name):
+    "The split that a folder is named after, also with a word such as set or images behind it; None for other names"
+    return SPLITS.get(re.sub('[ _-]*(data)?(data|set|images)$', '', name.lower()))
 
 
 def _is_hidden(name): return name.startswith(('.', '__'))
@@ -355,15 +361,15 @@ def _is_training_split(folder, others):
     """Whether a folder named like the training split is one, and not a class of that name. `others`: the names of the
     folders beside it"""
     if not _split_items(folder): return False  # no class folders in it
-    named_otherwise = [name for name in others if name.lower() not in SPLITS]
+    named_otherwise = [name for name in others if _split_of(name) is None]
     if not named_otherwise: return True
     has_images = any(file.suffix.lower() in IMAGES for file in folder.iterdir())
-    return not has_images and any(SPLITS.get(name.lower()) in ('valid', 'test') for name in others)
+    return not has_images and any(_split_of(name) in ('valid', 'test') for name in others)
 
 
 def _named_splits(folders):
     "The splits that folders are named after, as `_find_splits` gives them; None unless there is one for training"
-    of_folder = [(folder, SPLITS[folder.name.lower()]) for folder in folders if folder.name.lower() in SPLITS]
+    of_folder = [(folder, _split_of(folder.name)) for folder in folders if _split_of(folder.name)]
     names = [folder.name for folder in folders]
     if not any(split == 'train' and _is_training_split(folder, names) for folder, split in of_folder): return None
     splits = {}
@@ -396,7 +402,7 @@ def _hold_out(splits, valid, seed):
     pool = splits.get('train') or splits.get('all', [])
     if valid is None: valid = next((split for split in ('valid', 'test') if splits.get(split)), .2)
     if isinstance(valid, str):
-        name = SPLITS.get(valid.lower(), valid.lower())
+        name = _split_of(valid) or valid.lower()
         if not splits.get(name) or name in ('train', 'all'):
             raise ValueError(f'valid={valid!r}: no such split here, only {sorted(splits)}; '
                              'a fraction such as valid=0.2 holds out images')
@@ -481,11 +487,19 @@ _OTHER_IMAGES = {'.avif', '.heic', '.heif', '.jxl', '.jp2', '.j2k', '.jpx', '.sv
                  '.nef', '.arw', '.exr', '.hdr', '.tga', '.ico'}
 
 
+def _opens(file):
+    "Whether a file begins like an image"
+    try:
+        with Image.open(file): return True
+    except Exception: return False
+
+
 def _is_other_image(file):
-    "Whether a file is an image by its suffix, but of no kind in `IMAGES`; or a link to nowhere"
+    "Whether a file is an image, but its name does not end in one of `IMAGES`; or a link to nowhere"
     suffix = file.suffix.lower()
-    is_image = suffix in _OTHER_IMAGES or (mimetypes.guess_type(file.name)[0] or '').startswith('image/')
-    return suffix not in IMAGES and (is_image or not file.exists())
+    if suffix in IMAGES: return False
+    kind = mimetypes.guess_type(file.name)[0] or ''
+    return suffix in _OTHER_IMAGES or kind.startswith('image/') or not file.exists() or not kind and _opens(file)
 
 
 def unread_images(files: list[Path] # Any files
@@ -496,7 +510,7 @@ def unread_images(files: list[Path] # Any files
     lost = [file for file in other if not file.exists()]
     if lost: return f'{len(lost)} link{"s" * (len(lost) > 1)} to files that are not there, the first is {lost[0]}'
     one = len(other) == 1
-    suffixes = ', '.join(sorted({file.suffix.lower() for file in other}))
+    suffixes = ', '.join(sorted({file.suffix.lower() or 'no suffix' for file in other})[:5])
     return (f'{len(other)} image{"s" * (not one)} of {"a kind that is" if one else "kinds that are"} not read '
             f'({suffixes}), the first is {other[0]}')
 
@@ -538,7 +552,7 @@ def _check_class_folders(path, splits):
         if folder is None or folder in with_images or folder.parent in direct: continue
         unread = unread_images([below for below in files if folder in below.parents])
         raise ValueError(f'path={str(path)!r}: the folder {folder.name!r} has no image that is read, but '
-                         f'{unread}; convert them to JPEG or PNG, or delete the folder')
+                         f'{unread}; convert them to JPEG or PNG, with names that say so, or delete the folder')
 
 
 def _empty_folders(path, splits):
@@ -550,6 +564,20 @@ def _empty_folders(path, splits):
     filled = {folder for file in files_below(unpacked(path)) for folder in file.parents}
     names = sorted(str(folder.relative_to(unpacked(path))) for folder in beside - filled)
     return f'nothing is in the folder{"s" * (len(names) > 1)} {", ".join(names)}' if names else ''
+
+
+def _warn_of_splits_as_classes(path, splits):
+    "A warning about folders that are taken for classes, but are named like splits and have folders of classes in them"
+    found = {(folder, label) for file, label in splits.get('all', ()) if _split_of(label) for folder in file.parents
+             if folder.name == label}
+    for folder, label in sorted(found):
+        inside = [below.name for below in _subfolders(folder) if _image_files(below)]
+        if len(inside) < 2: continue
+        classes = ', '.join(sorted({label for _, label in splits['all']}))
+        warnings.warn(f'{path}: the folders are taken for classes ({classes}), though {label} has folders itself '
+                      f"({', '.join(inside)}); if those are the classes, call the folders 'train' and 'valid'",
+                      stacklevel=4)
+        return
 
 
 def _warn_of_left_out(path, splits):
@@ -585,7 +613,9 @@ def _read_splits(path):
         empty = f' ({_empty_folders(path, splits)})' if has_files and _empty_folders(path, splits) else ''
         raise ValueError(f'path={str(path)!r}: only one class, {vocab[0]!r}{empty}; give each of two or more classes a '
                          'folder')
-    if has_files: _warn_of_left_out(path, splits)
+    if has_files:
+        _warn_of_splits_as_classes(path, splits)
+        _warn_of_left_out(path, splits)
     return splits, vocab
 
 

@@ -6,7 +6,6 @@
 __all__ = ['benchmark_metrics', 'SWAP_MASKS', 'MAIN_EXPLAINERS', 'subset', 'test_images', 'Task', 'benchmark']
 
 # %% ../../nbs/evaluate/48_benchmark.ipynb #cell0002
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -21,7 +20,9 @@ from tqdm import tqdm
 
 from ..core.masking import masked
 from ..core.model import AntehocModel
-from ..core.utils import Registry, check_config, eval_mode, plain_tensor, tensor_digest, weights_digest
+from antehoc_nb.core.utils import (
+    Registry, check_config, eval_mode, plain_tensor, tensor_digest, weights_digest, whole_or_not_at_all,
+)
 from .explainers import CONTROLS, explain_with, explainers as registry, is_class_specific
 from antehoc_nb.evaluate.faithfulness import (
     check_probabilities, class_probability, class_swap, equal_area_mask, insertion_deletion, map_masks
@@ -449,9 +450,8 @@ def _synchronise(task):
 # %% ../../nbs/evaluate/48_benchmark.ipynb #5c4ede47
 def _write_values(file, values, times):
     "Keep the values of one explainer, whole or not at all"
-    partial_file = file.with_name(f'.{file.stem}.{os.getpid()}.npz')
-    np.savez_compressed(partial_file, ms=times, **{'|'.join(key): numbers for key, numbers in values.items()})
-    os.replace(partial_file, file)
+    arrays = {'|'.join(key): numbers for key, numbers in values.items()}
+    with whole_or_not_at_all(file) as unfinished: np.savez_compressed(unfinished, ms=times, **arrays)
 
 
 def _read_values(file):

@@ -25,6 +25,7 @@ from fastcore.basics import patch
 from fastcore.foundation import L
 
 from .. import __version__
+from ..core.utils import whole_or_not_at_all
 from .explainers import CONTROLS
 
 # %% ../../nbs/evaluate/47_scoreboard.ipynb #cell0005
@@ -102,12 +103,7 @@ def write_record(
     `TypeError` names an entry that JSON cannot hold; `ValueError` a dict whose keys are the same as strings."""
     path = Path(path)
     text = json.dumps(_jsonable(record), indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False) + '\n'
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f'.{path.name}.{os.getpid()}')
-    try:
-        partial.write_text(text, encoding='utf-8')
-        os.replace(partial, path)
-    finally: partial.unlink(missing_ok=True)
+    with whole_or_not_at_all(path) as unfinished: unfinished.write_text(text, encoding='utf-8')
     return path
 
 

@@ -8,12 +8,14 @@ __all__ = ['COLUMNS', 'SHEET_IMAGES', 'SHEET_TILE', 'SHEET_COLUMNS', 'decode_ima
 
 # %% ../../nbs/show/33_explain_files.ipynb #cell0003
 import csv
+import errno
 import hashlib
 import io
 import math
 import os
 import sys
 import time
+import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -70,12 +72,24 @@ def _read_batch(images, framing, channels):
     return batch, failed
 
 # %% ../../nbs/show/33_explain_files.ipynb #081c209d
+_MOST_BYTES = 255 - len('.png')  # of a stem; `.npz` is as long
+
+
+def _short(stem):
+    "A stem that file systems take"
+    folder, slash, name = stem.rpartition('/')
+    if len(os.fsencode(name)) <= _MOST_BYTES: return stem
+    mark = f'-{_checksum(os.fsencode(stem))}'
+    while len(os.fsencode(name + mark)) > _MOST_BYTES: name = name[:-1]
+    return f'{folder}{slash}{name}{mark}'
+
+
 def _free_stem(name, taken):
     "What the files of image `name` are called, without their ending; it is added to `taken`"
     path = PurePosixPath(name)
     stem = path.with_suffix('').as_posix()
     candidates = [stem, f'{stem}_{path.suffix[1:]}', *(f'{stem}_{number}' for number in range(2, len(taken) + 3))]
-    free = next(candidate for candidate in candidates if candidate.casefold() not in taken)
+    free = next(candidate for candidate in map(_short, candidates) if candidate.casefold() not in taken)
     taken.add(free.casefold())
     return free
 
@@ -140,7 +154,8 @@ def _is_current(row, files, out, arrays):
     wanted = [_overlay_name(stem), f'maps/{stem}.png', *([f'arrays/{stem}.npz'] if arrays else [])]
     if not all((out/path).exists() for path in wanted): return False
     path = files.get(row['image'])
-    return path is None or _checksum(path.read_bytes()) == row['checksum']
+    try: return path is None or _checksum(path.read_bytes()) == row['checksum']
+    except OSError: return False
 
 
 def _open_table(path, mode='r'):
@@ -183,12 +198,20 @@ def _finished_rows(table, files, out, arrays):
 
 def _rewrite_table(table, rows):
     "Replace the table by its header and `rows`, in one step"
-    part = table.with_name(table.name + '.part')
-    with _open_table(part, 'w') as file:
+    with whole_or_not_at_all(table) as unfinished, _open_table(unfinished, 'w') as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
-    part.replace(table)
+
+
+def _append_rows(table, rows):
+    "Append rows to the table, all or none. `OSError` with the name of the table if it cannot be written"
+    size = table.stat().st_size
+    try:
+        with _open_table(table, 'a') as file: csv.writer(file).writerows(rows)
+    except OSError as error:
+        os.truncate(table, size)
+        raise OSError(error.errno, error.strerror, str(table)) from error
 
 # %% ../../nbs/show/33_explain_files.ipynb #1063ea97
 SHEET_IMAGES = 24
@@ -204,10 +227,19 @@ def _tile(image):
     return tile
 
 
+_NOT_DRAWN = 'Cc', 'Cs', 'Zl', 'Zp'  # Unicode's categories of line breaks, tabs and other control characters
+
+
+def _drawable(name):
+    "The name of a file or a class as one line of text; a sign stands for bytes and characters that are none"
+    text = name.encode('utf-8', 'surrogateescape').decode('utf-8', 'replace')
+    return ''.join('\ufffd' if unicodedata.category(letter) in _NOT_DRAWN else letter for letter in text)
+
+
 def _write_text(draw, position, text, width, colour='black'):
     "A line of text, cut to `width` pixels"
     font = ImageFont.truetype(findfont('DejaVu Sans'), 13)
-    cut = text
+    cut = _drawable(text)
     while font.getlength(cut) > width: cut = cut[:-2] + '…'
     draw.text(position, cut, fill=colour, font=font)
 
@@ -218,18 +250,13 @@ def _said(row):
     return f"{row['prediction']} {float(probability):.0%}" if probability.count('.') == 1 else row['prediction']
 
 
-def _drawable(name):
-    "The name of a file as text, which not all are"
-    return name.encode('utf-8', 'surrogateescape').decode('utf-8', 'replace')
-
-
 def _draw_pair(sheet, corner, image, overlay, row):
     "An image and its overlay, with what was predicted and the image's name"
     x, y = corner
     for i, picture in enumerate((image, overlay)): sheet.paste(_tile(picture), (x + i*(SHEET_TILE + 4), y))
     draw, below = ImageDraw.Draw(sheet), y + SHEET_TILE
-    _write_text(draw, (x, below + 2), _drawable(_said(row)), 2*SHEET_TILE)
-    _write_text(draw, (x, below + 18), _drawable(row['image']), width=2*SHEET_TILE, colour='grey')
+    _write_text(draw, (x, below + 2), _said(row), 2*SHEET_TILE)
+    _write_text(draw, (x, below + 18), row['image'], width=2*SHEET_TILE, colour='grey')
 
 # %% ../../nbs/show/33_explain_files.ipynb #c2c98d7b
 def _sheet_rows(rows, files):
@@ -357,30 +384,33 @@ class Progress:
         self.bar.close()
 
 # %% ../../nbs/show/33_explain_files.ipynb #2ec8ebb0
-def _explain_batch(model, batch, out, taken, threshold, target, arrays):
-    "Explain images and write their files; yields the rows of each image"
-    pixels = torch.from_numpy(np.stack([image.pixels for image in batch]))
+_OF_THE_DISK = errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO  # errors that all images would have
+
+
+def _explain_batch(model, batch, out, table, taken, threshold, target, arrays):
+    "Explain images, write their files and append their rows to the table; `(name, reason)` of those that failed"
+    pixels, failed = torch.from_numpy(np.stack([image.pixels for image in batch])), []
     e = explain_pixels(model, pixels, threshold, target)
     for i, image in enumerate(batch):
-        yield _write_image(e[i], image, out, _free_stem(image.name, taken), arrays=arrays)
+        try: rows = _write_image(e[i], image, out, _free_stem(image.name, taken), arrays=arrays)
+        except Exception as error:
+            if getattr(error, 'errno', None) in _OF_THE_DISK: raise
+            failed.append((image.name, f'its files could not be written: {error}'))
+        else: _append_rows(table, rows)
+    return failed
 
 
-def _explain_to_table(model, todo, out, table, framing, bs, say, **options):
+def _explain_to_table(model, todo, framing, bs, say, **options):
     "Explain images and append their rows to the table; the number explained, and `(name, reason)` of the others"
-    progress, n, failed = Progress(len(todo), say), 0, []
-    with _open_table(table, 'a') as file:
-        writer = csv.writer(file)
-        for start in range(0, len(todo), bs):
-            files = todo[start:start + bs]
-            batch, unreadable = _read_batch(files, framing, in_channels(model.cnn))
-            failed += unreadable
-            for rows in _explain_batch(model, batch, out, **options) if batch else ():
-                writer.writerows(rows)
-                file.flush()
-            n += len(batch)
-            progress.add(len(files))
+    progress, failed = Progress(len(todo), say), []
+    for start in range(0, len(todo), bs):
+        files = todo[start:start + bs]
+        batch, unreadable = _read_batch(files, framing, in_channels(model.cnn))
+        failed += unreadable
+        if batch: failed += _explain_batch(model, batch, **options)
+        progress.add(len(files))
     progress.close()
-    return n, failed
+    return len(todo) - len(failed), failed
 
 
 def _check_overwrites(todo, taken, out, files):
@@ -402,7 +432,7 @@ def explain_files(
     target: str | int | None = None, # target class for a class-specific weight network; None: the predicted one
     arrays: bool = False, # write an NPZ file of every image too?
     say: Callable | None = print_line, # prints a line of progress; None: no output
-) -> tuple[int, int, list[tuple[str, str]]]: # explained now, explained before, (name, reason) of unreadable ones
+) -> tuple[int, int, list[tuple[str, str]]]: # explained now, explained before, (name, reason) of those that failed
     """Explain image files in batches; unreadable ones, and those that an earlier run has explained, are skipped.
 
     `ValueError` if `out` holds the explanations of another model, threshold or class, if an image would be overwritten,
@@ -418,7 +448,7 @@ def explain_files(
     todo = [(path, name) for path, name in images if name not in done]
     taken = {_stem_of(row).casefold() for row in finished}
     _check_overwrites(todo, taken, out, files)
-    n, failed = _explain_to_table(model, todo, out, table, framing=framing, bs=bs, say=say, taken=taken,
+    n, failed = _explain_to_table(model, todo, framing, bs=bs, say=say, out=out, table=table, taken=taken,
                                   threshold=threshold, target=target, arrays=arrays)
     if n or done and not (out/'contact_sheet.png').exists():
         about = f" of {settings['target']}" if target is not None else ''

@@ -37,7 +37,7 @@ from scipy import ndimage
 
 import antehoc_nb
 from ..core.model import AntehocModel, Framing, pixel_batch
-from ..core.utils import check_folder, import_extra, unknown_name, weights_digest
+from ..core.utils import check_folder, import_extra, unknown_name, weights_digest, whole_or_not_at_all
 from ..data.images import IMAGES, common_folder, no_images_error, unread_images
 from .explain_files import Progress, decode_image, explain_pixels, print_line, target_number
 
@@ -114,15 +114,9 @@ def _parquet(module='parquet'):
 
 def _whole_file(path, write):
     "Write a file by `write(path)`; it has its name only when it is whole and on the disk"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + '.part')
-    try:
-        write(part)
-        with part.open('rb') as file: os.fsync(file.fileno())
-        part.replace(path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+    with whole_or_not_at_all(path) as unfinished:
+        write(unfinished)
+        with unfinished.open('rb') as file: os.fsync(file.fileno())
 
 
 def _write_npz(path, maps, names):

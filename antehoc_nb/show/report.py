@@ -29,7 +29,7 @@ import antehoc_nb
 
 from ..core.interpretation_loss import output_at_area, output_change
 from ..core.model import AntehocModel, Framing
-from ..core.utils import import_extra, open_rgb, weights_digest
+from ..core.utils import import_extra, open_rgb, weights_digest, whole_or_not_at_all
 from .explain_many import GRID, Explained, read_explained
 from .plots import MAP_COLOURS, concept_regions
 
@@ -85,14 +85,15 @@ def write_explained(
     table = pd.concat([pd.DataFrame(columns), pd.DataFrame(list(rows))], axis=1)
     table[['width', 'height']] = sizes
     table = table.assign(label_probability=np.nan, shard='maps/00000.npz', position=range(len(stored)), error='')
-    (folder/'maps').mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(folder/'maps'/'00000.npz', maps=stored)
-    table.to_csv(folder/'images.csv', index=False, encoding='utf-8', errors='surrogateescape')
+    with whole_or_not_at_all(folder/'maps'/'00000.npz') as unfinished: np.savez_compressed(unfinished, maps=stored)
+    with whole_or_not_at_all(folder/'images.csv') as unfinished:
+        table.to_csv(unfinished, index=False, encoding='utf-8', errors='surrogateescape')
     meta = dict(format=1, antehoc_nb=antehoc_nb.__version__, model=str(model), model_digest=None,
                 classes=list(classes or sorted(set(prediction))), task='single-label', root=str(root.resolve()),
                 source='folder', size=list(size or maps.shape[1:]), map_size=list(maps.shape[1:]), maps='npz',
                 threshold=threshold, table='csv', n=len(stored))
-    (folder/'explain.json').write_text(json.dumps(meta, indent=1) + '\n', encoding='utf-8')
+    text = json.dumps(meta, indent=1) + '\n'
+    with whole_or_not_at_all(folder/'explain.json') as unfinished: unfinished.write_text(text, encoding='utf-8')
     return folder
 
 
@@ -952,18 +953,6 @@ def _check_file(out):
     return out
 
 
-def _write_whole(path, text):
-    "Write a file, which has its name only when it is whole"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + '.part')
-    try:
-        part.write_text(text, encoding='utf-8')
-        part.replace(path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
-
-
 @cache
 def _bundled_vega():
     "Vega, Vega-Lite and their embedding as one script"
@@ -1051,5 +1040,6 @@ def make_report(
     for group in groups: group.images = names[group.members].tolist()
     report = Report(out, groups, class_table(sample), trust, objects=objects)
     page = _page(explained, sample, report, unlike, pictures=pictures, why_not=why_not, title=title, of_group=of_group)
-    _write_whole(out, _render(page | dict(vega=vega)))
+    text = _render(page | dict(vega=vega))
+    with whole_or_not_at_all(out) as unfinished: unfinished.write_text(text, encoding='utf-8')
     return report

@@ -11,6 +11,7 @@ __all__ = ['MAX_BYTES', 'MAX_PIXELS', 'MAX_FILES', 'FORMATS', 'SHOWN_SIDES', 'PR
 import csv
 import importlib.metadata
 import importlib.util
+import io
 import json
 import logging
 import os
@@ -34,7 +35,7 @@ import antehoc_nb
 import antehoc_nb.train.archs  # noqa: F401  builds CNNs by name
 
 from ..core.model import AntehocModel, Explanation
-from ..core.utils import as_rgb, import_extra
+from ..core.utils import as_rgb, import_extra, whole_or_not_at_all
 from ..evaluate.explainers import explain_with, needs_target
 from .plots import check_threshold, concept_regions
 
@@ -338,8 +339,10 @@ def write_table(rows: list, # Of `explain_batch`
                 file: str | Path, # CSV file to write
                ) -> Path: # The file
     "Write the table as a CSV file for spreadsheets; an apostrophe goes before texts that would be formulas."
-    with open(file, 'w', newline='', encoding='utf-8-sig', errors='replace') as opened:
-        csv.writer(opened).writerows([HEADERS, *([_no_formula(cell) for cell in row] for row in rows)])
+    text = io.StringIO(newline='')
+    csv.writer(text).writerows([HEADERS, *([_no_formula(cell) for cell in row] for row in rows)])
+    with whole_or_not_at_all(Path(file)) as unfinished:
+        unfinished.write_bytes(text.getvalue().encode('utf-8-sig', 'replace'))
     return Path(file)
 
 
@@ -616,8 +619,9 @@ def write_space(folder: str | Path, # Where to; made if it is not there
     facts = dict(mark=_MARK, title=title, yaml_title=json.dumps(title, ensure_ascii=False), python=python,
                  gradio=importlib.metadata.version('gradio'), cnn=type(model.cnn).__name__,
                  version=antehoc_nb.__version__)
-    texts = {'app.py': _APP, 'README.md': _README}
-    for name, text in texts.items(): (folder/name).write_text(text.format(**facts), encoding='utf-8')
-    (folder/'requirements.txt').write_text('\n'.join(_requirements(model)) + '\n')
-    (folder/'.gitattributes').write_text('*.safetensors filter=lfs diff=lfs merge=lfs -text\n')
+    texts = {'app.py': _APP.format(**facts), 'README.md': _README.format(**facts),
+             'requirements.txt': '\n'.join(_requirements(model)) + '\n',
+             '.gitattributes': '*.safetensors filter=lfs diff=lfs merge=lfs -text\n'}
+    for name, text in texts.items():
+        with whole_or_not_at_all(folder/name) as unfinished: unfinished.write_text(text, encoding='utf-8')
     return folder

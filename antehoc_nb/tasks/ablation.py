@@ -31,7 +31,7 @@ from ..core.attention import channel_mean, soft_attentions, standardise
 from ..core.interpretation_loss import interpretation_loss
 from ..core.layers import ActivationRecorder
 from ..core.model import AntehocModel
-from ..core.utils import Registry, check_config, frozen, plain_tensor
+from ..core.utils import Registry, check_config, frozen, plain_tensor, whole_or_not_at_all
 from ..data.images import image_dls
 from ..data.photo_digits import photo_digits_dls
 from ..evaluate.explainers import centred_blob
@@ -279,9 +279,8 @@ def _run(config: dict, paths: Paths) -> RunResult:
     for seed in seeds:
         part = paths.out/f'seed{seed}.json'
         if not part.exists():
-            unfinished = part.with_suffix('.part')
-            unfinished.write_text(json.dumps(_one_seed(config, seed, paths.data)))
-            unfinished.replace(part)
+            found = json.dumps(_one_seed(config, seed, paths.data))
+            with whole_or_not_at_all(part) as unfinished: unfinished.write_text(found)
         of_seed, cnn_accuracy = json.loads(part.read_text())
         rows += of_seed
         accuracies.append(cnn_accuracy)

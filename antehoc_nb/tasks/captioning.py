@@ -17,7 +17,7 @@ import torch
 from fastai.metrics import Perplexity
 from tqdm import tqdm
 
-from ..core.utils import Registry, check_config, tensor_digest, unknown_name, weights_digest
+from ..core.utils import Registry, check_config, tensor_digest, unknown_name, weights_digest, whole_or_not_at_all
 from antehoc_nb.data.captions import (
     UNK, Captioned, caption_dls, caption_tokenizer, decode_captions, digit_captions, encode_captions, flickr8k,
     images_of,
@@ -154,9 +154,8 @@ def _score(model, class_specific, x, captions, out, config):
         if not file.exists():
             every = score_captions(explained, x, captions, [explainer], wrong_captions=wrong_captions, steps=steps)
             scores = every[explainer]
-            unfinished = out/f'.{name}.npz'
-            np.savez_compressed(unfinished, **{'|'.join(key): numbers for key, numbers in scores.items()})
-            unfinished.replace(file)
+            arrays = {'|'.join(key): numbers for key, numbers in scores.items()}
+            with whole_or_not_at_all(file) as unfinished: np.savez_compressed(unfinished, **arrays)
         with np.load(file) as arrays: values[name] = {tuple(key.split('|')): arrays[key] for key in arrays.files}
     return values
 

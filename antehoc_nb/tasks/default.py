@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from ..core.interpretation_loss import change_at_area
 from ..core.model import AntehocModel
-from ..core.utils import Registry, check_config, eval_mode, import_extra, plain_tensor
+from ..core.utils import Registry, check_config, eval_mode, import_extra, plain_tensor, whole_or_not_at_all
 from ..data.images import Fit, FlipShift, image_dls, labelled_dls
 from ..data.landmarks import FACE68, Landmarks, face_table, landmark_dls, nme_metric
 from ..data.photo_digits import photo_digits_dls
@@ -272,9 +272,8 @@ def _run(config: dict, paths: Paths) -> RunResult:
         file = paths.out/f'{cnn_kind}-seed{seed}-{name.replace(", ", "-")}.json'
         if not file.exists():
             part = _run_part(cnn_kind, seed, name, config, path=path)
-            unfinished = file.with_suffix('.part')
-            unfinished.write_text(json.dumps(dict(cnn=cnn_kind, seed=seed, candidate=name) | part))
-            unfinished.replace(file)
+            text = json.dumps(dict(cnn=cnn_kind, seed=seed, candidate=name) | part)
+            with whole_or_not_at_all(file) as unfinished: unfinished.write_text(text)
         parts.append(json.loads(file.read_text()))
     return RunResult(dict(parts=parts), list(config['seeds']))
 

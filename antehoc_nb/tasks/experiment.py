@@ -35,7 +35,7 @@ from safetensors.torch import save_model
 from tqdm import tqdm
 
 from ..core.model import AntehocModel, load_weights
-from ..core.utils import Registry, check_config, usual_mode, weights_digest
+from ..core.utils import Registry, check_config, usual_mode, weights_digest, whole_or_not_at_all
 from ..data.images import data_root
 from ..evaluate.scoreboard import read_record, run_record, write_record
 from ..show.learner import plot_losses
@@ -265,8 +265,8 @@ def check(self: _Run, settings):
     if more and self.checkpoint.exists():
         raise ValueError(f'{self.out} holds a run of {there} epochs that is not finished: finish it with '
                          f'epochs={there}, then continue with epochs={self.epochs}')
-    if more: path.write_text(json.dumps(settings, indent=1) + '\n')
-    else: check_config(self.out, settings)
+    if not more: return check_config(self.out, settings)
+    with whole_or_not_at_all(path) as unfinished: unfinished.write_text(json.dumps(settings, indent=1) + '\n')
 
 
 @patch
@@ -363,9 +363,12 @@ def _results(learn, dls, parts):
 # %% ../../nbs/tasks/50_experiment.ipynb #bec159bc
 def _write_weights(learn, run):
     "The model; of a plain run the CNN"
-    if isinstance(learn.model, AntehocModel): learn.model.save_pretrained(run.out/'model')
-    else: save_model(learn.model, str(run.weights))
-    usual_mode(run.weights)
+    if isinstance(learn.model, AntehocModel):
+        learn.model.save_pretrained(run.out/'model')
+        return
+    with whole_or_not_at_all(run.weights) as unfinished:
+        save_model(learn.model, str(unfinished))
+        usual_mode(unfinished)
 
 
 def _write_figures(learn, dls, out):
@@ -381,8 +384,7 @@ def _write_figures(learn, dls, out):
 def _save_figure(path, dpi, figure=None):
     "Write a figure (None: the current one), and its folder, and close it"
     figure = figure or plt.gcf()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=dpi, bbox_inches='tight')
+    with whole_or_not_at_all(path) as unfinished: figure.savefig(unfinished, dpi=dpi, bbox_inches='tight')
     plt.close(figure)
 
 

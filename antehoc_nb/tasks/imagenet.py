@@ -25,7 +25,9 @@ from torch import nn
 from ..core.geometry import resize
 from ..core.interpretation_loss import int_losses
 from ..core.model import AntehocModel
-from ..core.utils import Registry, check_config, eval_mode, plain_tensor, tensor_digest, weights_digest
+from antehoc_nb.core.utils import (
+    Registry, check_config, eval_mode, plain_tensor, tensor_digest, weights_digest, whole_or_not_at_all,
+)
 from antehoc_nb.data.images import (
     IMAGES, FlipShift, data_root, files_below, labelled_dls, open_rgb, unpacked,
 )
@@ -145,9 +147,7 @@ def _training_photos(config, photos, cnn, out):
     check_config(out, about, 'predicted-of.json')
     if not file.exists():
         found = predicted_classes(cnn, others, config['train_size'], bs=config['bs'], arch=config['arch'])
-        unfinished = file.with_suffix('.part')
-        unfinished.write_text(json.dumps(found))
-        unfinished.replace(file)
+        with whole_or_not_at_all(file) as unfinished: unfinished.write_text(json.dumps(found))
     return [*photos['train'], *zip(others, json.loads(file.read_text()))]
 
 
@@ -262,10 +262,8 @@ def _kept_maps(explainer, model, x, target, folder):
     for image, number in zip(x.split(1), target.split(1)):
         file = folder/f'{explainer}-{tensor_digest(image, number)[:16]}.npy'
         if not file.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            unfinished = file.with_suffix('.part')
-            with open(unfinished, 'wb') as opened: np.save(opened, explain_with(explainer, model, image, number).cpu())
-            unfinished.replace(file)
+            map = explain_with(explainer, model, image, number).cpu()
+            with whole_or_not_at_all(file) as unfinished: np.save(unfinished, map)
         maps.append(torch.from_numpy(np.load(file)))
     return torch.cat(maps)
 

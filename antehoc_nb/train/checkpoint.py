@@ -6,7 +6,7 @@
 __all__ = ['Checkpoint', 'training_history', 'restore_history', 'join_histories']
 
 # %% ../../nbs/train/13_checkpoint.ipynb #cell0002
-import os
+import io
 import time
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from fastai.torch_core import to_device
 from fastcore.basics import patch
 from fastcore.foundation import L
 
-from ..core.utils import plain_tensor
+from ..core.utils import plain_tensor, whole_or_not_at_all
 from .two_pass import process_rank, rng_state, set_rng_state
 
 # %% ../../nbs/train/13_checkpoint.ipynb #cea9cce0
@@ -116,10 +116,9 @@ def _check_finite(self: Checkpoint, state):
 @patch
 def _write(self: Checkpoint, state):
     "Replace the file in one step."
-    self.path.parent.mkdir(parents=True, exist_ok=True)
-    part = self.path.with_name(self.path.name + '.part')
-    torch.save(_plain(state), part)
-    os.replace(part, self.path)
+    content = io.BytesIO()
+    torch.save(_plain(state), content)
+    with whole_or_not_at_all(self.path) as unfinished: unfinished.write_bytes(content.getbuffer())
 
 
 @patch

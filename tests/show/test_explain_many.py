@@ -231,7 +231,7 @@ def hang_after_three_shards(model, images, out, written):
     def slowly(folder, shard, *args, **kwargs):
         write(folder, shard, *args, **kwargs)
         if shard < 2: return
-        (out/'maps'/'00003.npz.part').write_bytes(b'torn')
+        (out/'maps'/'.00003.npz').write_bytes(b'torn')
         written.set()
         time.sleep(600)
     module._write_shard = slowly
@@ -265,7 +265,7 @@ def test_killed_and_started_again(model, interrupted):
                                  'command again, it goes on')
     done = explain_many(model, images, folder/'out', **USUAL)
     assert done[:3] == (46, 24, 1)
-    (folder/'out'/'maps'/'00003.npz.part').unlink(missing_ok=True)
+    (folder/'out'/'maps'/'.00003.npz').unlink(missing_ok=True)
     assert content(folder/'out') == content(folder/'alone')
 
 
@@ -277,9 +277,9 @@ def test_interrupted_by_the_keyboard(model, interrupted):
         time.sleep(.3)
     process.join(20)
     assert process.exitcode == 1
-    assert not list((folder/'out'/'parts').glob('*.part'))
+    assert not list((folder/'out'/'parts').glob('.*'))
     assert explain_many(model, images, folder/'out', **USUAL).before >= 24
-    (folder/'out'/'maps'/'00003.npz.part').unlink(missing_ok=True)
+    (folder/'out'/'maps'/'.00003.npz').unlink(missing_ok=True)
     assert content(folder/'out') == content(folder/'alone')
 
 
@@ -296,7 +296,7 @@ def test_a_full_disk_is_an_error_and_loses_nothing(model, tmp_path, monkeypatch,
     monkeypatch.setattr(module, broken, full)
     monkeypatch.setitem(module.MAP_FORMS, 'npz', (module._write_npz, module.MAP_FORMS['npz'][1]))
     with pytest.raises(OSError, match='No space left'): explain_many(model, images, tmp_path/'out', **USUAL)
-    assert not [path for path in content(tmp_path/'out') if path.endswith('.part')]
+    assert not [path for path in content(tmp_path/'out') if path.split('/')[-1].startswith('.')]
     monkeypatch.undo()
     done = explain_many(model, images, tmp_path/'out', **USUAL)
     assert done.before == (20 if broken == '_join_csv' else 8)

@@ -59,9 +59,14 @@ def test_its_own_images_as_ever(learn):
     assert torch.equal(e.map, learn.explain(np.array([0])).map) and torch.equal(e.map, learn.explain(np.int64(0)).map)
 
 
+def test_whole_numbers_are_pixels(learn):
+    with pytest.warns(UserWarning, match='an array of int64 has no value above 255, which is taken for white'):
+        e = learn.explain(PIXELS.astype(int))
+    assert torch.equal(e.map, learn.explain(PIXELS).map)
+
+
 def test_errors_name_what_came(tmp_path, learn):
     with pytest.raises(FileNotFoundError, match='nowhere.png'): learn.explain([tmp_path/'nowhere.png'])
-    with pytest.raises(TypeError, match='an array of int64 is no image'): learn.explain(PIXELS.astype(int))
     with pytest.raises(ValueError, match='these look like pixels from 0 to 255'):
         learn.explain(torch.rand(1, learn.model.image_channels, 32, 32) * 255)
     with pytest.raises(ValueError, match='empty list'): learn.explain([])

@@ -417,7 +417,7 @@ def test_a_report(folder, tmp_path):
     assert repr(report) == f'Report({str(report.path)!r}, 0 candidates)'
     assert all(len(group.images) == len(group.members) for group in report.groups)
     assert sorted(sum((group.images for group in report.groups), [])) == [f'{i:02}.png' for i in range(40)]
-    assert not [*report.path.parent.glob('*.part')]
+    assert not [*report.path.parent.glob('.*')]
     again = make_report(folder, tmp_path/'again.html', trust_images=0)
     assert again.path.read_bytes() == report.path.read_bytes()
 
@@ -526,7 +526,7 @@ def test_a_full_disk_keeps_the_old_report(folder, tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, 'No space left on device')
     monkeypatch.setattr(Path, 'write_text', half)
     with pytest.raises(OSError, match='No space left'): make_report(folder, tmp_path/'r.html')
-    assert (tmp_path/'r.html').read_text() == 'old' and not [*tmp_path.glob('*.part')]
+    assert (tmp_path/'r.html').read_text() == 'old' and not [*tmp_path.glob('.*')]
 
 
 def test_without_the_extra(folder, tmp_path, monkeypatch):
