@@ -168,7 +168,7 @@ def test_labels_that_are_numbers(cnn):
     (nn.functional.cross_entropy, torch.ones(4).long(), 'single-label', 'softmax'),
     (nn.SmoothL1Loss(), torch.rand(4, 3), 'regression', None),
     (nn.MSELoss(), torch.ones(4).long(), 'regression', None),
-    (nn.CrossEntropyLoss(), torch.ones(4, 8, 8).long(), 'segmentation', None),
+    (nn.CrossEntropyLoss(), torch.ones(4, 8, 8).long(), 'segmentation', 'softmax'),
 ])
 def test_tasks_of_plain_losses(cnn, loss, labels, task, activation):
     from fastai.data.core import DataLoaders
