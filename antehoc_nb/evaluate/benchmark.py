@@ -25,6 +25,7 @@ from ..core.model import AntehocModel, as_cnn_takes
 from antehoc_nb.core.utils import (
     Registry, check_config, eval_mode, in_channels, plain_tensor, tensor_digest, weights_digest,
 )
+from ..core.weight_net import gives_logits
 from .explainers import CONTROLS, explain_with, explainers as registry, is_class_specific
 from antehoc_nb.evaluate.faithfulness import (
     check_probabilities, class_probability, class_swap, equal_area_mask, insertion_deletion, map_masks
@@ -355,11 +356,12 @@ def _check_settings(explainers, metrics, target, score, regions, dl):
 
 def _check_outputs(cnn, x, y):
     "`ValueError` for images of other channels than the CNN takes, and classes that it has no output for"
-    try: out = _predict(cnn, x[:1], 1)
+    try:
+        with torch.no_grad(), eval_mode(cnn): out = cnn(x[:1])
     except RuntimeError as e:
         if x.shape[1] == in_channels(cnn): raise
         raise ValueError(f'dl: the images have {x.shape[1]} channels, the model takes {in_channels(cnn)}') from e
-    wrong = y[(y < 0) | (y >= out.shape[1])] if out.ndim == 2 else []
+    wrong = y[(y < 0) | (y >= out.shape[1])] if gives_logits(out) else []
     if not len(wrong): return
     raise ValueError(f'dl: class {int(wrong[0])} is not one of the {out.shape[1]} classes of the model, which have the '
                      f'numbers 0 to {out.shape[1] - 1}')

@@ -368,6 +368,9 @@ HEAD_ARGUMENTS = ('n_in', 'concat_pool', 'pool', 'lin_ftrs', 'ps', 'first_bn', '
                   'y_range')  # of `vision_learner` and `build_cnn`: the ones that shape the CNN
 
 
+_UNCUT = 'googlenet', 'inception_v3', 'maxvit_t'  # they take no other head, and minutes to say so
+
+
 @cnn_builders.register
 def rebuild_cnn(arch: str, # As for `find_arch`
                 n_out: int, # How many numbers it predicts
@@ -380,7 +383,7 @@ def rebuild_cnn(arch: str, # As for `find_arch`
     known = list(inspect.signature(own_cnns[arch]).parameters)[1:] if arch in own_cnns else HEAD_ARGUMENTS
     for name in head:
         if name not in known: raise ValueError(unknown_name('argument of a CNN', name, known))
-    try: return build_cnn(arch, n_out, whole=whole, **head)
+    try: return build_cnn(arch, n_out, whole=whole or arch in _UNCUT and not head, **head)
     except ValueError as e:
         has_no_other_head = isinstance(e.__cause__, (StopIteration, RuntimeError))  # as of `no_head_error`
         if not has_no_other_head or head: raise
