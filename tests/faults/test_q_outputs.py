@@ -117,13 +117,15 @@ def test_two_vocabularies(cnn):
     dls = data.dataloaders(list(range(8)), bs=4, num_workers=0, device='cpu')
     learn = Learner(dls, TwoHeads(cnn(8)), loss_func=CrossEntropyL1(), cbs=TwoPass(eta=2, output=1))
     assert learn.model.meta['vocab'] == ['x', 'y', 'z'] and {*learn.model.explain(X).labels} <= {'x', 'y', 'z'}
-    assert AntehocModel(Learner(dls, TwoHeads(cnn(8)), loss_func=CrossEntropyL1()), output=0).meta['vocab'] == ['a', 'b']
+    learn = Learner(dls, TwoHeads(cnn(8)), loss_func=CrossEntropyL1())
+    assert AntehocModel(learn, output=0).meta['vocab'] == ['a', 'b']
 
 
 def test_an_unknown_task(cnn):
     with pytest.raises(ValueError) as error: AntehocModel(cnn(), X, meta=dict(task='classification'))
-    assert str(error.value) == ("meta: task='classification' is not known; use 'single-label' (a class for each image), "
-                                "'multi-label', 'binary', 'regression', 'captions', 'segmentation' or 'embedding'")
+    assert str(error.value) == ("meta: task='classification' is not known; use 'single-label' (a class for each "
+                                "image), 'multi-label', 'binary', 'regression', 'captions', 'segmentation' or "
+                                "'embedding'")
 
 
 # --- maps that are not finite
@@ -168,9 +170,11 @@ def test_a_size_that_the_cnn_refuses():
         with pytest.raises(ValueError, match=fr'^{where}: the CNN does not take images of 64 x 64 \(mat1.*; {hint}$'):
             call(large)
     with pytest.raises(ValueError, match=f'224 x 224 .*{hint}'): model.explain(photo)
-    with pytest.raises(ValueError, match='sample: the CNN does not take images of 64 x 64'): AntehocModel(lenet(), large)
+    with pytest.raises(ValueError, match='^sample: the CNN does not take images of 64 x 64'):
+        AntehocModel(lenet(), large)
     model = AntehocModel(vit(), class_specific=False)
-    with pytest.raises(ValueError, match=f'64 x 64 .Wrong image height.*{hint}'): model.explain(torch.rand(1, 3, 64, 64))
+    with pytest.raises(ValueError, match=f'64 x 64 .Wrong image height.*{hint}'):
+        model.explain(torch.rand(1, 3, 64, 64))
     assert model.explain(photo).map.shape == (1, 1, 32, 32)
 
 
