@@ -51,7 +51,8 @@ def _chosen_output(out, output):
     elif output in range(len(_parts(out))): found = list(_parts(out).values())[output]
     else:
         nested = next((name for name, part in _parts(out).items() if output in _parts(part)), None)
-        hint = '' if nested is None else f'; for one further in, give a function: lambda out: {_path(out, nested, output)}'
+        path = '' if nested is None else _path(out, nested, output)
+        hint = f'; for one further in, give a function: lambda out: {path}' if path else ''
         raise ValueError(f'output={output!r}: the CNN has no such output; it gives {describe_outputs(out)}{hint}')
     if isinstance(found, torch.Tensor): return found
     inner = None if callable(output) else next(iter(_parts(found)), None)
@@ -97,8 +98,8 @@ def with_image_axis(out: Any, # What a CNN returned, or the output that is expla
     return out[None] if is_without else out
 
 # %% ../../nbs/core/06_interpretation_loss.ipynb #910ea576
-_RESHAPING = re.compile('(unsafe)?(view|reshapealias|squeeze|unsqueeze|select|slice|clone|tocopy|transpose|permute|t|alias|'
-                        'expand|asstrided)')
+_RESHAPING = re.compile('(unsafe)?(view|reshapealias|squeeze|unsqueeze|select|slice|clone|tocopy|transpose|permute|t|'
+                        'alias|expand|asstrided)')
 _LINEAR = 'addmm', 'mm', 'bmm', 'convolution', 'linear'
 
 
@@ -137,8 +138,8 @@ def as_logits(y: torch.Tensor, # Outputs, (B,K), or of pixels (B,K,h,w)
               task: str, # 'single-label', 'multi-label', 'binary', 'segmentation' or another, which changes nothing
               are_probabilities: bool = False, # Whether the network ends in softmax or sigmoid
              ) -> torch.Tensor: # The same shape; of a segmentation with one score (B,2,h,w)
-    """Outputs as logits. Those of an image that are outside of [0,1] are kept, as of a network that leaves softmax out in
-    training."""
+    """Outputs as logits. Those of an image that are outside of [0,1] are kept, as of a network that leaves softmax out
+    in training."""
     is_one_score = task == 'segmentation' and y.ndim == 4 and y.shape[1] == 1
     if are_probabilities:
         is_probability = ((y >= 0) & (y <= 1)).flatten(1).all(1).view(-1, *[1] * (y.ndim - 1))

@@ -871,7 +871,7 @@ def _is_scores(out, ndim, least=2):
 
 def output_activation(cnn: nn.Module, # Any network
                       sample, # Input that it takes, (B,C,H,W), or a tuple
-                      task: str | None = None, # What its output means, as of `TASKS`; None: classes, if there are several
+                      task: str | None = None, # What its output means, as of `TASKS`; None: classes, if it is (B,K)
                       output: str | int | Callable | None = None, # Which output is explained, as of `explained_output`
                      ) -> tuple[str | None, bool]: # As of `found_activation`
     "The activation that a classifier ends in, found by running it on two images of a sample."
@@ -900,11 +900,11 @@ def _note_activation(self: AntehocModel, sample):
     elif found:
         self._warn_once('activation', 'AntehocModel: the outputs of the CNN for the sample could be probabilities, '
                         'since they lie in [0,1], but also logits, as which they are read; say which, by '
-                        "meta=dict(activation=None) for probabilities, or activation="
+                        'meta=dict(activation=None) for probabilities, or activation='
                         f"'{ACTIVATIONS.get(task, 'softmax')}' for logits", level=5)
     if found == 'sigmoid' and task is None and is_certain:
-        self._warn_once('activation', 'AntehocModel: the CNN ends in sigmoid, and its outputs are read as probabilities '
-                        "of classes, of which one is predicted; if several can be on, give meta=dict("
+        self._warn_once('activation', 'AntehocModel: the CNN ends in sigmoid, and its outputs are read as '
+                        'probabilities of classes, of which one is predicted; if several can be on, give meta=dict('
                         "task='multi-label'), and task='regression' for numbers", level=5)
 
 
@@ -1502,8 +1502,8 @@ def _warn_once(self: AntehocModel, key, message, level=5):
 
 @patch(as_prop=True)
 def image_size(self: AntehocModel) -> tuple[int, int]:
-    """(H,W) that images are resized to: as `meta` says, else as the CNN says that it was made for; else 224 x 224, with a
-    warning."""
+    """(H,W) that images are resized to: as `meta` says, else as the CNN says that it was made for; else 224 x 224, with
+    a warning."""
     size = self.meta.get('size')
     if size: return (size, size) if isinstance(size, int) else tuple(size)
     normalised = (self.std != 1).any() or (self.mean != 0).any()
@@ -1938,8 +1938,9 @@ def _name_cnn(self: AntehocModel):
 def without_prefix(weights: Mapping, # By name; or a checkpoint that has them under 'state_dict', as Lightning's
                    own: Mapping[str, torch.Tensor], # The weights of the network that they are for
                   ) -> Mapping[str, torch.Tensor]: # As they were, if they are not the network's with other names
-    """Weights by the names that they have in a network, for weights of a larger module which holds the network: `model.`
-    before each name, as in Lightning, `module.` or another prefix. Those of the rest of that module are left out."""
+    """Weights by the names that they have in a network, for weights of a larger module which holds the network:
+    `model.` before each name, as in Lightning, `module.` or another prefix. Those of the rest of that module are left
+    out."""
     if isinstance(weights, Mapping) and isinstance(weights.get('state_dict'), Mapping): weights = weights['state_dict']
     first = next(iter(own), '')
     found = next((name for name in weights if name.endswith(f'.{first}')), None)

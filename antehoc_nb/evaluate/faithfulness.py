@@ -103,8 +103,8 @@ def class_probability(
     x: torch.Tensor, # Images, (B,C,H,W), normalised as the model expects
     target, # The class of each image: (B,) integers, or one integer for all
 ) -> torch.Tensor: # (B,), in [0,1]
-    """Softmax probability of class `target`, in eval mode; of a model that ends in softmax its output. `ValueError` unless
-    the model gives logits (B,K), K > 1"""
+    """Softmax probability of class `target`, in eval mode; of a model that ends in softmax its output. `ValueError`
+    unless the model gives logits (B,K), K > 1"""
     with scoring_mode(model): out = model(x)
     if not isinstance(out, torch.Tensor) or out.ndim != 2:
         raise ValueError(f"class_probability needs a model that gives logits (B,K), got {shape_or_type(out)}; "
