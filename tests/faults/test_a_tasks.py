@@ -186,7 +186,7 @@ def test_what_cannot_be_tabulated_is_refused(cnn, photo, tmp_path):
         assert not (tmp_path/'out').exists()  # nothing is left behind
     refused(AntehocModel(cnn(1), x, eta=2), r"does not say what it means: save it with meta=dict\(task='binary'")
     refused(AntehocModel(cnn(), x, eta=2, meta=dict(task='captions')), 'captions')
-    with pytest.raises(ValueError, match=r"task='segmentation' must be \(B,K,h,w\) with K > 1, got \(2, 3\)"):
+    with pytest.raises(ValueError, match=r"task='segmentation' must be \(B,K,h,w\), got \(2, 3\)"):
         AntehocModel(cnn(), x, eta=2, meta=dict(task='segmentation'))
     refused(AntehocModel(cnn(), x, eta=2, meta=dict(task='regresion')), "did you mean 'regression'")
     refused(AntehocModel(cnn(3, 4), torch.rand(2, 4, 16, 16), eta=2), 'images of 4 channels, which no image file has')
