@@ -528,8 +528,10 @@ def _check_facts(meta):
         if meant: raise ValueError(f"meta: {name!r} is not known; use {meant if name == 'classes' else meant[0]!r}")
     size, activation, task = meta.get('size'), meta.get('activation'), meta.get('task')
     if task is not None and task not in TASKS:
-        raise ValueError(f"meta: task={task!r} is not known; use 'single-label' (a class for each image), "
-                         f'{", ".join(map(repr, TASKS[1:-1]))} or {TASKS[-1]!r}')
+        near = get_close_matches(str(task), TASKS, 1, .8)
+        others = f"{', '.join(map(repr, TASKS[1:-1]))} or {TASKS[-1]!r}"
+        hint = f'did you mean {near[0]!r}?' if near else f"use 'single-label' (a class for each image), {others}"
+        raise ValueError(f'meta: task={task!r} is not known; {hint}')
     if activation not in (None, 'softmax', 'sigmoid', 'own'):
         raise ValueError(f"meta: activation={activation!r} is not known; use 'softmax', 'sigmoid', 'own' or None")
     if size is not None and not _is_size(size):
@@ -1720,9 +1722,9 @@ def check_size(self: AntehocModel,
 def _warn_if_not_finite(self: AntehocModel, maps, out, recorded):
     "Warn of NaN in maps and predictions, and say where it comes from"
     if torch.compiler.is_compiling(): return
-    explained = self.explained(out)
+    explained = with_image_axis(self.explained(out), len(maps))
     wrong = ~maps.flatten(1).isfinite().all(1)
-    if isinstance(explained, torch.Tensor) and len(explained) == len(maps):
+    if isinstance(explained, torch.Tensor) and explained.ndim and len(explained) == len(maps):
         wrong = wrong | explained.reshape(len(maps), -1).isnan().any(1)
     if not wrong.any(): return
     warnings.warn(f'explain: the map or the prediction of image {int(wrong.nonzero()[0])} is not finite; '

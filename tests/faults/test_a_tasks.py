@@ -188,7 +188,8 @@ def test_what_cannot_be_tabulated_is_refused(cnn, photo, tmp_path):
     refused(AntehocModel(cnn(), x, eta=2, meta=dict(task='captions')), 'captions')
     with pytest.raises(ValueError, match=r"task='segmentation' must be \(B,K,h,w\), got \(2, 3\)"):
         AntehocModel(cnn(), x, eta=2, meta=dict(task='segmentation'))
-    refused(AntehocModel(cnn(), x, eta=2, meta=dict(task='regresion')), "did you mean 'regression'")
+    with pytest.raises(ValueError, match="did you mean 'regression'"):
+        AntehocModel(cnn(), x, eta=2, meta=dict(task='regresion'))
     refused(AntehocModel(cnn(3, 4), torch.rand(2, 4, 16, 16), eta=2), 'images of 4 channels, which no image file has')
     refused(AntehocModel(cnn(3, 2), torch.rand(2, 2, 16, 16), eta=2), 'images of 2 channels')
 
