@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ACTIVATIONS', 'TASKS', 'MAP_COLOURS', 'has_other_units', 'Explanation', 'place_map', 'check_settings', 'as_cnn_takes',
-           'AntehocModel', 'LayerMaps', 'Recorded', 'Framing', 'framing_of', 'pixel_batch', 'load_weights']
+           'AntehocModel', 'output_activation', 'LayerMaps', 'Recorded', 'Framing', 'framing_of', 'pixel_batch',
+           'load_weights', 'without_prefix']
 
 # %% ../../nbs/core/07_model.ipynb #cell0002
 import json
@@ -29,6 +30,7 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 import antehoc_nb
 from antehoc_nb.core.attention import (
@@ -37,7 +39,8 @@ from antehoc_nb.core.attention import (
 )
 from .geometry import as_lengths, is_symbolic, layer_grids, pool_cells, resize_maps
 from antehoc_nb.core.interpretation_loss import (
-    class_shares, describe_outputs, explained_output, is_detector, main_class, with_image_axis,
+    as_logits, class_shares, describe_outputs, explained_output, found_activation, is_detector, main_class,
+    with_image_axis,
 )
 from .layers import channel_gradients, choose_layers, unseen_share
 from .masking import masked
@@ -163,6 +166,12 @@ ACTIVATIONS = {'single-label': 'softmax', 'multi-label': 'sigmoid', 'binary': 's
 TASKS = *ACTIVATIONS, 'regression', 'captions', 'segmentation', 'embedding'
 
 
+def _gives_probabilities(meta):
+    "Whether the facts of a model say that its network ends in softmax or sigmoid"
+    of_classes = meta.get('task') in (None, *ACTIVATIONS, 'segmentation')
+    return of_classes and meta.get('activation', 'softmax') is None
+
+
 @patch(as_prop=True)
 def explained(self: Explanation):
     "The output that the map is about, a tensor; or all that the CNN returned, if the map is about all of it."
@@ -259,7 +268,8 @@ def _numbers_said(e): return [[f'{value:.5g}' for value in row] for row in e.num
 
 def _classes_said(e):
     "The classes of a segmentation, the largest first"
-    shares = class_shares(e.explained.argmax(1), e.explained.shape[1])
+    logits = as_logits(e.explained, e.task, _gives_probabilities(e.meta or {}))
+    shares = class_shares(logits.argmax(1), logits.shape[1])
     return [[e._class_name(number) for number in row.argsort(descending=True).tolist() if row[number] >= .01]
             for row in shares]
 
@@ -405,12 +415,12 @@ def __repr__(self: Explanation):
             f'{shapes}\nshow() draws the maps over the images, save(\'overlay.png\') writes them')
 
 # %% ../../nbs/core/07_model.ipynb #8af86d7d
-def _facts_of_learner(learn):
+def _facts_of_learner(learn, output):
     "The network of a fastai learner, and what the learner knows about its images"
     if 'read_learner' not in train_functions:
         raise ValueError('AntehocModel(learn): to take the images\' size and normalisation from a learner, '
                          'import antehoc_nb.train.two_pass first; or give AntehocModel(learn.model, mean=..., std=...)')
-    return train_functions['read_learner'](learn)
+    return train_functions['read_learner'](learn, output)
 
 
 def _check_network(cnn):
@@ -481,7 +491,7 @@ def _check_name(name):
                      f'read by AntehocModel.from_pretrained({name!r})')
 
 
-def _find_network(cnn, n_out):
+def _find_network(cnn, n_out, output):
     "A network, and what is known about its images, from what was given as `cnn`"
     facts = {}
     if isinstance(cnn, str):
@@ -489,7 +499,7 @@ def _find_network(cnn, n_out):
         cnn = _build_cnn(cnn, n_out=n_out or 1000)
     elif hasattr(cnn, 'dls') and hasattr(cnn, 'model'):
         _check_network(cnn.model)
-        facts = _facts_of_learner(cnn)
+        facts = _facts_of_learner(cnn, output)
         cnn = facts.pop('cnn')
     _check_network(cnn)
     return cnn, facts
@@ -516,7 +526,12 @@ def _check_facts(meta):
     for name in meta:
         meant = 'vocab' if name == 'classes' else ([] if name in known else get_close_matches(str(name), known, 1, .7))
         if meant: raise ValueError(f"meta: {name!r} is not known; use {meant if name == 'classes' else meant[0]!r}")
-    size, activation = meta.get('size'), meta.get('activation')
+    size, activation, task = meta.get('size'), meta.get('activation'), meta.get('task')
+    if task is not None and task not in TASKS:
+        near = get_close_matches(str(task), TASKS, 1, .8)
+        others = f"{', '.join(map(repr, TASKS[1:-1]))} or {TASKS[-1]!r}"
+        hint = f'did you mean {near[0]!r}?' if near else f"use 'single-label' (a class for each image), {others}"
+        raise ValueError(f'meta: task={task!r} is not known; {hint}')
     if activation not in (None, 'softmax', 'sigmoid', 'own'):
         raise ValueError(f"meta: activation={activation!r} is not known; use 'softmax', 'sigmoid', 'own' or None")
     if size is not None and not _is_size(size):
@@ -691,7 +706,7 @@ class AntehocModel(nn.Module):
                        meta=meta, grids=grids, channels=channels, classes=classes, cells=cells, border=border,
                        output=output, evidence=evidence)
         given_names = (meta or {}).get('vocab')
-        cnn, facts = _find_network(cnn, classes or len(given_names or ()))
+        cnn, facts = _find_network(cnn, classes or len(given_names or ()), output)
         if facts:
             sample = facts['sample'] if sample is None else sample
             mean, std = (facts['mean'], facts['std']) if mean is None and std is None else (mean, std)
@@ -710,9 +725,11 @@ class AntehocModel(nn.Module):
         self.register_buffer('mean', mean.to(device), persistent=False)
         self.register_buffer('std', std.to(device), persistent=False)
         with self._trial(sample) as sample:
+            self.sample_size = None if sample is False else tuple(as_inputs(sample)[0].shape[2:])
             self._choose_layers(sample, eta, layers, grids)
             if sample is not False: as_normalisation(mean, std, as_inputs(sample)[0].shape[1])
             self._choose_weight_net(weight_net, sample, channels, classes, class_specific)
+            if sample is not False: self._note_activation(sample)
             if given_names is not None: self._check_names(given_names)
             self._choose_cells(cells)
             self.weight_net = self._build_weight_net().to(device)
@@ -743,19 +760,42 @@ def _trial(self: AntehocModel, sample):
                 sample = as_cnn_takes(sample, cnn)
             yield sample
         except AssertionError as e: raise _size_error(cnn, sample, e) from e
+        except torch.OutOfMemoryError: raise
         except TypeError as e:
             if 'argument' not in str(e) or f'{type(cnn).__qualname__}.forward()' not in str(e): raise
             raise TypeError(f'cnn: {type(cnn).__name__} does not take the sample as its positional arguments ({e}); '
                             'give a tuple if it takes several, or a module whose forward(x) calls it') from e
         except RuntimeError as e:
+            if 'mat1 and mat2' in str(e) and sample is not None: raise _size_error(cnn, sample, e) from e
             if sample[0].shape[1] == in_channels(cnn) or 'channels' not in str(e): raise
             raise self.wrong_channels(sample[0], 'sample') from e
+
+
+class _FunctionsSeen(TorchFunctionMode):
+    "Notes whether a convolution is run, by a module or by a function"
+    convolves = False
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.convolves |= function in (torch.conv2d, nn.functional.conv2d)
+        return function(*args, **kwargs or {})
+
+
+def _layers_of(cnn, sample, eta, layers):
+    "As of `choose_layers`; `ValueError` for convolutions that are functions in a module of another kind"
+    try: return choose_layers(cnn, sample, eta, layers)
+    except ValueError as e:
+        if 'no 2-d convolution was run' not in str(e) or sample is False: raise
+        with torch.no_grad(), frozen(cnn), _FunctionsSeen() as seen: cnn(*copied_images(sample))
+        if not seen.convolves: raise
+        raise ValueError(f'cnn: the convolutions of {type(cnn).__name__} are functions (F.conv2d), which cannot be '
+                         'recorded; name the modules whose outputs (B,C,h,w) they are, layers=[...], or use '
+                         'nn.Conv2d') from e
 
 
 @patch
 def _choose_layers(self: AntehocModel, sample, eta, layers, grids):
     "The layers, and where in the image their cells lie"
-    self.layers = choose_layers(self.cnn, sample, eta, layers)
+    self.layers = _layers_of(self.cnn, sample, eta, layers)
     self.eta = len(self.layers)
     self.unseen = None  # share of the multiply-adds that come after the last layer, if the CNN was run
     if sample is not False: self._check_unseen(unseen_share(self.cnn, sample, self.layers))
@@ -808,8 +848,8 @@ def _find_sizes(self: AntehocModel, sample, classes, class_specific):
     if not isinstance(explained, torch.Tensor): self._several_outputs = describe_outputs(out)
     self._note_segmentation(out, explained)
     self._n_names = self._count_names(explained)
-    if self.task == 'segmentation' and not _is_scores(explained, 4):
-        raise ValueError("meta: the output of a CNN of task='segmentation' must be (B,K,h,w) with K > 1, got "
+    if self.task == 'segmentation' and not _is_scores(explained, 4, least=1):
+        raise ValueError("meta: the output of a CNN of task='segmentation' must be (B,K,h,w), got "
                          f'{shape_or_type(explained)}')
     wanted = class_specific or classes is not None
     is_for_each = isinstance(explained, torch.Tensor) and explained.ndim and len(explained) == len(as_inputs(sample)[0])
@@ -818,7 +858,7 @@ def _find_sizes(self: AntehocModel, sample, classes, class_specific):
     if isinstance(explained, torch.Tensor) and not is_for_each:
         raise ValueError(f'class_specific=True: the output of the CNN is {shape_or_type(explained)} for '
                          f'{len(as_inputs(sample)[0])} images, and not one row of scores for each')
-    if self.task == 'segmentation': return channels, explained.shape[1]
+    if self.task == 'segmentation': return channels, max(2, explained.shape[1])  # one score is of two classes
     if self.task == 'embedding' and _is_scores(explained, 2): return channels, explained.shape[1]
     if not isinstance(explained, torch.Tensor) and self._several_outputs.startswith("'"):
         raise ValueError(f'class_specific=True: the CNN gives several outputs, {self._several_outputs}; say which one '
@@ -826,9 +866,48 @@ def _find_sizes(self: AntehocModel, sample, classes, class_specific):
     return channels, count_classes(explained, classes)
 
 
-def _is_scores(out, ndim):
-    "Whether this is a tensor of floats with so many axes, and several scores on the second"
-    return isinstance(out, torch.Tensor) and out.is_floating_point() and out.ndim == ndim and out.shape[1] > 1
+def _is_scores(out, ndim, least=2):
+    "Whether this is a tensor of floats with so many axes, and at least so many scores on the second"
+    return isinstance(out, torch.Tensor) and out.is_floating_point() and out.ndim == ndim and out.shape[1] >= least
+
+
+def output_activation(cnn: nn.Module, # Any network
+                      sample, # Input that it takes, (B,C,H,W), or a tuple
+                      task: str | None = None, # What its output means, as of `TASKS`; None: classes, if it is (B,K)
+                      output: str | int | Callable | None = None, # Which output is explained, as of `explained_output`
+                     ) -> tuple[str | None, bool]: # As of `found_activation`
+    "The activation that a classifier ends in, found by running it on two images of a sample."
+    images, *others = _first_images(as_cnn_takes(sample, cnn), 2)
+
+    def run(images):
+        out = with_image_axis(explained_output(cnn(images, *others), output), len(images))
+        is_of_classes = gives_logits(out) if task is None else isinstance(out, torch.Tensor) and out.ndim in (1, 2, 4)
+        return out.reshape(len(images), -1, *out.shape[2:]) if is_of_classes and len(out) == len(images) else None
+    with frozen(cnn):
+        with torch.no_grad(): found = run(images.clone())
+        if found is None or found_activation(found)[0] is None: return None, True
+        try:
+            with torch.enable_grad(): return found_activation(run(images.clone().requires_grad_() * 1))
+        except RuntimeError: return found_activation(found)  # no gradient goes through its operations
+
+
+@patch
+def _note_activation(self: AntehocModel, sample):
+    "Note in `meta` that the CNN ends in softmax or sigmoid; a warning where that cannot be decided"
+    task = self.meta.get('task')
+    if 'activation' in self.meta or task not in (None, *ACTIVATIONS, 'segmentation') or self.cnn_finds_targets: return
+    found, is_certain = output_activation(self.cnn, sample, task, output=self.output)
+    if found == 'sigmoid' and not is_certain and task not in ('multi-label', 'binary'): return
+    if found and is_certain: self.meta = self.meta | dict(activation=None)
+    elif found:
+        self._warn_once('activation', 'AntehocModel: the outputs of the CNN for the sample could be probabilities, '
+                        'since they lie in [0,1], but also logits, as which they are read; say which, by '
+                        'meta=dict(activation=None) for probabilities, or activation='
+                        f"'{ACTIVATIONS.get(task, 'softmax')}' for logits", level=5)
+    if found == 'sigmoid' and task is None and is_certain:
+        self._warn_once('activation', 'AntehocModel: the CNN ends in sigmoid, and its outputs are read as '
+                        'probabilities of classes, of which one is predicted; if several can be on, give meta=dict('
+                        "task='multi-label'), and task='regression' for numbers", level=5)
 
 
 @patch
@@ -837,7 +916,7 @@ def _count_names(self: AntehocModel, out):
     task = self.meta.get('task')
     if task == 'binary' and isinstance(out, torch.Tensor) and out.ndim and out.numel() == len(out): return 2
     if task in (None, 'single-label', 'multi-label') and gives_logits(out): return out.shape[1]
-    return out.shape[1] if task == 'segmentation' else None
+    return max(2, out.shape[1]) if task == 'segmentation' and _is_scores(out, 4, least=1) else None
 
 
 @patch
@@ -859,7 +938,7 @@ def _note_segmentation(self: AntehocModel, out, explained):
 def _can_have_targets(self: AntehocModel, out):
     "Whether the output, by what is known of the task, can have a map for each class, label or reference"
     task = self.meta.get('task')
-    if task == 'segmentation': return _is_scores(out, 4)
+    if task == 'segmentation': return _is_scores(out, 4, least=1)
     return task in (None, 'single-label', 'multi-label', 'embedding', 'captions') and gives_logits(out)
 
 
@@ -877,6 +956,22 @@ def explained(self: AntehocModel, # noqa: F811
     found = explained_output(out, self.output)
     if not isinstance(found, torch.Tensor) or found.ndim != 1: return found
     return with_image_axis(found, 1) if len(found) == getattr(self, 'classes', None) else found
+
+
+@patch(as_prop=True)
+def gives_probabilities(self: AntehocModel) -> bool:
+    "Whether the CNN ends in softmax or sigmoid, as `meta` says."
+    return _gives_probabilities(self.meta)
+
+
+@patch
+def logits(self: AntehocModel,
+           out, # What the CNN returned
+          ): # A tensor; or `out`, if the map is about all of it
+    "The explained output, as of `as_logits` if it is of classes."
+    found = self.explained(out)
+    if not isinstance(found, torch.Tensor) or found.ndim not in (2, 4): return found
+    return as_logits(found, self.task, self.gives_probabilities)
 
 # %% ../../nbs/core/07_model.ipynb #216fec3e
 @patch
@@ -1020,9 +1115,9 @@ def _first_images(inputs, n):
     return (x[:n], *map(first, others))
 
 
-def _class_scores(out, explained):
+def _class_scores(out, logits):
     "Scores of classes, (B,K): of a segmentation the mean over the pixels"
-    scores = explained(out)
+    scores = logits(out)
     return scores.float().flatten(2).mean(2) if scores.ndim > 2 else scores.float()
 
 
@@ -1064,7 +1159,7 @@ def _gradients_at(self: AntehocModel, layer, noise, others):
     total = 0
     for images in noise:
         try: found = channel_gradients(self.cnn, self.layers[layer], (images, *others),
-                                       lambda out: _class_scores(out, self.explained))
+                                       lambda out: _class_scores(out, self.logits))
         except RuntimeError: return None  # no gradient goes through the operations of this network
         if found is None: return None
         total = total + found
@@ -1151,7 +1246,7 @@ def layer_maps(self: AntehocModel,
 def _scores_of(self: AntehocModel, out):
     "The scores of the classes, if the evidence for the others is subtracted"
     if out is None or self.evidence is None or self.task != 'single-label': return None
-    scores = self.explained(out)
+    scores = self.logits(out)
     return plain_tensor(scores.detach()) if gives_logits(scores) else None
 
 
@@ -1282,7 +1377,10 @@ def find_target(self: AntehocModel,
     # `draw_targets` gives them
     "Target classes as numbers; for None the predicted ones. A CNN's own method `find_target` is called instead."
     if self.cnn_finds_targets: return self.cnn.find_target(target, out, *others, **kwargs)
-    out = plain_tensor(self.explained(out))
+    if isinstance(target, (list, tuple)) and len({len(one) if _is_list(one) else 1 for one in target}) > 1:
+        raise ValueError(f'target={target!r}: the images have different numbers of targets; give one for each image, '
+                         'and explain again for others')
+    out = plain_tensor(self.logits(out))
     if self.task == 'segmentation': return self._find_region(target, out)
     if self.task == 'embedding': return self._find_reference(target, out)
     if target is None: return out.argmax(1)
@@ -1334,6 +1432,8 @@ def _find_reference(self: AntehocModel, target, out):
     if target is None: found = out
     elif not (is_embedding and found.shape[-1] == self.classes): found = self._embedding_of(target)
     found = found.to(out.device).view(-1, self.classes)
+    if target is not None and not found.isfinite().all():
+        raise ValueError('target: the reference has NaN or infinite values; give a finite embedding, or an image')
     if len(found) not in (1, len(out)):
         raise ValueError(f'target: {len(found)} references for {len(out)} images; give one, or one for each')
     return nn.functional.normalize(found.float(), dim=1).expand(len(out), -1)
@@ -1400,10 +1500,17 @@ def _warn_once(self: AntehocModel, key, message, level=5):
 
 @patch(as_prop=True)
 def image_size(self: AntehocModel) -> tuple[int, int]:
-    "(H,W) that images are resized to: as `meta` says; else 224 x 224, with a warning."
+    """(H,W) that images are resized to: as `meta` says, else as the CNN says that it was made for; else 224 x 224, with
+    a warning."""
     size = self.meta.get('size')
     if size: return (size, size) if isinstance(size, int) else tuple(size)
     normalised = (self.std != 1).any() or (self.mean != 0).any()
+    if own := own_sizes(self.cnn):
+        if not normalised:
+            self._warn_once('size', 'explain: the model does not know the normalisation of its images, so the CNN gets '
+                            'pixels in [0,1]; if that is not what it was trained on, give AntehocModel(cnn, '
+                            'mean=[...], std=[...])', level=6)
+        return own[0]
     self._warn_once('size', 'explain: the model does not know the size of its images, so they are resized to 224 x 224'
                     + ('' if normalised else ', nor their normalisation, so the CNN gets pixels in [0,1]')
                     + '; if that is not what the CNN was trained on, give AntehocModel(cnn, mean=[...], std=[...], '
@@ -1585,6 +1692,54 @@ def wrong_channels(self: AntehocModel,
     if x.shape[3] == takes: hint = 'the channels seem to come last: x.permute(0, 3, 1, 2)'
     return ValueError(f"{where}: the images have {got} channel{'s' * (got != 1)}, the CNN takes {takes}; {hint}")
 
+# %% ../../nbs/core/07_model.ipynb #8fe08ef7
+def _sides(size): return ' x '.join(map(str, size))
+
+
+@patch
+def check_size(self: AntehocModel,
+               x: torch.Tensor, # Images that the CNN has refused, (B,C,H,W)
+               where: str, # What the message begins with, such as 'explain'
+               error: Exception, # How it has refused them
+              ) -> None:
+    "`ValueError` if their size can be the reason: it is none that the CNN is known to take."
+    size, given = tuple(x.shape[2:]), self.meta.get('size')
+    known = [(given, given) if isinstance(given, int) else tuple(given)] if given else []
+    known += [*own_sizes(self.cnn), *([self.sample_size] if self.sample_size else [])]
+    speaks_of_size = isinstance(error, AssertionError) or re.search('shape|size|dimension', str(error))
+    if size in known or isinstance(error, torch.OutOfMemoryError) or not (known or speaks_of_size): return
+    what = f'give images of {_sides(known[0])}' if known else 'give images of the size that it was trained on'
+    side = list(known[0]) if known else '[H, W]'
+    raise ValueError(f'{where}: the CNN does not take images of {_sides(size)} ({_cause(error)}); {what}, and for '
+                     f'photographs AntehocModel(..., meta=dict(size={side}))') from error
+
+
+@patch
+def _warn_if_not_finite(self: AntehocModel, maps, out, recorded):
+    "Warn of NaN in maps and predictions, and say where it comes from"
+    if torch.compiler.is_compiling(): return
+    explained = with_image_axis(self.explained(out), len(maps))
+    wrong = ~maps.flatten(1).isfinite().all(1)
+    if isinstance(explained, torch.Tensor) and explained.ndim and len(explained) == len(maps):
+        wrong = wrong | explained.reshape(len(maps), -1).isnan().any(1)
+    if not wrong.any(): return
+    warnings.warn(f'explain: the map or the prediction of image {int(wrong.nonzero()[0])} is not finite; '
+                  f'{self._why_not_finite(recorded)}', stacklevel=4)
+
+
+@patch
+def _why_not_finite(self: AntehocModel, recorded):
+    "What is not finite: a weight, or an activation"
+    for name, weight in self.named_parameters():
+        if not weight.isfinite().all():
+            return (f'the weights {name!r} have NaN or infinite values, so that the training has diverged: load '
+                    'weights from before that')
+    for name, layer in zip(self.layers, recorded):
+        if not layer.response.isfinite().all():
+            return (f'the activation of the layer {name!r} is not finite, or far larger than when the model was made: if '
+                    'the CNN has changed since, call model.calibrate(images); in half precision, try float32')
+    return 'if you have changed the CNN since the model was made, call model.calibrate(images)'
+
 # %% ../../nbs/core/07_model.ipynb #a2cc77fa
 @patch
 def _check_explain(self: AntehocModel, args, threshold, target):
@@ -1616,13 +1771,15 @@ def _images_in(self: AntehocModel, images):
 
 @patch
 def _run_cnn(self: AntehocModel, x, others, kwargs):
-    "The CNN's output and what is recorded; `ValueError` if it takes images of other channels or another type"
+    "The CNN's output and what is recorded; `ValueError` if it takes images of other channels, another type or size"
     inputs = x.clone(), *others  # some CNNs write to their input
     try: return self._run_and_record(inputs, kwargs)
-    except RuntimeError as e:
+    except (RuntimeError, AssertionError) as e:
         if x.shape[1] != self.image_channels: raise self.wrong_channels(x) from e
         weights = next(self.cnn.parameters(), x)
-        if x.dtype == weights.dtype or not weights.is_floating_point(): raise
+        if x.dtype == weights.dtype or not weights.is_floating_point():
+            self.check_size(x, 'explain', e)
+            raise
         raise ValueError(f'explain: the images are {x.dtype}, the weights of the CNN {weights.dtype}; '
                          f'use x.to({weights.dtype})') from e
 
@@ -1651,6 +1808,7 @@ def explain(self: AntehocModel,
         if self.class_specific: target = self.find_target(target, out, *others, **kwargs).to(x.device)
         with torch.inference_mode(): found = self.interpret(recorded, x.shape[2:], target)
         i_map, weights, sams = (maps.clone() for maps in found)  # which autograd can work with
+        self._warn_if_not_finite(i_map, out, recorded)
     layers, sizes = self._map_names(recorded)
     return Explanation(pred=map_tensors(plain_tensor, out), map=i_map, sams=sams, weights=weights, image=x,
                        mean=self.mean, std=self.std, layers=layers, sizes=sizes, threshold=threshold, target=target,
@@ -1775,6 +1933,21 @@ def _name_cnn(self: AntehocModel):
                     level=4)
 
 # %% ../../nbs/core/07_model.ipynb #d41d4200
+def without_prefix(weights: Mapping, # By name; or a checkpoint that has them under 'state_dict', as Lightning's
+                   own: Mapping[str, torch.Tensor], # The weights of the network that they are for
+                  ) -> Mapping[str, torch.Tensor]: # As they were, if they are not the network's with other names
+    """Weights by the names that they have in a network, for weights of a larger module which holds the network:
+    `model.` before each name, as in Lightning, `module.` or another prefix. Those of the rest of that module are left
+    out."""
+    if isinstance(weights, Mapping) and isinstance(weights.get('state_dict'), Mapping): weights = weights['state_dict']
+    first = next(iter(own), '')
+    found = next((name for name in weights if name.endswith(f'.{first}')), None)
+    if first in weights or found is None: return weights
+    prefix = found.removesuffix(first)
+    if 2 * sum(prefix + name in weights for name in own) < len(own): return weights
+    return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+
+
 @patch
 def load_state_dict(self: AntehocModel,
                     state_dict, # Of an `AntehocModel` like this one
@@ -1784,10 +1957,9 @@ def load_state_dict(self: AntehocModel,
     """As of `nn.Module`, also for weights that lost the versions of their modules, as in a file of safetensors.
 
     `RuntimeError` for weights that do not fit, with a hint if they are the CNN's alone."""
-    parts = 'cnn.', 'weight_net.', 'border_', 'evidence'
-    names = [name.removeprefix('module.') for name in state_dict]
-    is_plain = strict and names and not any(name.startswith(parts) for name in names)
-    if is_plain and {*names} & {*self.cnn.state_dict()}:
+    state_dict, own = without_prefix(state_dict, self.state_dict()), self.cnn.state_dict()
+    is_plain = strict and not any(name.startswith('cnn.') or 'weight_net.' in name for name in state_dict)
+    if is_plain and {*without_prefix(state_dict, own)} & {*own}:
         raise RuntimeError('these are the weights of a CNN alone, without those of a weight network: load them with '
                            'model.cnn.load_state_dict(state), or before the model is made (of a fastai learner: '
                            'learn.load(file), then AntehocModel(learn) or learn.add_cb(TwoPass()))')

@@ -16,13 +16,16 @@ import numpy as np
 import torch
 from fastai.data.core import DataLoaders
 from torch import nn
+from torch.utils.data import IterableDataset, TensorDataset
 from tqdm import tqdm
 
 from ..core.masking import masked
-from ..core.model import AntehocModel
+from ..core.model import AntehocModel, as_cnn_takes
 from antehoc_nb.core.utils import (
-    Registry, check_config, eval_mode, plain_tensor, tensor_digest, weights_digest, whole_or_not_at_all,
+    Registry, check_config, eval_mode, in_channels, plain_tensor, tensor_digest, weights_digest,
+    whole_or_not_at_all,
 )
+from ..core.weight_net import gives_logits
 from .explainers import CONTROLS, explain_with, explainers as registry, is_class_specific
 from antehoc_nb.evaluate.faithfulness import (
     check_probabilities, class_probability, class_swap, equal_area_mask, insertion_deletion, map_masks
@@ -46,7 +49,8 @@ def subset(
 
 
 def test_images(
-    dl, # A fastai data loader of (image, class) pairs, such as `dls.valid`; `dl.vocab` names the classes
+    dl, # A data loader of (image, class) pairs, such as `dls.valid`; `dl.vocab` names the classes. Or a batch
+    # (images, classes), or a list of batches
     n: int | None = None, # At most so many, evenly over the classes; None: all
     absent_ok: bool = False, # Go on where a class of `dl.vocab` has no image?
 ) -> tuple: # Images (N,C,H,W), normalised; classes (N,); their positions in `dl.dataset`, a list
@@ -54,6 +58,7 @@ def test_images(
 
     Raises `ValueError` for an empty test set or, unless `absent_ok`, a class without images."""
     if n is not None and n < 1: raise ValueError(f"n={n}: at least one test image is needed")
+    dl = _as_loader(dl)
     if not len(dl.dataset): raise ValueError("dl holds no image: the test set is empty")
     classes = _all_classes(dl)
     _check_labels(classes)
@@ -61,9 +66,26 @@ def test_images(
     picked = _spread_over_classes(classes, n)
     batches = [_labelled(batch) for batch in _in_order(dl, subset(dl.dataset, picked))]
     x, y = (torch.cat([plain_tensor(batch[part]) for batch in batches]) for part in (0, 1))
+    if x.ndim != 4 or not x.is_floating_point():
+        raise ValueError('dl: images must be floating-point tensors (B,C,H,W), normalised as the CNN expects, this '
+                         f'loader gives {tuple(x.shape)} of {x.dtype}')
     return x, y, picked
 
 # %% ../../nbs/evaluate/48_benchmark.ipynb #2c31a848
+def _as_loader(dl):
+    "A loader whose data set has a length; `ValueError` or `TypeError` for what has none"
+    if isinstance(dl, (tuple, list)):
+        if len(dl) == 2 and all(isinstance(part, torch.Tensor) for part in dl): dl = [dl]
+        parts = list(zip(*map(_labelled, dl))) or [[torch.zeros(0)]] * 2
+        return torch.utils.data.DataLoader(TensorDataset(*map(torch.cat, parts)), 64)
+    if isinstance(dl, IterableDataset) or isinstance(getattr(dl, 'dataset', None), IterableDataset):
+        raise ValueError('dl: an IterableDataset has no length, and images are taken evenly over the classes; give a '
+                         'list of batches, such as list(itertools.islice(loader, 10))')
+    if hasattr(dl, 'dataset'): return dl
+    raise TypeError(f'dl: a {type(dl).__name__} is no data loader; give one that yields (images, classes), such as '
+                    'dls.valid, or a list of such batches')
+
+
 def _in_order(dl, ds):
     "A loader of a dataset like another one, without shuffling"
     if hasattr(dl, 'new'): return dl.new(ds, shuffle=False, drop_last=False)
@@ -238,7 +260,7 @@ MAIN_EXPLAINERS = 'ante-hoc', 'grad-cam', 'grad-cam++', 'score-cam'
 
 def benchmark(
     model: nn.Module, # The classifier that is explained: an `AntehocModel`, or any CNN
-    dl, # Test images: a fastai data loader of (image, class) pairs
+    dl, # Test images: as for `test_images`
     explainers: Sequence | dict = (*MAIN_EXPLAINERS, *CONTROLS), # Names in the registry, or name -> explainer
     metrics: Sequence = ('faithfulness', 'insertion_deletion'), # Names in `benchmark_metrics`
     *,
@@ -269,6 +291,7 @@ def benchmark(
     Raises `ValueError` for bad maps, names or settings, for a test set that is empty, has no labels or, unless
     `absent_ok`, a class without images, and where `out` holds a run with other settings; `TypeError` for `mosaics`
     that is no `Mosaics`."""
+    dl = _as_loader(dl)
     chosen = _choose_explainers(explainers, model, out)
     functions = {name: benchmark_metrics[name] for name in metrics}
     _check_settings(chosen, functions, target, score=score, regions=regions, dl=dl)
@@ -277,6 +300,8 @@ def benchmark(
     x, y, where = test_images(dl, n, absent_ok)
     if regions is not None: regions = torch.as_tensor(regions)[where].to(x.device)
     cnn = model.cnn if isinstance(model, AntehocModel) else model
+    x, *_ = as_cnn_takes(x, cnn)
+    if score is class_probability: _check_outputs(cnn, x, y)
     scorers = dict(cnn=partial(score, cnn))
     if evaluator is not None: scorers['evaluator'] = partial(score, evaluator)
     mean, std = _statistics(model, dl, mean=mean, std=std, device=x.device)
@@ -327,6 +352,19 @@ def _check_settings(explainers, metrics, target, score, regions, dl):
                          "one per image of dl.dataset")
     if regions is not None and len(regions) != len(dl.dataset):
         raise ValueError(f"regions: one per image of dl.dataset is needed, {len(dl.dataset)}, got {len(regions)}")
+
+
+def _check_outputs(cnn, x, y):
+    "`ValueError` for images of other channels than the CNN takes, and classes that it has no output for"
+    try:
+        with torch.no_grad(), eval_mode(cnn): out = cnn(x[:1])
+    except RuntimeError as e:
+        if x.shape[1] == in_channels(cnn): raise
+        raise ValueError(f'dl: the images have {x.shape[1]} channels, the model takes {in_channels(cnn)}') from e
+    wrong = y[(y < 0) | (y >= out.shape[1])] if gives_logits(out) else []
+    if not len(wrong): return
+    raise ValueError(f'dl: class {int(wrong[0])} is not one of the {out.shape[1]} classes of the model, which have the '
+                     f'numbers 0 to {out.shape[1] - 1}')
 
 
 def _try_out(scorers, x, y, threshold, areas):

@@ -13,6 +13,7 @@ from contextlib import contextmanager, nullcontext
 import pandas as pd
 import torch
 
+from ..core.interpretation_loss import found_activation
 from ..core.masking import masked
 from ..core.model import AntehocModel
 from ..core.utils import eval_mode, shape_or_type
@@ -102,7 +103,8 @@ def class_probability(
     x: torch.Tensor, # Images, (B,C,H,W), normalised as the model expects
     target, # The class of each image: (B,) integers, or one integer for all
 ) -> torch.Tensor: # (B,), in [0,1]
-    "Softmax probability of class `target`, in eval mode. `ValueError` unless the model gives logits (B,K), K > 1"
+    """Softmax probability of class `target`, in eval mode; of a model that ends in softmax its output. `ValueError`
+    unless the model gives logits (B,K), K > 1"""
     with scoring_mode(model): out = model(x)
     if not isinstance(out, torch.Tensor) or out.ndim != 2:
         raise ValueError(f"class_probability needs a model that gives logits (B,K), got {shape_or_type(out)}; "
@@ -110,7 +112,8 @@ def class_probability(
     out = as_plain(out, 'output').float()
     if out.shape[1] < 2:
         raise ValueError("The model has one output: its softmax is always 1; pass your own score for regression")
-    return out.softmax(1).gather(1, _check_classes(target, out).long()[:, None])[:, 0]
+    if found_activation(out)[0] != 'softmax': out = out.softmax(1)
+    return out.gather(1, _check_classes(target, out).long()[:, None])[:, 0]
 
 
 def _check_classes(target, logits):

@@ -148,6 +148,14 @@ def _read(file):
     return torch.load(file, map_location='cpu', weights_only=True)
 
 
+def _without_prefix(weights):
+    "Weights without `module.` or `model.`, as DataParallel and Lightning put it before all names"
+    for prefix in ('module.', 'model.'):
+        if all(name.startswith(prefix) for name in weights):
+            weights = {name.removeprefix(prefix): value for name, value in weights.items()}
+    return weights
+
+
 def read_weights(file: str | Path, # .safetensors, .pt or .pth
                 ) -> dict[str, torch.Tensor]: # By name, in the order of the file
     """The weights in a file, read without running code; of a checkpoint those of its model.
@@ -165,7 +173,7 @@ def read_weights(file: str | Path, # .safetensors, .pt or .pth
     for key in ('state_dict', 'model'):
         if isinstance(found, Mapping) and isinstance(found.get(key), Mapping): found = found[key]
     found = found.items() if isinstance(found, Mapping) else ()
-    weights = {name.removeprefix('module.'): value for name, value in found if isinstance(value, torch.Tensor)}
+    weights = _without_prefix({name: value for name, value in found if isinstance(value, torch.Tensor)})
     if not weights: raise ValueError(f'{file}: expected tensors by name, came none; save network.state_dict()')
     return weights
 
@@ -360,17 +368,26 @@ HEAD_ARGUMENTS = ('n_in', 'concat_pool', 'pool', 'lin_ftrs', 'ps', 'first_bn', '
                   'y_range')  # of `vision_learner` and `build_cnn`: the ones that shape the CNN
 
 
+_UNCUT = 'googlenet', 'inception_v3', 'maxvit_t'  # they take no other head, and minutes to say so
+
+
 @cnn_builders.register
 def rebuild_cnn(arch: str, # As for `find_arch`
                 n_out: int, # How many numbers it predicts
                 whole: bool = False, # As for `build_cnn`
                 **head, # As for `build_cnn`, but only `HEAD_ARGUMENTS`; of our own CNNs what they take
                ) -> nn.Module: # (B,n_in,H,W) -> (B,n_out), with random weights
-    "`build_cnn` with arguments from a file. `ValueError` for one that does not shape a network, and as of `build_cnn`."
+    """`build_cnn` with arguments from a file; networks that take no other head have their library's.
+
+    `ValueError` for an argument that does not shape a network, and as of `build_cnn`."""
     known = list(inspect.signature(own_cnns[arch]).parameters)[1:] if arch in own_cnns else HEAD_ARGUMENTS
     for name in head:
         if name not in known: raise ValueError(unknown_name('argument of a CNN', name, known))
-    return build_cnn(arch, n_out, whole=whole, **head)
+    try: return build_cnn(arch, n_out, whole=whole or arch in _UNCUT and not head, **head)
+    except ValueError as e:
+        has_no_other_head = isinstance(e.__cause__, (StopIteration, RuntimeError))  # as of `no_head_error`
+        if not has_no_other_head or head: raise
+        return build_cnn(arch, n_out, whole=True)
 
 # %% ../../nbs/train/10_archs.ipynb #e83b6f72
 def _is_setting(value):

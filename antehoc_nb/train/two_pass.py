@@ -41,7 +41,7 @@ from antehoc_nb.core.interpretation_loss import (
     is_detector, nearest_references, output_at_area, output_change, target_scores,
 )
 from ..core.masking import Mask, as_mask, check_fill
-from ..core.model import ACTIVATIONS, AntehocModel, Framing, check_settings
+from ..core.model import ACTIVATIONS, AntehocModel, Framing, check_settings, output_activation
 from antehoc_nb.core.utils import (
     frozen, in_channels, is_bool, is_whole, output_tensors, plain_tensor, train_functions, unknown_name,
 )
@@ -463,15 +463,26 @@ def map_drop(self: TwoPass,
     return self._drops[-1][which == 'untrained']
 
 # %% ../../nbs/train/11_two_pass.ipynb #99f4eb7f
-def _class_names(dls):
-    "The names of the classes; numbers and truth values as text. None if there are none, or several lists of them"
+def _class_names(dls, output=None):
+    """The names of the classes; numbers and truth values as text; of several lists that at the position of the output.
+    None if there are none, or the position is not known"""
     vocab = getattr(dls, 'vocab', None)
     if vocab is None:  # `MaskBlock` keeps them elsewhere
         transforms = getattr(getattr(dls, 'after_item', None), 'fs', ())
         codes = (getattr(transform, 'codes', None) for transform in transforms)
         vocab = next((names for names in codes if names is not None), None)
-    if vocab is None or any(not isinstance(name, str) and hasattr(name, '__iter__') for name in vocab): return None
-    return [str(name) for name in vocab]
+    if vocab is not None and is_whole(output) and output < len(vocab) and _has_lists(vocab): vocab = vocab[output]
+    return None if vocab is None or _has_lists(vocab) else [str(name) for name in vocab]
+
+
+def _has_lists(vocab): return any(not isinstance(name, str) and hasattr(name, '__iter__') for name in vocab)
+
+
+def _explained_output(learn):
+    "Which of the CNN's outputs is explained, as of `explained_output`"
+    model = getattr(learn.model, 'module', learn.model)
+    if isinstance(model, AntehocModel): return model.output
+    return learn.two_pass.model_kwargs.get('output') if hasattr(learn, 'two_pass') else None
 
 
 def _loss_name(loss_func):
@@ -495,16 +506,28 @@ def _are_shares(labels):
     return are_positive and torch.allclose(labels.sum(1), labels.new_ones(1))
 
 
+_REGRESSIONS = 'mse', 'l1', 'smoothl1', 'huber', 'poissonnll', 'gaussiannll'  # losses of PyTorch
+_OF_CLASSES = 'entropy', 'bce', 'nll', 'margin', 'focal', 'hinge'  # in the names of losses
+
+
+def _is_regression(loss_name):
+    "Whether a loss is one of PyTorch's or fastai's for numbers"
+    plain = [name.replace('_', '').removesuffix('flat').removesuffix('loss') for name in loss_name.split()]
+    return any(name in _REGRESSIONS for name in plain)
+
+
 def _task_of_labels(labels, loss_name, names):
     "The task that a batch of labels and a loss are for; None if it is not known"
-    if any(word in loss_name for word in ('mse', 'l1', 'huber')): return 'regression'
+    is_of_classes = any(word in loss_name for word in _OF_CLASSES)
+    if not is_of_classes and any(word in loss_name for word in ('mse', 'l1', 'huber')): return 'regression'
     is_whole = not labels.is_floating_point()
     if is_whole and labels.ndim == 1: return 'binary' if _is_binary(loss_name) else 'single-label'
     if is_whole and labels.ndim == 3: return 'segmentation'
     if _is_binary(loss_name): return _task_of_binary(labels)
     has_entropy = 'entropy' in loss_name
-    is_of_classes = labels.ndim == 2 and names is not None and labels.shape[1] == len(names)
-    if is_of_classes and not has_entropy and ((labels == 0) | (labels == 1)).all(): return 'multi-label'
+    has_names = names is not None and labels.ndim == 2 and labels.shape[1] == len(names)
+    of_labels = has_names and not has_entropy or 'multilabel' in loss_name.replace('_', '')
+    if of_labels and labels.ndim == 2 and ((labels == 0) | (labels == 1)).all(): return 'multi-label'
     if is_whole: return 'captions' if 'caption' in loss_name else None
     if names is not None and _are_shares(labels): return 'single-label'
     return None if has_entropy else 'regression'
@@ -516,8 +539,8 @@ def _has_scaled_points(dls):
     return any(isinstance(transform, PointScaler) and transform.do_scale for transform in transforms)
 
 
-def _task_of_exported(dls, loss_name):
-    "The task of a learner without labels, which was exported and loaded; None if it is not known"
+def _task_of_blocks(dls, loss_name):
+    "The task that the blocks of the labels are for; None if it is not known"
     transforms = {type(transform).__name__ for pipeline in getattr(dls, 'tls', [])[1:] for transform in pipeline.tfms}
     if any(name.endswith('MultiCategorize') for name in transforms): return 'multi-label'
     if 'Categorize' in transforms: return 'binary' if _is_binary(loss_name) else 'single-label'
@@ -568,26 +591,52 @@ def _facts_of_loss(loss_func, usual, n_scores):
     return facts if is_usual else dict(activation='own')
 
 
-def _output_facts(learn, labels):
+def _task_of(learn, labels, names):
+    "The task of a learner, by its loss, the blocks of its labels, and the labels; None if it is not known"
+    loss_name = _loss_name(learn.loss_func)
+    if not labels: return _task_of_blocks(learn.dls, loss_name)  # it was exported and loaded
+    if len(labels) > 1 or not isinstance(labels[0], torch.Tensor): return None
+    if _is_regression(loss_name): return 'regression'
+    of_blocks = _task_of_blocks(learn.dls, loss_name)
+    axes = dict([('single-label', 1), ('binary', 1), ('multi-label', 2)]).get(of_blocks)
+    return of_blocks if labels[0].ndim == axes else _task_of_labels(labels[0], loss_name, names)
+
+
+_OF_PROBABILITIES = 'bceloss', 'binary_cross_entropy'
+
+
+def _ends_in_activation(learn, sample, task):
+    "Whether the learner's CNN gives probabilities"
+    loss_name = _loss_name(learn.loss_func)
+    if any(name in _OF_PROBABILITIES for name in loss_name.split()): return True
+    if task not in (*ACTIVATIONS, 'segmentation'): return False
+    model = getattr(learn.model, 'module', learn.model)
+    cnn = model.cnn if isinstance(model, AntehocModel) else model
+    try:
+        inputs = to_device(sample, next(cnn.parameters()).device)
+        found, is_certain = output_activation(cnn, inputs, task, output=_explained_output(learn))
+    except Exception: return False  # what the CNN does not take is said where it is used
+    return found is not None and (is_certain or _is_binary(loss_name) and 'logit' not in loss_name)
+
+
+def _output_facts(learn, labels, sample, names):
     "What a saved model should state about its output: task, activation of the scores, threshold of labels"
-    loss_name, names = _loss_name(learn.loss_func), _class_names(learn.dls)
-    if not labels: task = _task_of_exported(learn.dls, loss_name)
-    elif len(labels) > 1 or not isinstance(labels[0], torch.Tensor): task = None
-    else: task = _task_of_labels(labels[0], loss_name, names)
+    task = _task_of(learn, labels, names)
     if task is None: return {}
-    has_probabilities = _is_binary(loss_name) and 'logit' not in loss_name
-    activation = None if has_probabilities else ACTIVATIONS.get(task)
-    facts = dict(task=task, activation=activation)
-    if task in ('multi-label', 'binary'): facts['threshold'] = float(getattr(learn.loss_func, 'thresh', .5))
-    return facts | _facts_of_loss(learn.loss_func, facts, _score_count(task, names, labels))
+    usual = dict(task=task, activation='softmax' if task == 'segmentation' else ACTIVATIONS.get(task))
+    if task in ('multi-label', 'binary'): usual['threshold'] = float(getattr(learn.loss_func, 'thresh', .5))
+    of_loss = _facts_of_loss(learn.loss_func, usual, _score_count(task, names, labels))
+    if 'activation' not in of_loss and _ends_in_activation(learn, sample, task): usual['activation'] = None
+    return usual | of_loss
 
 
-def _learner_facts(learn, sample, labels):
+def _learner_facts(learn, sample, labels, output=None):
     "What a saved model should state: the size of its images, the names of the classes, and what its output means"
-    facts, names = dict(size=list(sample[0].shape[2:])) | resizing(learn.dls), _class_names(learn.dls)
+    facts = dict(size=list(sample[0].shape[2:])) | resizing(learn.dls)
+    names = _class_names(learn.dls, _explained_output(learn) if output is None else output)
     if names is not None: facts['vocab'] = names
     if _has_scaled_points(learn.dls): facts['points'] = True
-    return facts | _output_facts(learn, labels)
+    return facts | _output_facts(learn, labels, sample, names=names)
 
 # %% ../../nbs/train/11_two_pass.ipynb #844b03b6
 def _labels_of(dls):
@@ -612,13 +661,15 @@ def _first_inputs(learn):
 
 
 @train_functions.register
-def read_learner(learn) -> dict: # cnn, sample, mean, std, meta, class_specific
+def read_learner(learn, # fastai learner
+                 output=None, # Which of the CNN's outputs is explained, as of `explained_output`
+                ) -> dict: # cnn, sample, mean, std, meta, class_specific
     """What `AntehocModel(learn)` takes from a fastai learner: its network, and the facts of its images and its output.
 
     `ValueError` as of `sample_batch`."""
     sample = _first_inputs(learn)
     mean, std = normalisation(learn.dls)
-    facts = _learner_facts(learn, sample, _labels_of(learn.dls))
+    facts = _learner_facts(learn, sample, _labels_of(learn.dls), output)
     try: has_classes = labels_are_classes(learn.dls)
     except ValueError:  # a learner that was exported and loaded
         has_classes = 'vocab' in facts and facts.get('task', 'single-label') == 'single-label'
@@ -659,8 +710,7 @@ def _wrap_model(self: TwoPass):
 def _with_given_facts(facts, given):
     "What the learner says of its output, but for what was given; where that is the task, not the activation either"
     stale = ('activation', 'threshold') if 'task' in given else ()
-    implied = dict(activation=ACTIVATIONS.get(given['task'])) if 'task' in given else {}
-    return {name: fact for name, fact in facts.items() if name not in stale} | implied | given
+    return {name: fact for name, fact in facts.items() if name not in stale} | given
 
 
 def _channels_error(got, takes):
@@ -926,7 +976,7 @@ def _targets(self: TwoPass, y1, others, numbers):
     label = None
     if model.cnn_finds_targets: label = model.find_target(None, y1, *others)
     elif len(self.yb) == 1 and model.output is None: label = plain_tensor(self.yb[0])
-    y1 = plain_tensor(output_tensors(model.explained(y1))[0])
+    y1 = plain_tensor(output_tensors(model.logits(y1))[0])
     return draw_targets(y1, label, numbers if self.training else None, task=model.task)
 
 # %% ../../nbs/train/11_two_pass.ipynb #5980c059
@@ -1125,7 +1175,7 @@ def _outputs(self: TwoPass, inputs, weight_nets):
     for weight_net in weight_nets:
         with _other_weight_net(model, weight_net): maps, *_ = model.interpret(sams, x.shape[2:], target)
         outputs.append(output_at_area(model, x, maps, fill=self.fill, others=others))
-    outputs = [model.explained(output) for output in outputs]
+    outputs = [model.logits(output) for output in outputs]
     if self._measures_scores(): outputs = [target_scores(output, target, model.task)[:, None] for output in outputs]
     if is_of_embeddings: outputs[0] = torch.ones_like(outputs[0])
     return [[tensor.cpu() for tensor in output_tensors(output)] for output in outputs]
