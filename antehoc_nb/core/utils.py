@@ -384,6 +384,9 @@ def _is_left_alone(module):
     return not module._forward_hooks and not module._forward_pre_hooks
 
 
+def _is_scripted(module): return isinstance(module, torch.jit.ScriptModule)  # what it holds is not in dictionaries
+
+
 def _attributes(module):
     "The attributes of a module but those that every module has"
     values = vars(module)
@@ -425,7 +428,7 @@ def _add_modules(held, to_visit, with_attributes=True):
         held.ids.add(id(module))
         held.modules.append(module)
         to_visit += [child for child in module._modules.values() if child is not None]
-        if not with_attributes or isinstance(module, torch.jit.ScriptModule): continue  # these are not in dictionaries
+        if not with_attributes or _is_scripted(module): continue
         if _is_left_alone(module):
             if module._buffers: held.holders.append(module._buffers)
         else:
@@ -727,7 +730,8 @@ def frozen(cnn: nn.Module, # The network that pass 2 must not change
     weights = dict.fromkeys(weights + held.loose)
     devices = {weight.device for weight in weights if weight.is_cuda}
     learning = [weight for weight in weights if not weight.is_inference() and weight.is_leaf]
-    holders = held.holders + [module._parameters for module in held.modules if whole or _written]
+    holders = [*held.holders]
+    if whole or _written: holders += [module._parameters for module in held.modules if not _is_scripted(module)]
     hooks = _skipping.block(_other_hooks(held.modules, _FORWARD + _BACKWARD))
     state = _state.block(holders, copies, whole)
     with torch.random.fork_rng(devices), _other_streams(), state, _gradients.block(learning):
