@@ -101,7 +101,7 @@ def _has_compiled_parts(modules):
 def hooks_run(cnn: nn.Module): # Any network
     """Inside the block, modules and functions that were compiled run as they were before, so that the hooks of modules
     are called."""
-    if torch.compiler.is_compiling() or not _has_compiled_parts(every_module(cnn)): yield
+    if torch.compiler.is_compiling() or not _has_compiled_parts(every_module(cnn, hidden=False)): yield
     else:
         with torch.compiler.set_stance('force_eager'): yield
 
@@ -359,6 +359,9 @@ def _distances(changes):
         yield (centres[1] - centres[0]).item() * (1 if axis == 1 else -1)
 
 
+_ELSEWHERE = 'a change of the image does not show in the same place'
+
+
 def _fault(output):
     "Why an output (B,C,h,w) for `_probes` is not made of the images' rows and columns; None if it may be"
     if output is None: return None
@@ -370,7 +373,7 @@ def _fault(output):
     if not changes.flatten(1).any(1).all(): return None
     for cells, distance in zip(changes.shape[1:], _distances(changes)):
         if cells > 1 and distance < (.03 if cells >= 8 else -.1):
-            return 'a change of the image does not show in the same place'
+            return _ELSEWHERE
     return None
 
 
@@ -396,15 +399,46 @@ def _possible_layouts(output, size, sizes):
         likely = [n for n in sorted(costs, key=costs.get)[:3] if _aspect_error(grids[n], size) < .4]
     return [Layout(f'@tokens-{n}' if n else '@tokens') for n in likely]
 
+# %% ../../nbs/core/01_layers.ipynb #8054d122
+def _in_corners(view):
+    """Of what changes in the output (3,C,h,w) for `_probes`, the share in the corner that was changed, and the largest
+    share in another corner, (2,) each"""
+    changes = (view[1:] - view[:1]).detach().float()
+    energy = (changes / changes.abs().amax((1, 2, 3), keepdim=True)).square().mean(1)
+    rows, columns = (math.ceil(cells / 3) for cells in view.shape[2:])
+    upper, lower = energy[:, :rows], energy[:, -rows:]
+    corners = upper[..., -columns:], lower[..., :columns], upper[..., :columns], lower[..., -columns:]
+    shares = torch.stack([corner.sum((1, 2)) for corner in corners]) / energy.sum((1, 2))  # corner, image
+    changed = shares.diagonal().clone()
+    return changed, shares.fill_diagonal_(0).amax(0)
+
 
 def _is_scattered(view):
-    "Whether most of what changes in the output (3,C,h,w) for `_probes` lies outside the corners that were changed"
-    changes = (view[1:] - view[:1]).detach().float().square().mean(1)
-    rows, columns = (round(cells / 3) for cells in view.shape[2:])
-    total = changes.sum((1, 2))
-    if min(view.shape[2:]) < 8 or not total.isfinite().all() or not total.all(): return False  # this says nothing
-    inside = torch.stack([changes[0, :rows, -columns:].sum(), changes[1, -rows:, :columns].sum()])
-    return bool((inside < .4 * total).any())
+    """Whether the corners that were changed do not stand out in the output (3,C,h,w) for `_probes`; or whether, in a
+    large output, most of what changes lies elsewhere"""
+    changed, other = _in_corners(view)
+    if min(view.shape[2:]) < 2 or not changed.isfinite().all(): return False  # this says nothing
+    stands_out = (changed > 1.5 * other).all() and changed.prod() > 6 * other.prod()
+    return not stands_out or min(view.shape[2:]) >= 8 and bool((changed < .4).any())
+
+
+_BEHIND = ('some of its tokens, such as a class token, come after those of the image; only tokens before these can be '
+           'left out')
+
+
+def _with_last_first(output, layout, size):
+    "How many of the last tokens have to come first for the changed corners to hold most, and the view then, (3,C,h,w)"
+    views = [layout.view(output.roll(n, 1), size) for n in range(layout.left_out + 1)]
+    best = max(range(len(views)), key=lambda n: _in_corners(views[n])[0].sum().item())
+    return best, views[best]
+
+
+def _token_fault(output, layout, size):
+    "Why the output for `_probes` does not hold the images' rows and columns as tokens; None if it may"
+    n_last, view = _with_last_first(output, layout, size)
+    fault = _fault(view) or (_ELSEWHERE if _is_scattered(view) else None)
+    if fault or not n_last: return fault
+    return _BEHIND
 
 
 def _find_layout(output, size, sizes, strict=True):
@@ -413,13 +447,12 @@ def _find_layout(output, size, sizes, strict=True):
     fault = 'the number of its tokens fits no grid of rows and columns'
     for layout in _possible_layouts(output, size, sizes):
         view = layout.view(output, size)
-        fault = _fault(view)
-        if not fault and strict and '@tokens' in layout.suffix and _is_scattered(view):
-            fault = 'a change of the image does not show in the same place'
+        fault = _token_fault(output, layout, size) if strict and '@tokens' in layout.suffix else _fault(view)
         if not fault and view.shape[2] * view.shape[3] > 1: return layout, None
+        if fault == _BEHIND: break
     return None, fault
 
-
+# %% ../../nbs/core/01_layers.ipynb #ba2d29e0
 def _is_block(call, images, size):
     "Whether a call may be a block of a transformer; convolutions are known by other signs"
     has_matrix = any(parameter.ndim > 1 for parameter in call.module.parameters())
@@ -446,19 +479,27 @@ def _sums(blocks):
     return _by_memory(call for call in blocks if call.maker is None or 'Norm' in type(call.maker).__name__)
 
 
+def _kept_or_halved(output, layout, size):
+    "The numbers of tokens that a block may make of an output: as many, or those of half as many rows and columns"
+    rows, columns = layout.view(output, size).shape[2:]
+    return {output.shape[1], math.ceil(rows / 2) * math.ceil(columns / 2)}
+
+
 def _with_layouts(groups, outputs, sizes, size):
     "(call, layout) of the groups that hold rows and columns, and name -> fault of the others"
-    found, faults, shown = [], {}, set()
+    found, faults, known = [], {}, {}  # known: id of a tensor that holds tokens -> numbers of tokens in the same order
     for group in groups:
         shapes = {call.output.shape: call for call in reversed([_first_once(group), *group])}  # the same, in other axes
         for call in reversed(shapes.values()):
             output = outputs.get((call.name, call.index))
             if output is None: continue
-            layout, fault = _find_layout(output, size, sizes, strict=output.shape[1] not in shown)
+            follows = output.shape[1] in known.get(next(iter(call.input_ids), None), ())  # these may look further
+            layout, fault = _find_layout(output, size, sizes, strict=not follows)
             if not fault and not layout.suffix and not call.alone: continue  # the recorder takes whole tensors there
             if not fault:
                 found.append((call, layout))
-                if output.ndim == 3: shown.add(output.shape[1])  # later blocks look further, in the same order
+                if output.ndim == 3:
+                    known |= dict.fromkeys((each.output_id for each in group), _kept_or_halved(output, layout, size))
                 break
             faults[call.name] = fault
     return found, faults

@@ -20,15 +20,16 @@ import shlex
 import stat
 import threading
 import warnings
-from collections import OrderedDict
+import weakref
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import copy, deepcopy
-from dataclasses import fields, is_dataclass
-from functools import partial
+from dataclasses import dataclass, field, fields, is_dataclass
+from functools import lru_cache, partial
 from numbers import Integral
 from pathlib import Path
-from types import CellType, SimpleNamespace
+from types import CellType, FunctionType, MethodType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -398,46 +399,145 @@ def rgb_images(images: Any, # One image as `rgb_image` takes it, or several of a
     return found
 
 # %% ../../nbs/core/00_utils.ipynb #af0b7d6d
+_PLAIN = {type(None), bool, int, float, complex, str, bytes, torch.Size, torch.dtype, torch.device}  # hold nothing else
+_OWN = {*vars(nn.Module()), 'training'}  # attributes that every module has
+_HOLDERS = {dict, OrderedDict, defaultdict, Counter, list, set, deque, CellType}  # what can be written to and put back
+
+
+@dataclass
+class _Held:
+    "What a network holds"
+    modules: list[nn.Module] = field(default_factory=list)
+    loose: list[nn.Parameter] = field(default_factory=list) # Parameters in attributes, as in a list
+    holders: list = field(default_factory=list) # Modules, for their attributes, and what is in `_HOLDERS`
+    ids: set[int] = field(default_factory=set) # Of all that was found
+
+
+@lru_cache(maxsize=1024)
+def _is_of_torch(kind): return kind.__module__.startswith('torch.nn.modules')
+
+
+def _is_left_alone(module):
+    "Whether nothing is written to the attributes of a module: to those of torch's own layers without hooks"
+    if not _is_of_torch(type(module)) or 'forward' in module.__dict__: return False
+    return not module._forward_hooks and not module._forward_pre_hooks
+
+
+def _is_scripted(module): return isinstance(module, torch.jit.ScriptModule)  # what it holds is not in dictionaries
+
+
+def _attributes(module):
+    "The attributes of a module but those that every module has"
+    values = vars(module)
+    return {name: values[name] for name in values.keys() - _OWN}
+
+
+def _content(holder):
+    "A copy of what one of `_Held.holders` holds: a dictionary for a module or a dictionary, else a list"
+    if isinstance(holder, nn.Module): return _attributes(holder)
+    if isinstance(holder, dict): return dict(holder)
+    if isinstance(holder, CellType): return [] if holder == CellType() else [holder.cell_contents]
+    return list(holder)
+
+
+def _is_parameter(value): return type(value) is not torch.Tensor and isinstance(value, nn.Parameter)  # this is slow
+
+
+def _inside(value, source):
+    "What a value holds; an object of a class of one's own only if that is in the file `source`, as the module's class"
+    if isinstance(value, (list, tuple, set, frozenset, deque)): return value
+    if isinstance(value, dict): return value.values()
+    if isinstance(value, CellType): return _content(value)
+    if isinstance(value, FunctionType):
+        if value.__globals__.get('__name__', '').startswith('torch.'): return ()
+        return *(value.__closure__ or ()), value.__defaults__, value.__kwdefaults__
+    if isinstance(value, MethodType): return value.__self__, value.__func__
+    if isinstance(value, partial): return value.func, value.args, value.keywords
+    is_own = type(value).__module__ == source and not source.startswith('torch.')
+    is_known = is_own or is_dataclass(value) or isinstance(value, SimpleNamespace)
+    return (vars(value),) if is_known and hasattr(value, '__dict__') else ()
+
+# %% ../../nbs/core/00_utils.ipynb #aafaa6d0
+def _add_modules(held, to_visit, with_attributes=True):
+    "Note modules, and those that they are made of. Returns (value, source) of their attributes"
+    found = []
+    while to_visit:
+        module = to_visit.pop()
+        if id(module) in held.ids: continue
+        held.ids.add(id(module))
+        held.modules.append(module)
+        to_visit += [child for child in module._modules.values() if child is not None]
+        if not with_attributes or _is_scripted(module): continue
+        if _is_left_alone(module):
+            if module._buffers: held.holders.append(module._buffers)
+        else:
+            held.holders += [module, module._modules, module._buffers]
+            source = type(module).__module__
+            found += [(value, source) for value in _attributes(module).values() if type(value) not in _PLAIN]
+    return found
+
+
+def _held_by(network):
+    """What a network holds in its modules, in their attributes, and in what these hold in turn: containers,
+    dataclasses, objects of classes in the same file, functions with what they enclose"""
+    held = _Held()
+    to_visit = _add_modules(held, [network])
+    while to_visit:
+        value, source = to_visit.pop()
+        if id(value) in held.ids or type(value) in _PLAIN or isinstance(value, type): continue
+        if isinstance(value, nn.Module):
+            is_above = any(module is network for module in value.modules())
+            if not is_above: to_visit += _add_modules(held, [value])
+            continue
+        held.ids.add(id(value))
+        if isinstance(value, torch.Tensor):
+            if _is_parameter(value): held.loose.append(value)
+            continue
+        if type(value) in _HOLDERS: held.holders.append(value)
+        inside = _inside(value, source)
+        if not {*map(type, inside)} <= _PLAIN: to_visit += [(part, source) for part in inside]
+    return held
+
+
 def every_module(network: nn.Module, # Any module
+                 hidden: bool = True, # Also those that an attribute holds in a list, in a dictionary or in what a
+                 # function encloses, which `network.modules()` does not find?
                 ) -> list[nn.Module]: # Each once, `network` first
     "All modules of a network, itself included."
-    found = {network: None}
-    to_visit = [network]
-    while to_visit:
-        for module in to_visit.pop()._modules.values():
-            if module is None or module in found: continue
-            found[module] = None
-            to_visit.append(module)
-    return list(found)
+    if hidden: return _held_by(network).modules
+    _add_modules(held := _Held(), [network], with_attributes=False)
+    return held.modules
 
 # %% ../../nbs/core/00_utils.ipynb #825597f2
 class _SharedChange:
     "A change of objects that lasts as long as any thread has an open block for them"
-    def __init__(self, change, undo):
+    def __init__(self, change, undo, key=id):
         self.change = change  # of one object; returns what `undo` has to know, or None if there is nothing to change
         self.undo = undo
+        self.key = key  # of an object, the same for the same one
         self.lock = threading.Lock()
-        self.open_blocks = {}  # object -> [number of open blocks, what `change` returned]
+        self.open_blocks = {}  # key of an object -> [number of open blocks, what `change` returned]
 
-    def _enter(self, obj):
+    def _enter(self, obj, *how):
         "Whether the object is changed in this block"
-        if obj not in self.open_blocks:
-            before = self.change(obj)
+        key = self.key(obj)
+        if key not in self.open_blocks:
+            before = self.change(obj, *how)
             if before is None: return False
-            self.open_blocks[obj] = [0, before]
-        self.open_blocks[obj][0] += 1
+            self.open_blocks[key] = [0, before]
+        self.open_blocks[key][0] += 1
         return True
 
     def _leave(self, obj):
-        entry = self.open_blocks[obj]
+        entry = self.open_blocks[self.key(obj)]
         entry[0] -= 1
         if entry[0]: return
-        del self.open_blocks[obj]
+        del self.open_blocks[self.key(obj)]
         self.undo(obj, entry[1])
 
     @contextmanager
-    def block(self, objects):
-        with self.lock: mine = [obj for obj in objects if self._enter(obj)]
+    def block(self, objects, *how):
+        with self.lock: mine = [obj for obj in objects if self._enter(obj, *how)]
         try: yield
         finally:
             with self.lock:
@@ -473,65 +573,88 @@ def _switched_by_train(modules):
 
 
 @contextmanager
+def _in_eval_mode(modules):
+    with _switched_by_train(modules), _training.block(modules): yield
+
+
+@contextmanager
 def eval_mode(module: nn.Module): # Any module
     """Evaluation mode inside the block. After it, each submodule is in its own mode again, also after an error.
 
     Where blocks of several threads overlap, the modes return with the last block. A submodule with a `train` method of
     its own is switched by that method."""
-    modules = every_module(module)
-    with _switched_by_train(modules), _training.block(modules): yield module
+    with _in_eval_mode(every_module(module)): yield module
 
 # %% ../../nbs/core/00_utils.ipynb #4198ce59
-_OWN = {*vars(nn.Module()), 'training'}  # attributes that every module has
 _STREAMS = torch.Generator, random.Random, np.random.RandomState, np.random.Generator
+_IN_PLACE = torch.Tensor, *_STREAMS  # kinds of values that are written to in place; and NumPy's arrays
+_written = weakref.WeakValueDictionary()  # id -> parameter that a forward pass was seen to write
+_tried = weakref.WeakSet()  # networks of which it is known which parameters they write
 
 
-def _attributes(module):
-    "The attributes of a module; None for torch's own layers without hooks, since nothing writes to these"
-    own = type(module).__module__.startswith('torch.nn.modules') and 'forward' not in vars(module)
-    if own and not module._forward_hooks and not module._forward_pre_hooks: return None
-    return {name: value for name, value in vars(module).items() if name not in _OWN}
+def _set_content(holder, content):
+    "Give it other content; name by name, since other threads may be reading"
+    if isinstance(content, dict):
+        of_module = isinstance(holder, nn.Module)
+        names = vars(holder) if of_module else holder
+        for name in names.keys() - content.keys() - (_OWN if of_module else set()): del names[name]
+        for name, value in content.items(): names[name] = value  # `update` of a `Counter` adds
+        if not of_module and [*names] != [*content]:
+            for name in content: names[name] = names.pop(name)  # in the old order
+    elif isinstance(holder, CellType) and content: holder.cell_contents, = content
+    elif isinstance(holder, CellType): del holder.cell_contents  # it was not bound yet
+    elif isinstance(holder, list): holder[:] = content
+    else:
+        holder.clear()
+        (holder.update if isinstance(holder, set) else holder.extend)(content)
 
 
-def _copied(value):
-    "A copy of a tensor or a random stream; None for anything else"
-    if isinstance(value, torch.Tensor): return value.detach().clone()
-    return deepcopy(value) if isinstance(value, _STREAMS) else None
+def _values(content): return content.values() if isinstance(content, dict) else content
 
 
-def _use_copies(module, of_parameters):
-    "Put copies in place of what a module may write to. Returns what was there, and the content of lists and the like"
-    attributes = _attributes(module)
-    if attributes is None and not module._buffers and not of_parameters: return None
-    if isinstance(module, torch.jit.ScriptModule): return None  # what it holds is not in dictionaries
-    before = [(module._buffers, dict(module._buffers))]
-    if attributes is not None: before += [(vars(module), attributes), (module._modules, dict(module._modules))]
-    for holder, values in before:
-        for name, value in values.items():
-            if (copied := _copied(value)) is not None: holder[name] = copied
-    if of_parameters:
-        before.append((module._parameters, dict(module._parameters)))
-        weights = {name: weight for name, weight in module._parameters.items() if weight is not None}
-        module._parameters.update({name: nn.Parameter(_copied(weight), False) for name, weight in weights.items()})
-    return before, [(value, copy(value)) for value in (attributes or {}).values() if type(value) in (list, dict)]
+def _copied(value, copies, whole):
+    "A copy of what is written to in place, one for all places that hold it; other things as they are"
+    if type(value) in _PLAIN: return value
+    if isinstance(value, tuple):
+        parts = [_copied(part, copies, whole) for part in value]
+        if all(map(operator.is_, parts, value)): return value
+        return type(value)(*parts) if hasattr(value, '_fields') else type(value)(parts)
+    if not isinstance(value, _IN_PLACE) and type(value) is not np.ndarray: return value
+    is_parameter = _is_parameter(value)
+    if is_parameter and not whole and _written.get(id(value)) is not value: return value
+    if id(value) not in copies:
+        if isinstance(value, torch.Tensor): copied = value.detach().clone()
+        else: copied = deepcopy(value)
+        copies[id(value)] = value, nn.Parameter(copied, False) if is_parameter else copied
+    return copies[id(value)][1]
 
 
-def _put_back(module, state):
-    "Give a module back what it had; name by name, since other threads may be reading"
-    before, contents = state
-    for holder, values in before:
-        if len(holder) > len(values):
-            for name in holder.keys() - values.keys() - _OWN: del holder[name]
-        holder.update(values)
-    for value, content in contents:
-        if isinstance(value, list): value[:] = content
-        else:
-            for name in value.keys() - content.keys(): del value[name]
-            value.update(content)
+def _use_copies(holder, copies, whole):
+    "Put copies in place of what the network may write to. Returns what was there"
+    content = _content(holder)
+    if isinstance(holder, set) or {*map(type, _values(content))} <= _PLAIN: return content
+    if isinstance(content, dict): new = {name: _copied(value, copies, whole) for name, value in content.items()}
+    else: new = [_copied(value, copies, whole) for value in content]
+    if not all(map(operator.is_, _values(new), _values(content))): _set_content(holder, new)
+    return content
 
 
-_state = _SharedChange(partial(_use_copies, of_parameters=False), _put_back)
-_whole_state = _SharedChange(partial(_use_copies, of_parameters=True), _put_back)
+def _put_back(holder, content):
+    now = _content(holder)
+    same = len(now) == len(content) and all(map(operator.is_, _values(now), _values(content)))
+    if not same or isinstance(content, dict) and [*now] != [*content]: _set_content(holder, content)
+
+
+_state = _SharedChange(_use_copies, _put_back)
+
+
+def _note_written(copies):
+    "Note which parameters were written to, also if their numbers stayed the same: every block takes a copy of these"
+    for original, copied in copies.values():
+        if not isinstance(original, nn.Parameter) or id(original) in _written: continue
+        is_counted = not copied.is_inference() and copied._version > 0
+        if is_counted or copied.dtype != original.dtype or not torch.equal(copied, original):
+            _written[id(original)] = original
 
 
 def _freeze(weight):
@@ -564,33 +687,16 @@ def always_called(hook: Callable) -> Callable: # A hook of a module, which is re
     return hook
 
 
-def _ids(objects): # without values such as None or 1, of which different objects can be the same one
-    return {id(thing) for thing in objects if not isinstance(thing, (type(None), bool, int, float, str, bytes, type))}
-
-
-def _held_by(modules):
-    "Ids of modules and of what their attributes hold, also in lists and dictionaries"
-    held = _ids(modules)
-    for module in modules:
-        attributes = (_attributes(module) or {}).values()
-        held |= _ids(attributes)
-        for value in attributes:
-            if isinstance(value, (list, tuple)): held |= _ids(value)
-            elif isinstance(value, Mapping): held |= _ids(value.values())
-    return held
-
-
 def _is_part(hook, held):
-    "Whether a hook is marked, or can't be, or is torch's own, or works with something that the network holds"
+    "Whether a hook is marked, or can't be, or is torch's own, or works with something that the network holds, by id"
     if hasattr(hook, 'always_called') or not hasattr(getattr(hook, '__func__', hook), '__dict__'): return True
     used = []
     while isinstance(hook, partial):
         used += [*hook.args, *hook.keywords.values()]
         hook = hook.func
     if (getattr(hook, '__module__', None) or '').partition('.')[0] == 'torch': return True
-    cells = getattr(getattr(hook, '__func__', hook), '__closure__', None) or ()
-    used += [cell.cell_contents for cell in cells if cell != CellType()]  # an empty one is not bound yet
-    return bool(_ids([getattr(hook, '__self__', hook), *used]) & held)
+    for cell in getattr(getattr(hook, '__func__', hook), '__closure__', None) or (): used += _content(cell)
+    return any(id(value) in held for value in [getattr(hook, '__self__', hook), *used])
 
 
 _FORWARD = '_forward_pre_hooks', '_forward_hooks'
@@ -599,10 +705,11 @@ _GLOBAL = {kind: f'_global{kind}' for kind in (*_FORWARD, *_BACKWARD)}  # of all
 
 
 def _other_hooks(modules, kinds):
-    "(module, kind, key) of the hooks that are no part of the network, and of those that torch calls for all modules"
+    """(module, kind, key) of the hooks that are no part of the network, and of those that torch calls for all modules;
+    the first of the modules is the network"""
     places = [(module, kind) for module in modules for kind in kinds if getattr(module, kind)]
     places += [(nn.modules.module, _GLOBAL[kind]) for kind in kinds if getattr(nn.modules.module, _GLOBAL[kind])]
-    held = _held_by(modules) if places else ()
+    held = _held_by(modules[0]).ids if places else ()
     return [(module, kind, key) for module, kind in places for key, hook in [*getattr(module, kind).items()]
             if not _is_part(hook, held)]
 
@@ -618,7 +725,7 @@ def _in_its_place(other):
     def put_back(place, hook):
         module, kind, key = place
         if key in getattr(module, kind): getattr(module, kind)[key] = hook
-    return _SharedChange(put, put_back)
+    return _SharedChange(put, put_back, key=tuple)
 
 
 def _observed(hook):
@@ -641,7 +748,7 @@ _skipping = _in_its_place(lambda hook: lambda *args: None)
 def hooks_observed(network: nn.Module): # Any network
     """Inside the block, forward hooks are marked by `always_called` when they change something. Yields a list, which
     holds those that were marked after the block."""
-    places, marked = _other_hooks(every_module(network), _FORWARD), []
+    places, marked = _other_hooks(every_module(network, hidden=False), _FORWARD), []
     hooks = [getattr(module, kind).get(key) for module, kind, key in places]
     with _observing.block(places): yield marked
     marked += [hook for hook in hooks if hasattr(hook, 'always_called')]
@@ -649,23 +756,29 @@ def hooks_observed(network: nn.Module): # Any network
 # %% ../../nbs/core/00_utils.ipynb #cell0014
 @contextmanager
 def frozen(cnn: nn.Module, # The network that pass 2 must not change
-           whole: bool = False, # Put back also parameters that are written in place? It takes a copy of all of them
+           whole: bool = False, # Copy all parameters, and find out which are written to, as in the first block?
           ):
     """Evaluation mode inside the block, no gradients for the weights, no move of the random streams of torch, NumPy and
     Python, and no call of hooks that are no part of the network.
 
     The CNN's input still gets its gradient. After the block, also after an error, all is as before, including what the
-    modules write in evaluation mode. Only parameters that are written in place stay changed, unless `whole` is set.
-    Threads may freeze one network at the same time. The random streams belong to the process, though: what another
-    thread draws meanwhile is drawn again after the block."""
-    modules = every_module(cnn)
-    parameters = {weight for module in modules for weight in module._parameters.values() if weight is not None}
-    devices = {weight.device for weight in parameters if weight.is_cuda}
-    learning = [weight for weight in parameters if not weight.is_inference() and weight.is_leaf]
-    state = (_whole_state if whole else _state).block(modules)
-    hooks = _skipping.block(_other_hooks(modules, _FORWARD + _BACKWARD))
-    with torch.random.fork_rng(devices), _other_streams(), state, _gradients.block(learning), eval_mode(cnn), hooks:
-        yield
+    modules write in evaluation mode. Threads may freeze one network at the same time. The random streams belong to the
+    process, though: what another thread draws meanwhile is drawn again after the block."""
+    held, copies, whole = _held_by(cnn), {}, whole or cnn not in _tried
+    weights = [weight for module in held.modules for weight in module._parameters.values() if weight is not None]
+    weights = dict.fromkeys(weights + held.loose)
+    devices = {weight.device for weight in weights if weight.is_cuda}
+    learning = [weight for weight in weights if not weight.is_inference() and weight.is_leaf]
+    holders = [*held.holders]
+    if whole or _written: holders += [module._parameters for module in held.modules if not _is_scripted(module)]
+    hooks = _skipping.block(_other_hooks(held.modules, _FORWARD + _BACKWARD))
+    state = _state.block(holders, copies, whole)
+    with torch.random.fork_rng(devices), _other_streams(), state, _gradients.block(learning):
+        try:
+            with _in_eval_mode(held.modules), hooks: yield
+        finally:
+            if whole: _note_written(copies)
+            _tried.add(cnn)
 
 # %% ../../nbs/core/00_utils.ipynb #a145a2ff
 def _taken_channels(cnn, of_convolution):
