@@ -556,14 +556,19 @@ def open_image(self: Explained,
 ) -> Image.Image: # RGB, at its own size
     """The image of a row, from where it was explained.
 
-    `ValueError` where a data set in memory is missing, or for a file that holds no image; `FileNotFoundError` or
-    `OSError` for a file that is not there or cannot be read."""
+    `ValueError` where a data set in memory is missing, for a source of another length, or a file that holds no image;
+    `FileNotFoundError` or `OSError` for a file that is not there or cannot be read."""
     if source is None and not self.meta['root']:
         raise ValueError(f'{self.folder}: the images are of a data set that was in memory; give it: '
                          'open_image(row, source=dataset)')
     if self.meta['source'] == 'folder' and source is None:
         return _read_file(self.meta['root'], self.images['image'].iloc[row])[0]
-    if self._source is None: self._source = _find_source(self.meta['root'] if source is None else source)
+    if self._source is None:
+        found = _find_source(self.meta['root'] if source is None else source)
+        if len(found) != len(self):
+            raise ValueError(f'{self.folder}: {len(self):,} images were explained, the source has {len(found):,}; give '
+                             'the one that was explained, as source=')
+        self._source = found
     return self._source.reader()(self._source.work(range(len(self))[row]))[0]
 
 # %% ../../nbs/show/34_explain_many.ipynb #3b400abb

@@ -602,18 +602,21 @@ def _readable(text):
 
 class _Pictures:
     "The images that the page shows, each once."
-    def __init__(self, explained, root, unlike, group_of, most):
-        self.explained, self.root, self.most = explained, Path(root), most
+    def __init__(self, explained, root, source, unlike, group_of, most):
+        self.explained, self.root, self.source, self.most = explained, root, source, most
         self.framing = explained.framing
         self.unlike, self.group_of = unlike, group_of
         self.numbers, self.items, self.missing = {}, [], 0
+        self.why_not = ''  # the first error
 
     def read(self, row):
-        "An image file, as large as the page shows it; None if it cannot be read"
-        name = self.explained.images['image'].iat[row]
-        try: picture = open_rgb(self.root/name)
-        except (OSError, ValueError, SyntaxError): return None
-        return picture
+        "An image at its own size; None if it cannot be read"
+        try:
+            if self.root is None: return self.explained.open_image(row, self.source)
+            return open_rgb(Path(self.root)/self.explained.images['image'].iat[row])
+        except Exception as error:  # missing packages and damaged files of all kinds: the report is made without them
+            self.why_not = self.why_not or ' '.join(str(error).split())
+            return None
 
     def add(self, rows):
         "The numbers of some images in the page; fewer once it is full"
@@ -795,7 +798,8 @@ def _measure_trust(explained, model, pictures, sample, n, seed):
     if model is None: return None, why_not
     rows = np.sort(np.random.default_rng(seed).permutation(sample.rows)[:n])
     read = [(row, picture) for row in rows if (picture := pictures.read(row)) is not None]
-    if not read: return None, f'the images are not below {pictures.root}; say where they are by root='
+    if not read:
+        return None, f'the images could not be read ({pictures.why_not}); say where they are by root= or source='
     kept, images = zip(*read)
     return trust_in_maps(explained, model, list(kept), list(images), seed=seed), ''
 
@@ -899,10 +903,11 @@ def _odd_rows(sample, unlike, most):
     return sample.rows[order[:most]]
 
 
-def _facts(explained, sample, pictures_root):
+def _facts(explained, sample, root):
     "What the report is of, in short lines"
     meta, errors = explained.meta, int((explained.images['error'] != '').sum())
-    facts = [f'{len(explained):,} images below {_readable(pictures_root)}',
+    place, below = root or meta['root'], 'below' if root or meta['source'] == 'folder' else 'of'
+    facts = [f'{len(explained):,} images {below} {_readable(place) or "a data set in memory"}',
              f'model: {_readable(meta.get("model") or "not named")}',
              f'{len(sample.n_of_class)} predicted classes', f'{len(sample):,} maps compared']
     if errors: facts.append(f'{errors} could not be read')
@@ -1007,7 +1012,7 @@ def _page(explained, sample, report, unlike, pictures, why_not, title, of_group)
     return dict(
         title=title, summary=_summary(groups, len(of_class)), facts=_facts(explained, sample, pictures.root),
         banner=dict(kind=kind, text=banner), candidates=candidates, classes=of_page,
-        left_out=len(of_class) - len(of_page),
+        left_out=len(of_class) - len(of_page), why_missing=pictures.why_not,
         n_wrong=int(((table['label'] != '') & (table['label'] != table['prediction'])).sum()), known=known, **shown,
         plots={name: plot for name, plot in plots.items() if plot}, missing=pictures.missing,
         tables=dict(classes=_classes_of_page(of_class), groups=_groups_of_page(groups),
@@ -1022,7 +1027,8 @@ def make_report(
     model: AntehocModel | str | Path | None = None, # the model of the maps, or its folder; None: as explain.json says
     boxes: str | Path | pd.DataFrame | None = None, # boxes of the objects: a CSV file, or a table
     masks: str | Path | None = None, # masks of the objects: a folder of PNG files
-    root: str | Path | None = None, # where the images are; None: as explain.json says
+    root: str | Path | None = None, # folder where the image files are; None: as explain.json says
+    source=None, # a data set that was in memory, or where a tar or a saved data set is now, as of `explain_many`
     title: str = 'What the network looks at', # of the page
     per_class: int = 2000, # maps of each class that are compared, at most
     most_pictures: int = 240, # in the page, about 8 kB each
@@ -1044,7 +1050,7 @@ def make_report(
     if boxes is not None or masks is not None:
         objects = energy_off_object(sample, explained.images, boxes, masks, framing=explained.framing)
     groups, unlike = map_groups(sample, seed), odd_images(sample)
-    pictures = _Pictures(explained, root or explained.meta.get('root') or '.', dict(zip(sample.rows.tolist(), unlike)),
+    pictures = _Pictures(explained, root, source, dict(zip(sample.rows.tolist(), unlike)),
                          group_of=_groups_of_images(groups, sample), most=most_pictures)
     trust, why_not = _measure_trust(explained, model, pictures, sample, n=trust_images, seed=seed)
     names = explained.images['image'].to_numpy()[sample.rows]

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import re
 import shutil
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -471,6 +472,31 @@ def test_images_that_cannot_be_read(images, folder, tmp_path):
     assert 'of the images below could not be read; their maps are shown alone' in page
     with pytest.raises(NotADirectoryError, match='root=.*: no such folder'):
         make_report(folder, tmp_path/'r.html', root=tmp_path/'nowhere')
+
+
+@pytest.mark.parametrize('kind', ['tar', 'datasets'])
+def test_photographs_of_a_tar_or_a_data_set(images, folder, tmp_path, kind):
+    root, names, _, _ = images
+    if kind == 'tar':
+        pytest.importorskip('webdataset')
+        with tarfile.open(tmp_path/'x.tar', 'w') as tar:
+            for name in names: tar.add(root/name, name)
+        change(folder, root=str(tmp_path/'x.tar'), source='tar')
+        source = None
+    else:
+        datasets = pytest.importorskip('datasets')
+        source = datasets.Dataset.from_dict(dict(image=[str(root/name) for name in names]))
+        source = source.cast_column('image', datasets.Image())
+        change(folder, root='', source='datasets')
+        page = words(make_report(folder, tmp_path/'without.html').path)
+        assert 'the images are of a data set that was in memory' in page
+        with pytest.raises(ValueError, match='40 images were explained, the source has 39; give the one that was'):
+            read_explained(folder).open_image(0, source.select(range(39)))
+    report = make_report(folder, tmp_path/'r.html', source=source)
+    page = report.path.read_text()
+    pictures = json.loads(re.search(r'id="data">(.*?)</script>', page, flags=re.S)[1])['pictures']
+    assert len(pictures) > 20 and all(picture['photo'] for picture in pictures)
+    assert f'40 images of {tmp_path/"x.tar" if kind == "tar" else "a data set in memory"}' in page
 
 
 def test_rows_with_errors(folder, tmp_path):

@@ -83,6 +83,9 @@ function show(step = 0) {
     return [term, text];
   });
   document.getElementById('viewer-facts').replaceChildren(...terms);
+  for (const figure of viewer.querySelectorAll('figure')) {
+    figure.hidden = (!picture.photo && figure.matches('.of-photo')) || (!picture.map && figure.matches('.of-map'));
+  }
   for (const canvas of viewer.querySelectorAll('canvas')) draw(canvas, picture, canvas.dataset.view, 2);
 }
 
