@@ -10,6 +10,7 @@ import tarfile
 import time
 import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -684,6 +685,19 @@ def test_batches_left_alone_are_small_where_images_are_large(model, tmp_path):
     explain_many(model, images, tmp_path/'out', shard=8, workers=0, say=None)
     explain_many(model, images, tmp_path/'same', shard=8, workers=0, bs=32, say=None)
     assert (tmp_path/'out/images.csv').read_bytes() == (tmp_path/'same/images.csv').read_bytes()
+
+
+def test_the_benchmark_runs(tmp_path, monkeypatch):
+    "All its sides, on eight images"
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parents[2]/'benchmarks')
+    monkeypatch.setattr('tempfile.tempdir', str(tmp_path))
+    import bench_bulk
+    options = SimpleNamespace(device='cpu', bs=4, pictures=False, reps=2, n=8)
+    case = dict(arch='small_cnn', size=32, threads=1, workers=0)
+    found = bench_bulk.measure(case, fill(tmp_path/'in', 8), options)
+    assert all(found[side][clock]['ratio'] > 0 for side in ('none', 'npz') for clock in ('wall', 'cpu'))
+    told = bench_bulk.plain_loop(bench_bulk.make_model('small_cnn', 32), tmp_path/'in', 4, 0)
+    assert len(told) == 8 and all(0 < probability < 1 for _, probability in told)
 
 
 def test_workers_left_alone_have_few_cores_beside_a_cpu(monkeypatch):
