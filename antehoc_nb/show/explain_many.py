@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -139,7 +139,7 @@ def _write_png(path, maps, names):
 
 
 def _read_png(path, size):
-    with Image.open(path) as strip: return np.asarray(strip).reshape(-1, *size)
+    with Image.open(path) as strip: return np.asarray(strip).reshape(-1, size[0], strip.width)
 
 
 def _write_parquet(path, maps, names):
@@ -150,7 +150,7 @@ def _write_parquet(path, maps, names):
 
 def _read_parquet(path, size):
     column = _parquet().read_table(path, columns=['map'])['map']
-    return np.frombuffer(b''.join(column.to_pylist()), 'uint8').reshape(-1, *size)
+    return np.frombuffer(b''.join(column.to_pylist()), 'uint8').reshape(len(column), *size)
 
 
 MAP_FORMS = dict(npz=(_write_npz, lambda path, size: _read_npz(path)), png=(_write_png, _read_png),
@@ -223,6 +223,8 @@ def _join_tables(out, n_shards, table):
 
 # %% ../../nbs/show/34_explain_many.ipynb #0b0334ba
 FORMAT = 1  # of the folder
+_AGAIN = 'copy it from where the run was made, or explain the images again'
+_ENTRIES = 'classes', 'root', 'source', 'size', 'map_size', 'maps', 'threshold', 'table', 'n' # that are always there
 
 
 @dataclass
@@ -246,8 +248,8 @@ class Explained:
     ) -> np.ndarray: # (n,h,w) float32 in [0,1]
         """The maps of some rows, in their order.
 
-        `ValueError` for a run without maps, or a row of a file that could not be read; `FileNotFoundError` for a shard
-        that is missing."""
+        `ValueError` for a run without maps, a row of a file that could not be read, or a shard that is damaged or of
+        another run; `FileNotFoundError` for a shard that is missing."""
         if self.meta['maps'] == 'none':
             raise ValueError(f"{self.folder}: the images were explained with maps='none'; explain them again with "
                              "maps='npz', into another folder")
@@ -268,11 +270,27 @@ class Explained:
         if self._last[0] == name: return self._last[1]
         path = self.folder/name
         if not path.exists():
-            raise FileNotFoundError(f'{path} is missing, which has maps of {self.folder}; copy it from where the run '
-                                    'was made, or explain the images again')
-        read = MAP_FORMS[self.meta['maps']][1]
-        self._last = name, read(path, self.meta['map_size'])
-        return self._last[1]
+            raise FileNotFoundError(f'{path} is missing, which has maps of {self.folder}; {_AGAIN}')
+        try: maps = MAP_FORMS[self.meta['maps']][1](path, self.meta['map_size'])
+        except ImportError: raise
+        except Exception as e:  # each form has errors of its own
+            raise ValueError(f'{path} cannot be read ({_reason(e)}); {_AGAIN}') from e
+        self._check_shard(path, maps, self._counts[name])
+        self._last = name, maps
+        return maps
+
+    @cached_property
+    def _counts(self):
+        "Number of images of each shard"
+        return self.images['shard'].value_counts()
+
+    def _check_shard(self, path, maps, count):
+        "`ValueError` for maps of another run, or fewer than the table has"
+        size = tuple(self.meta['map_size'])
+        if maps.ndim != 3 or maps.shape[1:] != size or maps.dtype != np.uint8:
+            raise ValueError(f'{path} has {maps.dtype} maps of {" x ".join(map(str, maps.shape[1:]))}, explain.json '
+                             f'says uint8 of {size[0]} x {size[1]}; {_AGAIN}')
+        if len(maps) != count: raise ValueError(f'{path} has {len(maps)} maps, the table {count} images; {_AGAIN}')
 
 
 def _read_meta(folder):
@@ -287,11 +305,37 @@ def _read_meta(folder):
         found = meta.get('format') if isinstance(meta, dict) else None
         raise ValueError(f'{folder} has format {found}, this version of antehoc_nb reads format {FORMAT}; '
                          'explain the images again, or use the version that wrote it')
+    _check_meta(path, meta)
     return meta
 
 
+def _check_meta(path, meta):
+    "`ValueError` for entries that are missing, or that cannot be"
+    missing = [name for name in _ENTRIES if name not in meta]
+    if missing: raise ValueError(f'{path} lacks the entry {missing[0]!r}; {_AGAIN}')
+
+    def is_size(value): return isinstance(value, list) and len(value) == 2 and all(
+        isinstance(side, int) and side > 0 for side in value)
+    possible = dict(maps=meta['maps'] in ('none', *MAP_FORMS), table=meta['table'] in TABLE_FORMS,
+                    n=isinstance(meta['n'], int), size=is_size(meta['size']),
+                    map_size=meta['maps'] == 'none' or is_size(meta['map_size']))
+    wrong = [name for name, is_possible in possible.items() if not is_possible]
+    if wrong: raise ValueError(f'{path}: {wrong[0]} is {meta[wrong[0]]!r}, which cannot be; {_AGAIN}')
+
+
 def _read_table(path, columns):
-    "The table, texts as texts and numbers as numbers"
+    "The table, texts as texts and numbers as numbers. `ValueError` for one that is damaged, or of something else"
+    try:
+        is_parquet = path.suffix == '.parquet'
+        names = _parquet().read_schema(path).names if is_parquet else pd.read_csv(path, nrows=0).columns
+        missing = [name for name in columns or TABLE_COLUMNS if name not in names]
+        if missing: raise ValueError(f'it lacks the column {missing[0]!r}')
+        return _typed_table(path, columns)
+    except (ValueError, TypeError, pd.errors.ParserError) as e:
+        raise ValueError(f'{path} cannot be read ({_reason(e)}); {_AGAIN}') from e
+
+
+def _typed_table(path, columns):
     if path.suffix == '.parquet': table = _parquet().read_table(path, columns=columns).to_pandas()
     else:
         numeric = {name: [''] for name in TABLE_COLUMNS if name not in _TEXTS}
@@ -307,8 +351,8 @@ def read_explained(
 ) -> Explained:
     """The table, the settings and the maps of images that were explained.
 
-    `FileNotFoundError` for another folder, or a run that is not finished, `ValueError` for another format or an unknown
-    column."""
+    `FileNotFoundError` for another folder, or a run that is not finished; `ValueError` for another format, files that
+    are damaged or of another run, or an unknown column."""
     folder = Path(folder)
     meta = _read_meta(folder)
     path = folder/f'images.{meta["table"]}'
@@ -318,7 +362,10 @@ def read_explained(
     unknown = [name for name in columns or () if name not in TABLE_COLUMNS]
     if unknown: raise ValueError(f'columns: unknown column {unknown[0]!r}; known: {", ".join(TABLE_COLUMNS)}')
     if columns is not None: columns = list(dict.fromkeys([*columns, 'image', 'shard', 'position', 'error']))
-    return Explained(folder, meta, _read_table(path, columns))
+    table = _read_table(path, columns)
+    if len(table) != meta['n']:
+        raise ValueError(f'{path} has {len(table):,} rows for {meta["n"]:,} images, so it was cut or changed; {_AGAIN}')
+    return Explained(folder, meta, table)
 
 # %% ../../nbs/show/34_explain_many.ipynb #4f30adf4
 class _Names:

@@ -659,6 +659,32 @@ def test_folders_that_are_none(model, tmp_path):
         with pytest.raises(ValueError, match=message): read_explained(out)
 
 
+@pytest.mark.parametrize('file, change, message', [
+    ('explain.json', lambda meta: meta.pop('map_size'), "explain.json lacks the entry 'map_size'"),
+    ('explain.json', lambda meta: meta.update(maps='zarr'), "explain.json: maps is 'zarr', which cannot be"),
+    ('images.csv', lambda table: table.drop(columns='regions'), "(it lacks the column 'regions')"),
+    ('images.csv', lambda table: table[:5], 'images.csv has 5 rows for 12 images, so it was cut or changed'),
+    ('images.csv', lambda table: table.assign(area='wide'), "could not convert string to float: 'wide'"),
+    ('maps/00000.npz', lambda maps: maps[:, :4, :6], 'has uint8 maps of 4 x 6, explain.json says uint8 of 8 x 12'),
+    ('maps/00000.npz', lambda maps: maps[:7], '00000.npz has 7 maps, the table 8 images'),
+    ('maps/00000.npz', lambda maps: maps / 255, '00000.npz has float64 maps of 8 x 12'),
+    ('maps/00000.npz', None, '00000.npz cannot be read (')])
+def test_damaged_and_foreign_files(model, tmp_path, file, change, message):
+    out = tmp_path/'out'
+    explain_many(model, fill(tmp_path/'in', 12), out, **USUAL)
+    path = out/file
+    if file.endswith('.json'):
+        meta = json.loads(path.read_text())
+        change(meta)
+        path.write_text(json.dumps(meta))
+    elif file.endswith('.csv'): change(pd.read_csv(path)).to_csv(path, index=False)
+    elif change: np.savez_compressed(path, maps=change(np.load(path)['maps']))
+    else: path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(ValueError) as caught: read_explained(out).maps()
+    assert str(path) in str(caught.value) and message in str(caught.value)
+    assert str(caught.value).endswith('; copy it from where the run was made, or explain the images again')
+
+
 def test_an_explanation_without_its_images_is_small(model):
     e = model.explain(torch.rand(4, 3, 32, 48))
     small = module._without_images(e)
