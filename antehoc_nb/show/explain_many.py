@@ -14,6 +14,7 @@ import json
 import math
 import os
 import shutil
+import stat
 import tarfile
 import time
 import warnings
@@ -432,7 +433,9 @@ class _Folder:
 
 def _read_file(root, name):
     "The image of a file, and no label"
-    with open(os.path.join(root, name), 'rb') as file: return decode_image(file.read()), None
+    path = os.path.join(root, name)
+    if not stat.S_ISREG(os.stat(path).st_mode): raise ValueError('not a regular file')  # a pipe would block
+    with open(path, 'rb') as file: return decode_image(file.read()), None
 
 
 def _folder_source(paths, out):

@@ -174,17 +174,19 @@ def test_bad_files_are_rows(model, tmp_path):
     whole = as_bytes(picture(0, (300, 300)))
     (images/'dog'/'cut.png').write_bytes(whole[:len(whole)//2])
     (images/'dog'/'gone.png').symlink_to(tmp_path/'nowhere.png')
+    os.mkfifo(images/'dog'/'pipe.png')
+    (images/'dog'/'link.png').symlink_to(images/'cat'/'000.png')
     done = explain_many(model, images, tmp_path/'out', **USUAL)
-    assert (done.images, done.failed) == (10, 4)
+    assert (done.images, done.failed) == (12, 5)
     explained = read_explained(tmp_path/'out')
     bad = explained.images[explained.images.error != '']
-    assert bad.image.tolist() == ['cat/empty.jpg', 'dog/cut.png', 'dog/gone.png', 'dog/text.jpg']
+    assert bad.image.tolist() == ['cat/empty.jpg', 'dog/cut.png', 'dog/gone.png', 'dog/pipe.png', 'dog/text.jpg']
     reasons = bad.error.tolist()
     assert reasons[0] == 'the file is empty' and 'truncated' in reasons[1]
-    assert reasons[2:] == ['No such file or directory', 'not an image, or damaged']
-    assert bad.label.tolist() == ['cat', 'dog', 'dog', 'dog'] and bad.position.isna().all()
+    assert reasons[2:] == ['No such file or directory', 'not a regular file', 'not an image, or damaged']
+    assert bad.label.tolist() == ['cat', *4 * ['dog']] and bad.position.isna().all()
     good = np.flatnonzero(explained.images.error == '')
-    assert explained.maps(good).shape[0] == 6
+    assert explained.maps(good).shape[0] == 7
     message = ('row 3 (cat/empty.jpg) has no map: the file is empty; leave out the rows with an error, '
                'images.error != ""')
     with pytest.raises(ValueError) as caught: explained.maps()
