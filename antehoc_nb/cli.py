@@ -499,7 +499,8 @@ def _explain_many(model, images, out, output, device, target, **options):
     from antehoc_nb.show.explain_many import explain_many
     output.quiet |= int(os.environ.get('RANK', 0)) > 0  # of several processes the first one speaks
     start = time.time()
-    done = explain_many(net, images, out, target=target_class, say=output.progress, name=str(model), **options)
+    done = explain_many(net, images, out, target=target_class, say=output.progress, name=os.path.realpath(model),
+                        **options)
     if int(os.environ.get('RANK', 0)) > 0: return
     now, seconds = done.images - done.before, time.time() - start
     before = f', {done.before:,} were done already' if done.before else ''

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GRID', 'TABLE_COLUMNS', 'MAP_FORMS', 'TABLE_FORMS', 'FORMAT', 'MAP_REDUCTION', 'LEAST_BYTES_PER_ROW',
-           'LEAST_BYTES_PER_CELL', 'Explained', 'read_explained', 'ManyExplained', 'explain_many']
+           'LEAST_BYTES_PER_CELL', 'Explained', 'read_explained', 'ManyExplained', 'load_model', 'explain_many']
 
 # %% ../../nbs/show/34_explain_many.ipynb #e3708369
 import csv
@@ -925,8 +925,20 @@ def _check_choices(maps, table, threshold, bs, workers, shard):
         if value is not None and value < least: raise ValueError(f'{name}={value} must be at least {least}')
 
 
+def load_model(
+    folder: str | Path, # of a saved model, or of the run of `antehoc train` above it
+) -> AntehocModel: # in evaluation mode
+    "A saved model; its CNN may be one of `antehoc_nb.train.archs`. Errors as of `AntehocModel.from_pretrained`."
+    import antehoc_nb.train.archs  # noqa: F401  builds CNNs by name
+    inside = Path(folder)/'model'
+    return AntehocModel.from_pretrained(inside if (inside/'config.json').exists() else str(folder))
+
+
+def _absolute(folder): return os.path.realpath(folder) if os.path.exists(folder) else str(folder)  # a name on the Hub
+
+
 def explain_many(
-    model: AntehocModel | str | Path, # or the folder of one
+    model: AntehocModel | str | Path, # or the folder of one, as of `load_model`
     source, # a folder, an image, a list of these, a tar as webdataset has them, or a Hugging Face data set, as folder
     # or object
     out: str | Path, # folder to write to; if it holds a part of the same run, that is gone on with
@@ -947,7 +959,7 @@ def explain_many(
     without images, a model without words for its output, a folder that holds another run, and a disk that is full."""
     _check_choices(maps, table, threshold, bs, workers=workers, shard=shard)
     out = Path(out)
-    if not isinstance(model, AntehocModel): name, model = name or str(model), AntehocModel.from_pretrained(model)
+    if not isinstance(model, AntehocModel): name, model = name or _absolute(model), load_model(model)
     processes = _processes(model)
     source = _find_source(source, out)
     meta, number = _settings(model, name or type(model.cnn).__name__, source, maps, table=table, threshold=threshold,

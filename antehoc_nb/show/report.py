@@ -30,7 +30,7 @@ import antehoc_nb
 from ..core.interpretation_loss import output_at_area, output_change
 from ..core.model import AntehocModel, Framing
 from ..core.utils import import_extra, open_rgb, weights_digest
-from .explain_many import GRID, Explained, read_explained
+from .explain_many import GRID, Explained, load_model, read_explained
 from .plots import MAP_COLOURS, concept_regions
 
 # %% ../../nbs/show/35_report.ipynb #31c1cb43
@@ -88,7 +88,8 @@ def write_explained(
     (folder/'maps').mkdir(parents=True, exist_ok=True)
     np.savez_compressed(folder/'maps'/'00000.npz', maps=stored)
     table.to_csv(folder/'images.csv', index=False, encoding='utf-8', errors='surrogateescape')
-    meta = dict(format=1, antehoc_nb=antehoc_nb.__version__, model=str(model), model_digest=None,
+    model = os.path.realpath(model) if str(model) else ''
+    meta = dict(format=1, antehoc_nb=antehoc_nb.__version__, model=model, model_digest=None,
                 classes=list(classes or sorted(set(prediction))), task='single-label', root=str(root.resolve()),
                 source='folder', size=list(size or maps.shape[1:]), map_size=list(maps.shape[1:]), maps='npz',
                 threshold=threshold, table='csv', n=len(stored))
@@ -762,14 +763,6 @@ def _summary(groups, n_classes):
     return f'{n} candidate{"s" * (n > 1)} for a shortcut in {in_classes}, of {tested} groups tested.'
 
 # %% ../../nbs/show/35_report.ipynb #3b0b2d04
-def _own_model(path):
-    "The model of a folder, or of the run above it"
-    import antehoc_nb.train.archs  # noqa: F401  builds CNNs by name
-    folder = Path(path)
-    inside = folder/'model'
-    return AntehocModel.from_pretrained(inside if (inside/'config.json').exists() else str(folder))
-
-
 def _find_model(model, meta):
     "The model to measure with, or None and why there is none; errors for one that was given and does not fit"
     given = model is not None
@@ -777,7 +770,7 @@ def _find_model(model, meta):
     if not model: return None, 'the folder does not say which model made them; give it as model='
     if not isinstance(model, AntehocModel):
         if not given and not Path(model).exists(): return None, f'the model is no longer at {model}; give it as model='
-        try: model = _own_model(model)
+        try: model = load_model(model)
         except (ValueError, OSError):
             if given: raise
             return None, f'{model} could not be loaded; give the model as model='

@@ -316,6 +316,14 @@ def test_a_disk_that_is_too_small_is_named_before(model, tmp_path, monkeypatch):
     assert not (tmp_path/'out'/'explain.json').exists()
 
 
+def test_a_model_by_the_folder_of_its_run(model, tmp_path, monkeypatch):
+    model.save_pretrained(tmp_path/'run'/'model')
+    picture().save(tmp_path/'a.png')
+    monkeypatch.chdir(tmp_path)
+    explain_many('run', 'a.png', 'out', **USUAL)
+    assert read_explained(tmp_path/'out').meta['model'] == str(tmp_path/'run')
+
+
 def test_a_finished_run_is_left_as_it_is(model, tmp_path):
     images = fill(tmp_path/'in', 12)
     explain_many(model, images, tmp_path/'out', **USUAL)
@@ -759,7 +767,8 @@ def test_the_command_writes_what_the_function_writes(model, command, tmp_path):
     assert said.stdout.startswith('13 images explained in ')
     assert said.stdout.endswith('; 1 could not be read, see the column error; the table is out/images.csv\n'
                                 'next: antehoc report out\n')
-    explain_many(model, 'in', 'same', maps='png', workers=0, threshold=.5, name='model', say=None)
+    explain_many(model, 'in', 'same', maps='png', workers=0, threshold=.5, name=str(Path('model').resolve()),
+                 say=None)
     assert content(Path('out')) == content(Path('same'))
     facts = json.loads(command('in', *options, '--json').stdout)
     assert (facts['explained'], facts['done_before'], facts['failed'], facts['table']) == (0, 13, 1, 'out/images.csv')
