@@ -34,6 +34,7 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 from scipy import ndimage
 
 import antehoc_nb
@@ -140,7 +141,8 @@ def _write_png(path, maps, names):
 
 
 def _read_png(path, size):
-    with Image.open(path) as strip: return np.asarray(strip).reshape(-1, size[0], strip.width)
+    with PngImageFile(path) as strip:  # without the limit that `Image.open` has: a shard may be larger
+        return np.asarray(strip).reshape(-1, size[0], strip.width)
 
 
 def _write_parquet(path, maps, names):

@@ -224,6 +224,13 @@ def test_forms_hold_the_same(model, tmp_path, maps, table):
     else: np.testing.assert_array_equal(usual.maps(good), other.maps(good))
 
 
+def test_a_large_picture_of_maps_is_read(model, tmp_path, monkeypatch):
+    "Larger than what Pillow opens without being asked"
+    explain_many(model, fill(tmp_path/'in', 8), tmp_path/'out', maps='png', **USUAL)
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 100)
+    assert read_explained(tmp_path/'out').maps().shape == (8, 8, 12)
+
+
 # --- Killed, interrupted, resumed
 
 def hang_after_three_shards(model, images, out, written):
