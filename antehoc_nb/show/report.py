@@ -283,7 +283,7 @@ def find_groups(
 # %% ../../nbs/show/35_report.ipynb #26eb2ef6
 LEAST_RATIO = 5. # a group is a candidate if its maps are, surely, so many times as common as in the other classes
 LEAST_SHARE = .05 # of the class
-LEAST_IMAGES = 20 # of a class
+LEAST_IMAGES = 20 # of a class to be tested, and of the sample that maps are compared with controls on
 
 
 @dataclass
@@ -793,6 +793,7 @@ def _measure_trust(explained, model, pictures, sample, n, seed):
     read = [(row, picture) for row in rows if (picture := pictures.read(row)) is not None]
     if not read:
         return None, f'the images could not be read ({pictures.why_not}); say where they are by root= or source='
+    if len(read) < LEAST_IMAGES: return None, f'too few images ({len(read)}), at least {LEAST_IMAGES} are needed'
     kept, images = zip(*read)
     return trust_in_maps(explained, model, list(kept), list(images), seed=seed), ''
 
@@ -1026,7 +1027,7 @@ def make_report(
     per_class: int = 2000, # maps of each class that are compared, at most
     most_pictures: int = 240, # in the page, about 8 kB each
     of_group: int = 4, # pictures of each group; twice as many of candidates
-    trust_images: int = 64, # on how many images the maps are compared with controls; 0: not at all
+    trust_images: int = 64, # on how many images the maps are compared with controls, 20 or more; 0: not at all
     seed: int = 0, # of all samples
 ) -> Report:
     """Write one HTML file about what a network rests on: candidates for shortcuts, classes, odd images, trust.

@@ -388,6 +388,14 @@ def test_banners(corner, tmp_path):
     assert kind == 'good' and 'maps 10.0 %, plain average 11.0 %' in text
 
 
+def test_trust_is_not_measured_on_few_images(corner, tmp_path):
+    write, model, _ = corner
+    folder = write(.88)
+    assert make_report(folder, tmp_path/'r.html', model, trust_images=19).trust is None
+    assert 'was not measured: too few images (19), at least 20 are needed.' in words(tmp_path/'r.html')
+    assert make_report(folder, tmp_path/'r.html', model, trust_images=20).trust.n == 20
+
+
 def test_models_that_did_not_make_the_maps(corner, tmp_path):
     write, model, _ = corner
     folder = change(write(.88), model_digest='0' * 64)
