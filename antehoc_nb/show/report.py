@@ -404,18 +404,22 @@ def groups_table(
     return table.rename(columns=dict(class_name='class'))
 
 # %% ../../nbs/show/35_report.ipynb #7d297c14
+_LEAST_DISTANCE = .01 # maps that differ less are the same but for their 8 bits
+
+
 def odd_images(
     sample: MapSample, # from `sample_maps`
     neighbours: int = 10, # the distance is to this one of the nearest maps of its class, or else the last
-) -> np.ndarray: # (n,) in [0,1]; NaN in classes of fewer than three images
-    "How unlike the maps of its class each map is."
+) -> np.ndarray: # (n,), 1 for the median of the class; NaN in classes of fewer than three images
+    "How unlike the maps of its class each map is, relative to the median of the class."
     from sklearn.neighbors import NearestNeighbors
     features, distance = _features(sample.maps), np.full(len(sample), np.nan)
     for name in sample.n_of_class:
         places = np.flatnonzero(sample.classes == name)
         if len(places) < 3: continue
         nearest = NearestNeighbors(n_neighbors=min(neighbours, len(places) - 1)).fit(features[places])
-        distance[places] = nearest.kneighbors()[0][:, -1] / np.sqrt(2)
+        own = nearest.kneighbors()[0][:, -1] / np.sqrt(2)
+        distance[places] = own / max(np.median(own), _LEAST_DISTANCE)
     return distance
 
 
@@ -891,10 +895,18 @@ def _class_of_page(name, row, groups, sample, table, pictures, of_group):
 
 
 def _odd_rows(sample, unlike, most):
-    "Rows of images whose prediction is right, or not known to be wrong, with the oddest maps"
-    order = np.argsort(-np.nan_to_num(unlike, nan=-1), kind='stable')
-    order = [place for place in order if np.isfinite(unlike[place]) and sample.right[place] != 0]
-    return sample.rows[order[:most]]
+    "Rows of images whose prediction is right, or not known to be wrong, with the oddest maps; of each class a few"
+    of_class = dict.fromkeys(sample.n_of_class, max(_LEAST_ODD, most // len(sample.n_of_class)))
+    chosen = []
+    for place in np.argsort(-np.nan_to_num(unlike, nan=-1), kind='stable'):
+        name = sample.classes[place]
+        if not np.isfinite(unlike[place]) or sample.right[place] == 0 or not of_class[name]: continue
+        of_class[name] -= 1
+        chosen.append(place)
+    return sample.rows[chosen[:most]]
+
+
+_LEAST_ODD = 4 # images of a class that may be in the list of the odd ones
 
 
 def _facts(explained, sample, root):

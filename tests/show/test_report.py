@@ -218,6 +218,18 @@ def test_the_oddest_image():
     assert np.isnan(odd_images(as_sample(blobs([.1, .9], [.1, .9]), ['a', 'a']))).all()
 
 
+def test_odd_images_are_relative_to_their_class():
+    "One map of a narrow class is odder than all of a wide one, which has its share of the list at most"
+    rng = np.random.default_rng(0)
+    x = np.concatenate([rng.uniform(.1, .9, 60), rng.normal(.5, .01, 60)])
+    x[90] = .6
+    sample = as_sample(blobs(x, rng.permutation(x)[:1].repeat(120)), ['wide'] * 60 + ['narrow'] * 60)
+    unlike = odd_images(sample)
+    assert unlike.argmax() == 90 and np.median(unlike[:60]) == pytest.approx(1)
+    rows = module._odd_rows(sample, unlike, 24)
+    assert rows[0] == 90 and (rows < 60).sum() == (rows >= 60).sum() == 12
+
+
 def test_confident_and_wrong():
     columns = dict(prediction=list('aabb'), label=['a', 'b', 'a', ''], probability=[.9, .6, .8, .7], error='')
     table = pd.DataFrame(columns)

@@ -74,7 +74,7 @@ function show(step = 0) {
   if (picture.label) facts.label = picture.label + percent(picture.label_probability);
   if (picture.corners !== null) facts['energy in the corners'] = `${(100 * picture.corners).toFixed(0)} %`;
   facts.regions = picture.regions;
-  if (picture.unlike !== null) facts['unlike its class'] = `${picture.unlike.toFixed(2)} of 1`;
+  if (picture.unlike !== null) facts['distance from its class'] = `${picture.unlike.toFixed(1)} times the median`;
   const terms = Object.entries(facts).filter(([, value]) => value !== '').flatMap(([name, value]) => {
     const term = document.createElement('dt');
     const text = document.createElement('dd');
