@@ -791,8 +791,9 @@ class _Writer:
         probability_of = _probability_of(e, self.classes)
         columns = _map_columns(maps, batch.sizes, self.meta['threshold'], framing=Framing.of(self.meta))
         for i, row in enumerate(columns):
-            probabilities = [share for _, share in decisions[i] if share is not None]
-            row['prediction'] = ';'.join(name for name, _ in decisions[i]) or 'none'
+            said = sorted(decisions[i], key=lambda pair: -(pair[1] or 0))
+            probabilities = [share for _, share in said if share is not None]
+            row['prediction'] = ';'.join(name for name, _ in said) or 'none'
             row['probability'] = _number(min(probabilities, default=None))
             row['label_probability'] = _number(probability_of(i, labels[i]))
             yield row

@@ -131,10 +131,24 @@ class MapSample:
     def __len__(self): return len(self.rows)
 
 
+_NO_CLASSES = 'regression', 'captions', 'segmentation' # tasks whose predictions divide the images into none
+
+
 def _class_of(table, meta):
-    "The predicted class of each row; the same for all where predictions are no classes"
-    is_class = meta.get('task') not in ('regression', 'captions', 'segmentation')
-    return table['prediction'].to_numpy(object) if is_class else np.full(len(table), 'all images', object)
+    "The predicted class of each row, of several labels the first; the same for all where predictions are no classes"
+    if meta.get('task') in _NO_CLASSES: return np.full(len(table), 'all images', object)
+    classes = table['prediction'].to_numpy(object)
+    if meta.get('task') != 'multi-label': return classes
+    return np.array([labels.split(';')[0] for labels in classes], object)
+
+
+def _rightness(table, task):
+    "1. where the label is what is predicted, or among it, 0. where it is not, NaN where it is not known, (n,)"
+    label, prediction = (table[name].to_numpy(object) for name in ('label', 'prediction'))
+    if task == 'multi-label':
+        right = [{*one.split(';')} <= {*other.split(';')} for one, other in zip(label, prediction)]
+    else: right = label == prediction
+    return np.where(label == '', np.nan, np.array(right, float))
 
 
 def _small_maps(explained, rows, chunk=1024):
@@ -168,8 +182,7 @@ def sample_maps(
     maps = _small_maps(explained, rows)
     total = maps.sum((1, 2), keepdims=True)
     full = total[:, 0, 0] > 0
-    label, prediction = (table[name].to_numpy(object)[rows] for name in ('label', 'prediction'))
-    right = np.where(label == '', np.nan, (label == prediction).astype(float)).astype(float)
+    right = _rightness(table.iloc[rows], explained.meta.get('task'))
     return MapSample(rows[full], classes[rows][full], right[full], (maps / np.where(total > 0, total, 1))[full],
                      n_of_class=dict(zip(names.tolist(), counts.tolist())), n_empty=int((~full).sum()))
 
@@ -426,9 +439,10 @@ def odd_images(
 def confident_and_wrong(
     table: pd.DataFrame, # of `Explained`
     most: int = 24, # images
+    task: str | None = None, # of the model; 'multi-label': a label is right if it is among those that are predicted
 ) -> np.ndarray: # rows of the table, the highest probability first
     "Images whose label is known and not what is predicted."
-    wrong = np.flatnonzero((table['label'] != '') & (table['label'] != table['prediction']) & (table['error'] == ''))
+    wrong = np.flatnonzero((_rightness(table, task) == 0) & (table['error'] == ''))
     return wrong[np.argsort(-table['probability'].to_numpy(float)[wrong], kind='stable')][:most]
 
 # %% ../../nbs/show/35_report.ipynb #aafeec81
@@ -611,6 +625,7 @@ class _Pictures:
         self.explained, self.root, self.source, self.most = explained, root, source, most
         self.framing = explained.framing
         self.unlike, self.group_of = unlike, group_of
+        self.wrong = (_rightness(explained.images, explained.meta.get('task')) == 0).tolist()
         self.numbers, self.items, self.missing = {}, [], 0
         self.why_not = ''  # the first error
 
@@ -637,6 +652,7 @@ class _Pictures:
             picture.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
         has_map = self.explained.meta['maps'] != 'none'
         facts = {name: _readable(row_of_table[name]) for name in ('image', 'prediction', 'label')}
+        facts['wrong'] = self.wrong[row]
         self.items.append(facts | dict(
             photo=None if picture is None else _data_uri(picture, 'JPEG', quality=80),
             map=_grey_uri(self.explained.maps([row])[0]) if has_map else None,
@@ -1003,7 +1019,8 @@ def _page(explained, sample, report, unlike, pictures, why_not, title, of_group)
     "Everything that the template needs"
     table, groups, of_class = explained.images, report.groups, report.classes
     candidates = _candidates_of_page(groups, sample, pictures, 2 * of_group)
-    wrong, odd = confident_and_wrong(table), _odd_rows(sample, unlike, 24)
+    rightness = _rightness(table[table['error'] == ''], explained.meta.get('task'))
+    wrong, odd = confident_and_wrong(table, task=explained.meta.get('task')), _odd_rows(sample, unlike, 24)
     report.wrong, report.odd = (table['image'].iloc[rows].tolist() for rows in (wrong, odd))
     shown = dict(wrong=pictures.add(wrong), odd=pictures.add(odd))
     strength = {group.class_name: group.score for group in reversed(groups)}
@@ -1014,12 +1031,11 @@ def _page(explained, sample, report, unlike, pictures, why_not, title, of_group)
                  trust=None if report.trust is None else _trust_plot(report.trust),
                  objects=None if report.objects is None else _objects_plot(report.objects))
     kind, banner = _trust_banner(report.trust, why_not)
-    known = int((table['label'] != '').sum())
     return dict(
         title=title, summary=_summary(groups, len(of_class)), facts=_facts(explained, sample, pictures.root),
         banner=dict(kind=kind, text=banner), candidates=candidates, classes=of_page,
         left_out=len(of_class) - len(of_page), why_missing=pictures.why_not,
-        n_wrong=int(((table['label'] != '') & (table['label'] != table['prediction'])).sum()), known=known, **shown,
+        n_wrong=int((rightness == 0).sum()), known=int(np.isfinite(rightness).sum()), **shown,
         plots={name: plot for name, plot in plots.items() if plot}, missing=pictures.missing,
         tables=dict(classes=_classes_of_page(of_class), groups=_groups_of_page(groups),
                     objects=None if report.objects is None else _objects_of_page(report.objects)),

@@ -484,6 +484,20 @@ def test_models_without_classes(folder, tmp_path, entries):
     assert report.classes.index.tolist() == (['all images'] if 'task' in entries else CLASSES)
 
 
+def test_several_labels(images, tmp_path):
+    "A label is right if it is among those that are predicted; the class is the first of these"
+    root, names, maps, _ = images
+    predicted = ['ant;bee', 'bee', 'bee;ant', 'cat', 'none'] * 8
+    label = ['bee', 'ant', 'ant;bee', '', 'cat'] * 8
+    folder = write_explained(tmp_path/'x', root, names, maps, predicted, np.ones(40), label)
+    report = make_report(change(folder, task='multi-label'), tmp_path/'r.html')
+    assert report.wrong == sorted(name for name, other in zip(names, predicted, strict=True)
+                                  if other in ('none', 'bee'))
+    assert report.classes.images.to_dict() == dict(ant=8, bee=16, cat=8, none=8)
+    assert report.classes.accuracy['ant'] == 1 and report.classes.accuracy['bee'] == .5
+    assert '16 of 32 images with a label are predicted as another class.' in words(report.path)
+
+
 def test_images_that_cannot_be_read(images, folder, tmp_path):
     root, names, _, _ = images
     (root/names[3]).write_bytes(b'no image')
@@ -521,8 +535,9 @@ def test_photographs_of_a_tar_or_a_data_set(images, folder, tmp_path, kind):
 
 def test_rows_with_errors(folder, tmp_path):
     table = pd.read_csv(folder/'images.csv', dtype=object, keep_default_na=False)
-    table.loc[5, 'error'] = 'not an image, or damaged'
-    table.loc[5, ['prediction', 'probability', 'shard', 'position']] = ''
+    table.loc[39, 'error'] = 'not an image, or damaged'
+    table.loc[39, ['prediction', 'probability', 'shard', 'position']] = ''
+    np.savez(folder/'maps'/'00000.npz', maps=np.load(folder/'maps'/'00000.npz')['maps'][:39])
     table.to_csv(folder/'images.csv', index=False)
     assert '1 could not be read' in words(make_report(folder, tmp_path/'r.html').path)
     table['error'] = 'gone'
