@@ -672,8 +672,8 @@ def report(
     out: Annotated[Path, _option('The file to write.')] = Path('report.html'),
     model: Annotated[Path | None, _option('The model that made the maps, to measure whether they are true. Default: '
                                           'where it was then.')] = None,
-    boxes: Annotated[Path | None, _option('Where the objects are: a CSV file with the columns image, x0, y0, x1, y1, '
-                                          'in pixels.')] = None,
+    boxes: Annotated[Path | None, _option('Where the objects are: a CSV file with the columns image, x0, y0, x1, y1 '
+                                          '(or path, xmin, ymin, xmax, ymax), in pixels.')] = None,
     masks: Annotated[Path | None, _option('Where the objects are: a folder of PNG files named as the images, not black '
                                           'on the object.')] = None,
     root: Annotated[Path | None, _option('Where the images are. Default: where they were then.')] = None,

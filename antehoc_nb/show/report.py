@@ -501,30 +501,38 @@ def trust_in_maps(
 
 # %% ../../nbs/show/35_report.ipynb #adf7f517
 BOX_COLUMNS = 'image', 'x0', 'y0', 'x1', 'y1'
+_OTHER_NAMES = dict(zip(('path', 'xmin', 'ymin', 'xmax', 'ymax'), BOX_COLUMNS)) # of these columns
 
 
 def read_boxes(
-    boxes: str | Path | pd.DataFrame, # a CSV file, or a table
-) -> pd.DataFrame: # with the columns `BOX_COLUMNS`
+    boxes: str | Path | pd.DataFrame, # a CSV file, or a table, with `BOX_COLUMNS` or path, xmin, ymin, xmax, ymax
+    images: Sequence[str] | None = None, # names of the images whose boxes are read; None: all
+) -> pd.DataFrame: # with the columns `BOX_COLUMNS`; `attrs['flat']`: number of boxes without area, which are left out
     """A table of boxes.
 
-    `FileNotFoundError` for a file that is not there; `ValueError` for a file that is no table, missing columns, values
-    that are no numbers, or boxes without area."""
+    `FileNotFoundError` for a file that is not there; `ValueError` for a file that is no table, missing columns, or
+    values that are no numbers."""
     source = 'boxes' if isinstance(boxes, pd.DataFrame) else f'boxes={str(boxes)!r}'
     if not isinstance(boxes, pd.DataFrame):
         if not Path(boxes).is_file(): raise FileNotFoundError(f'{source}: no such file')
-        try: boxes = pd.read_csv(boxes, dtype=dict(image=str), encoding_errors='surrogateescape')
+        try: boxes = pd.read_csv(boxes, dtype=dict(image=str, path=str), encoding_errors='surrogateescape')
         except (ValueError, pd.errors.ParserError) as e: raise ValueError(f'{source} is no table: {e}') from e
+    boxes = boxes.rename(columns={name: usual for name, usual in _OTHER_NAMES.items() if usual not in boxes})
     missing = [name for name in BOX_COLUMNS if name not in boxes]
-    if missing: raise ValueError(f'{source} lacks the column {missing[0]!r}; give {", ".join(BOX_COLUMNS)}')
-    boxes = boxes[list(BOX_COLUMNS)].copy()
-    numbers = boxes[list(BOX_COLUMNS[1:])].apply(pd.to_numeric, errors='coerce')
-    flawed = ~((numbers.x1 > numbers.x0) & (numbers.y1 > numbers.y0))
+    if missing:
+        raise ValueError(f'{source} lacks the column {missing[0]!r}; give {", ".join(BOX_COLUMNS)}, or '
+                         f'{", ".join(_OTHER_NAMES)}')
+    boxes = boxes[list(BOX_COLUMNS)]
+    if images is not None: boxes = boxes[boxes.image.isin(images)]
+    numbers = boxes[list(BOX_COLUMNS[1:])].apply(pd.to_numeric, errors='coerce').astype(float)
+    flawed = (numbers.isna() & boxes[list(BOX_COLUMNS[1:])].notna()).any(axis=1)
     if flawed.any():
         first = boxes[flawed].iloc[0]
-        raise ValueError(f'{source}: the box of {first.image} is {", ".join(map(str, first.tolist()[1:]))}; '
-                         'x1 must be greater than x0, y1 than y0')
-    boxes[list(BOX_COLUMNS[1:])] = numbers
+        raise ValueError(f'{source}: the box of {first.image} is {", ".join(map(str, first.tolist()[1:]))}; give '
+                         'numbers, in pixels')
+    has_area = (numbers.x1 > numbers.x0) & (numbers.y1 > numbers.y0)
+    boxes = pd.concat([boxes.image, numbers], axis=1)[has_area]
+    boxes.attrs['flat'] = int((~has_area).sum())
     return boxes
 
 
@@ -570,14 +578,17 @@ def energy_off_object(
     boxes: str | Path | pd.DataFrame | None = None, # CSV file or table of boxes
     masks: str | Path | None = None, # folder of PNG files
     framing: Framing | None = None, # what the network gets of an image; None: all of it
-) -> pd.DataFrame: # a row per class: images, energy_off and area_off in 0..1, and how the two compare
+) -> pd.DataFrame: # a row per class: images, energy_off and area_off in 0..1; `attrs` as of `read_boxes`
     """Share of the maps' energy off the object, per class.
 
     `ValueError` if no box or mask is of an image of the run, or a mask is not as large as its image;
     `NotADirectoryError` for a folder of masks that is not there; else as `read_boxes`."""
     if masks is not None and not Path(masks).is_dir(): raise NotADirectoryError(f'masks={str(masks)!r}: no such folder')
-    boxes = None if boxes is None else read_boxes(boxes)
+    boxes = None if boxes is None else read_boxes(boxes, table['image'])
     found = _objects(sample, table, boxes, masks, framing=framing or Framing(sample.maps.shape[1:]))
+    flat = 0 if boxes is None else boxes.attrs['flat']
+    if not found and flat: raise ValueError(f'boxes: all {flat} boxes of images of this run have no area (x1 <= x0 or '
+                                            'y1 <= y0); look how the columns are meant')
     if not found:
         example = table['image'].iat[sample.rows[0]]
         raise ValueError('boxes, masks: none is of an image of this run; names are as in its table, such as '
@@ -588,7 +599,9 @@ def energy_off_object(
                              area_off=1 - objects.mean((1, 2))))
     of_class = rows.groupby('name').agg(images=('energy_off', 'size'), energy_off=('energy_off', 'mean'),
                                         area_off=('area_off', 'mean'))
-    return of_class.sort_values('energy_off', ascending=False)
+    of_class = of_class.sort_values('energy_off', ascending=False)
+    of_class.attrs['flat'] = flat
+    return of_class
 
 # %% ../../nbs/show/35_report.ipynb #dfd45584
 PICTURE_SIDE = 192 # longer side of the pictures in the page, pixels
@@ -1039,6 +1052,7 @@ def _page(explained, sample, report, unlike, pictures, why_not, title, of_group)
         plots={name: plot for name, plot in plots.items() if plot}, missing=pictures.missing,
         tables=dict(classes=_classes_of_page(of_class), groups=_groups_of_page(groups),
                     objects=None if report.objects is None else _objects_of_page(report.objects)),
+        flat=0 if report.objects is None else report.objects.attrs['flat'],
         pictures=pictures.items, colours=_colours(), version=antehoc_nb.__version__,
         least=dict(ratio=f'{LEAST_RATIO:g}', share=f'{LEAST_SHARE:.0%}', images=LEAST_IMAGES), area=f'{AREA:.0%}')
 

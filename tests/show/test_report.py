@@ -325,9 +325,9 @@ def test_masks_are_as_boxes(folder, tmp_path):
 
 @pytest.mark.parametrize('text, message', [
     ('image,x0,y0,x1\na.png,0,0,1\n', "lacks the column 'y1'; give image, x0, y0, x1, y1"),
-    ('image,x0,y0,x1,y1\na.png,5,0,5,9\n', 'the box of a.png is 5, 0, 5, 9; x1 must be greater than x0, y1 than y0'),
-    ('image,x0,y0,x1,y1\na.png,0,0,wide,9\n', 'the box of a.png is 0, 0, wide, 9; x1 must be greater'),
-    ('image,x0,y0,x1,y1\na.png,0,0,5,9\n',
+    ('image,x0,y0,x1,y1\n03.png,5,0,5,9\na.png,0,0,5,9\n', 'boxes: all 1 boxes of images of this run have no area'),
+    ('path,xmin,ymin,xmax,ymax\n03.png,0,0,wide,9\n', 'the box of 03.png is 0, 0, wide, 9; give numbers, in pixels'),
+    ('image,x0,y0,x1,y1\na.png,0,0,wide,9\n',
      "none is of an image of this run; names are as in its table, such as '00.png'"),
     ('', 'is no table: No columns to parse from file')])
 def test_boxes_that_are_none(folder, tmp_path, text, message):
@@ -335,6 +335,14 @@ def test_boxes_that_are_none(folder, tmp_path, text, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         make_report(folder, tmp_path/'r.html', boxes=tmp_path/'boxes.csv')
     assert not (tmp_path/'r.html').exists()
+
+
+def test_flat_boxes_are_left_out_and_other_images_do_not_matter(folder, tmp_path):
+    lines = [f'{i:02}.png,0,0,15,20' for i in range(20)] + ['20.png,5,0,5,9', '21.png,,,,', 'other.png,0,0,wide,9']
+    (tmp_path/'boxes.csv').write_text('\n'.join(['path,xmin,ymin,xmax,ymax', *lines]))
+    report = make_report(folder, tmp_path/'r.html', boxes=tmp_path/'boxes.csv', trust_images=0)
+    assert report.objects.images.sum() == 20 and report.objects.area_off.tolist() == pytest.approx([.5] * 2)
+    assert '2 boxes without area were left out.' in words(report.path)
 
 
 def test_boxes_and_masks_that_are_not_there(folder, tmp_path):
