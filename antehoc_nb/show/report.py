@@ -27,7 +27,7 @@ from PIL import Image
 
 import antehoc_nb
 
-from ..core.interpretation_loss import output_at_area, output_change
+from ..core.interpretation_loss import output_at_area, output_change, target_scores
 from ..core.model import AntehocModel, Framing
 from ..core.utils import import_extra, open_rgb, weights_digest
 from .explain_many import GRID, Explained, load_model, read_explained
@@ -474,6 +474,14 @@ def _control_maps(model, explanation, size, rng):
             'random pixels': noise}
 
 
+def _change(model, y1, y2, target):
+    "How much the target's probability falls, or the predicted class's, or the output changes, (B,) in [0,1]"
+    if target is None and model.task == 'multi-label': target = model.explained(y1).argmax(1)
+    if target is None: return output_change(y1, y2)
+    scores = [target_scores(model.explained(y), target, model.task)[:, None] for y in (y1, y2)]
+    return output_change(*scores, activation='score')
+
+
 def trust_in_maps(
     explained: Explained, # from `read_explained`
     model: AntehocModel, # that the images were explained with
@@ -482,16 +490,21 @@ def trust_in_maps(
     bs: int = 16, # images at a time
     seed: int = 0, # of random masks and of the bootstrap
 ) -> Trust:
-    "The average drop with a fifth of the pixels kept by each map, beside that of controls with the same area."
+    """The average drop with a fifth of the pixels kept by each map, beside that of controls with the same area.
+
+    It is that of the target class that the maps are about, or else of the predicted one; without classes, the change of
+    the output."""
     rng, drops = np.random.default_rng(seed), {}
+    target = explained.meta.get('target')
     for start in range(0, len(rows), bs):
-        part = model.explain(pictures[start:start + bs])
+        part = model.explain(pictures[start:start + bs], target=target)
         size = part.image.shape[2:]
         stored = torch.from_numpy(explained.maps(rows[start:start + bs]))[:, None]
         maps = dict(maps=F.interpolate(stored, size, mode='bilinear')) | _control_maps(model, part, size, rng)
         for name, of_name in maps.items():
             masked = output_at_area(model, part.image, of_name.to(part.image.device), AREA)
-            drops.setdefault(name, []).append(output_change(part.pred, masked).numpy() * 100)
+            change = _change(model, part.pred, masked, None if target is None else part.target)
+            drops.setdefault(name, []).append(change.numpy() * 100)
     drops = {name: np.concatenate(values) for name, values in drops.items()}
     table = [dict(name=name, drop=values.mean(), low=low, high=high)
              for name, values in drops.items() for low, high in [_interval(values, seed)]]
@@ -945,10 +958,18 @@ def _facts(explained, sample, root):
     facts = [f'{len(explained):,} images {below} {_readable(place) or "a data set in memory"}',
              f'model: {_readable(meta.get("model") or "not named")}',
              f'{len(sample.n_of_class)} predicted classes', f'{len(sample):,} maps compared']
+    if meta.get('target') is not None:
+        facts.append(f'maps of the class {_readable(meta["target"])}, whatever is predicted')
     if errors: facts.append(f'{errors} could not be read')
     if sample.n_empty: facts.append(f'{sample.n_empty} with an empty map')
     if meta['maps'] == 'none': facts.append('no maps were stored: energies of a 4 x 4 grid take their place')
     return facts
+
+
+def _measured_class(meta):
+    "Whose probability may fall, in words; None if the predictions are no classes"
+    if meta.get('target') is not None: return f'the class {_readable(meta["target"])}, which the maps are about,'
+    return None if meta.get('task') in _NO_CLASSES else 'the predicted class'
 
 
 def _groups_of_images(groups, sample):
@@ -1052,7 +1073,7 @@ def _page(explained, sample, report, unlike, pictures, why_not, title, of_group)
         plots={name: plot for name, plot in plots.items() if plot}, missing=pictures.missing,
         tables=dict(classes=_classes_of_page(of_class), groups=_groups_of_page(groups),
                     objects=None if report.objects is None else _objects_of_page(report.objects)),
-        flat=0 if report.objects is None else report.objects.attrs['flat'],
+        measured=_measured_class(explained.meta), flat=0 if report.objects is None else report.objects.attrs['flat'],
         pictures=pictures.items, colours=_colours(), version=antehoc_nb.__version__,
         least=dict(ratio=f'{LEAST_RATIO:g}', share=f'{LEAST_SHARE:.0%}', images=LEAST_IMAGES), area=f'{AREA:.0%}')
 

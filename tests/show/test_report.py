@@ -408,6 +408,21 @@ def test_banners(corner, tmp_path):
     assert kind == 'good' and 'maps 10.0 %, plain average 11.0 %' in text
 
 
+def test_the_drop_is_that_of_the_target(corner, tmp_path, monkeypatch):
+    "Of maps that were made for another class than the predicted one"
+    write, model, names = corner
+    folder, asked = change(write(.12), target='no'), []
+    explain = AntehocModel.explain
+    monkeypatch.setattr(AntehocModel, 'explain', lambda *args, **kwargs: asked.append(kwargs) or explain(
+        *args, **kwargs))
+    report = make_report(folder, tmp_path/'r.html', model)
+    assert asked == [dict(target='no')] * 2
+    assert report.trust.table['drop']['maps'] < 1  # the corner is black, so that 'no' becomes probable; of 'yes' > 50
+    page = words(report.path)
+    assert 'maps of the class no, whatever is predicted' in page
+    assert 'the probability of the class no, which the maps are about, falls' in page
+
+
 def test_trust_is_not_measured_on_few_images(corner, tmp_path):
     write, model, _ = corner
     folder = write(.88)
