@@ -132,11 +132,12 @@ class MapSample:
 
 
 _NO_CLASSES = 'regression', 'captions', 'segmentation' # tasks whose predictions divide the images into none
+_ALL = 'all images' # takes the place of the classes then
 
 
 def _class_of(table, meta):
     "The predicted class of each row, of several labels the first; the same for all where predictions are no classes"
-    if meta.get('task') in _NO_CLASSES: return np.full(len(table), 'all images', object)
+    if meta.get('task') in _NO_CLASSES: return np.full(len(table), _ALL, object)
     classes = table['prediction'].to_numpy(object)
     if meta.get('task') != 'multi-label': return classes
     return np.array([labels.split(';')[0] for labels in classes], object)
@@ -144,6 +145,7 @@ def _class_of(table, meta):
 
 def _rightness(table, task):
     "1. where the label is what is predicted, or among it, 0. where it is not, NaN where it is not known, (n,)"
+    if task in _NO_CLASSES: return np.full(len(table), np.nan)
     label, prediction = (table[name].to_numpy(object) for name in ('label', 'prediction'))
     if task == 'multi-label':
         right = [{*one.split(';')} <= {*other.split(';')} for one, other in zip(label, prediction)]
@@ -749,12 +751,12 @@ def _classes_plot(of_class, most=40):
                            rule=1 - .75**2), alt=said)
 
 
-def _trust_plot(trust):
+def _trust_plot(trust, measure):
     rows = [dict(name=name, drop=_finite(row['drop']), low=_finite(row['low']), high=_finite(row['high']))
             for name, row in trust.table.iterrows()]
     said = ', '.join(f'{row["name"]} {row["drop"]:.1f} %' for row in rows)
-    spec = _bars(rows, 'name', 'drop', 'average drop in %, lower is better', low='low', high='high')
-    return dict(spec=spec, alt=f'Bars with intervals: average drop of {said}.')
+    spec = _bars(rows, 'name', 'drop', f'{measure.lower()} in %, lower is better', low='low', high='high')
+    return dict(spec=spec, alt=f'Bars with intervals: {measure.lower()} of {said}.')
 
 
 def _objects_plot(off, most=40):
@@ -770,24 +772,25 @@ def _percent(share): return 'not known' if share is None or not np.isfinite(shar
 
 def _about_group(group):
     "What a group is, in a sentence or two"
-    share = f'{_percent(group.share)} of the images that are predicted as {_readable(group.class_name)}'
+    of_class = '' if group.class_name == _ALL else f' that are predicted as {_readable(group.class_name)}'
+    share = f'{_percent(group.share)} of the images{of_class}'
     text = f'In {share}, the map is highest at the {group.place}.'
     if np.isfinite(group.share_elsewhere):
         text += f' Of the images predicted as other classes, {100 * group.share_elsewhere:.1f} % have a map like these.'
     if group.candidate: text += f' Surely (95 %) they are at least {group.score:.1f} times as common here as there.'
-    if np.isfinite(group.distance): text += f' Distance from the rest of the class: {group.distance:.2f} of 1.'
+    if np.isfinite(group.distance): text += f' Distance from the rest{" of the class" * bool(of_class)}: {group.distance:.2f} of 1.'
     if np.isfinite(group.accuracy):
         rest = f', of the rest of the class {_percent(group.accuracy_rest)}' if np.isfinite(group.accuracy_rest) else ''
         text += f' Accuracy: {_percent(group.accuracy)}{rest}.'
     return text
 
 
-def _trust_banner(trust, why_not):
+def _trust_banner(trust, why_not, measure='Average drop'):
     "Kind and text of the banner about the maps"
     if trust is None: return 'unknown', f'Whether the maps are true on these images was not measured: {why_not}.'
     drops = trust.table['drop']
     numbers = ', '.join(f'{name} {drop:.1f} %' for name, drop in drops.items())
-    about = f'Average drop with {AREA:.0%} of the pixels kept, {trust.n} images: {numbers}. Lower is better.'
+    about = f'{measure} with {AREA:.0%} of the pixels kept, {trust.n} images: {numbers}. Lower is better.'
     not_better = [name for name, better in trust.better_than.items() if not better]
     if not not_better: return 'good', f'The maps are better than their controls on these images. {about}'
     random = [name for name in not_better if name != 'plain average']
@@ -795,10 +798,13 @@ def _trust_banner(trust, why_not):
     return 'warning', f'The maps are not surely better than a plain average of the layers. {about}'
 
 
-def _summary(groups, n_classes):
+def _summary(groups, n_classes, task=None):
     "What was found, in a sentence"
     n = sum(group.candidate for group in groups)
     tested = sum(np.isfinite(group.score) for group in groups)
+    if task in _NO_CLASSES:
+        return (f'The predictions ({task}) are no classes, so there is nothing to compare groups of images with, and '
+                'no candidate is named. Groups are listed by their distance from the rest of the images.')
     if n_classes < 2:
         return ('There is one predicted class only, so there is nothing to compare its groups with, and no candidate '
                 'is named. Groups are listed by their distance from the rest of the class.')
@@ -926,7 +932,8 @@ def _class_of_page(name, row, groups, sample, table, pictures, of_group):
     maps = sample.maps[members]
     own = sorted((group for group in groups if group.class_name == name), key=lambda group: group.number)
     accuracy = f', accuracy {_percent(row.accuracy)}' if np.isfinite(row.accuracy) else ''
-    about = (f'{int(row.images):,} images are predicted as this class{accuracy}. {_percent(row.border)} of the energy '
+    predicted = '' if name == _ALL else ' are predicted as this class'
+    about = (f'{int(row.images):,} images{predicted}{accuracy}. {_percent(row.border)} of the energy '
              f'is near the border, {_percent(row.corners)} in the corners; spread {row.spread:.2f}. The strongest '
              f'region of the images is at: {_strongest_regions(table, sample.rows[members])}.')
     return dict(name=_readable(name), about=about, mean=_colour_uri(maps.mean(0)), spread=_colour_uri(maps.std(0)),
@@ -957,7 +964,9 @@ def _facts(explained, sample, root):
     place, below = root or meta['root'], 'below' if root or meta['source'] == 'folder' else 'of'
     facts = [f'{len(explained):,} images {below} {_readable(place) or "a data set in memory"}',
              f'model: {_readable(meta.get("model") or "not named")}',
-             f'{len(sample.n_of_class)} predicted classes', f'{len(sample):,} maps compared']
+             f'{meta["task"]}: no classes' if meta.get('task') in _NO_CLASSES else
+             f'{len(sample.n_of_class)} predicted class{"es" * (len(sample.n_of_class) != 1)}',
+             f'{len(sample):,} maps compared']
     if meta.get('target') is not None:
         facts.append(f'maps of the class {_readable(meta["target"])}, whatever is predicted')
     if errors: facts.append(f'{errors} could not be read')
@@ -1057,23 +1066,26 @@ def _page(explained, sample, report, unlike, pictures, why_not, title, of_group)
     wrong, odd = confident_and_wrong(table, task=explained.meta.get('task')), _odd_rows(sample, unlike, 24)
     report.wrong, report.odd = (table['image'].iloc[rows].tolist() for rows in (wrong, odd))
     shown = dict(wrong=pictures.add(wrong), odd=pictures.add(odd))
+    measured = _measured_class(explained.meta)
+    measure = 'Average drop' if measured else 'Change of the output'
     strength = {group.class_name: group.score for group in reversed(groups)}
     order = sorted(of_class.index, key=lambda name: -np.nan_to_num(strength.get(name, 0), nan=0))[:60]
     of_page = [_class_of_page(name, of_class.loc[name], groups, sample, table=table, pictures=pictures,
                               of_group=of_group) for name in order]
     plots = dict(groups=_groups_plot(groups), classes=_classes_plot(of_class),
-                 trust=None if report.trust is None else _trust_plot(report.trust),
+                 trust=None if report.trust is None else _trust_plot(report.trust, measure),
                  objects=None if report.objects is None else _objects_plot(report.objects))
-    kind, banner = _trust_banner(report.trust, why_not)
+    kind, banner = _trust_banner(report.trust, why_not, measure)
     return dict(
-        title=title, summary=_summary(groups, len(of_class)), facts=_facts(explained, sample, pictures.root),
+        title=title, summary=_summary(groups, len(of_class), explained.meta.get('task')), facts=_facts(explained, sample, pictures.root),
         banner=dict(kind=kind, text=banner), candidates=candidates, classes=of_page,
         left_out=len(of_class) - len(of_page), why_missing=pictures.why_not,
         n_wrong=int((rightness == 0).sum()), known=int(np.isfinite(rightness).sum()), **shown,
         plots={name: plot for name, plot in plots.items() if plot}, missing=pictures.missing,
         tables=dict(classes=_classes_of_page(of_class), groups=_groups_of_page(groups),
                     objects=None if report.objects is None else _objects_of_page(report.objects)),
-        measured=_measured_class(explained.meta), flat=0 if report.objects is None else report.objects.attrs['flat'],
+        measured=measured, has_classes=explained.meta.get('task') not in _NO_CLASSES,
+        flat=0 if report.objects is None else report.objects.attrs['flat'],
         pictures=pictures.items, colours=_colours(), version=antehoc_nb.__version__,
         least=dict(ratio=f'{LEAST_RATIO:g}', share=f'{LEAST_SHARE:.0%}', images=LEAST_IMAGES), area=f'{AREA:.0%}')
 

@@ -505,6 +505,12 @@ def test_without_maps(folder, tmp_path):
 def test_models_without_classes(folder, tmp_path, entries):
     report = make_report(change(folder, **entries), tmp_path/'r.html')
     assert report.classes.index.tolist() == (['all images'] if 'task' in entries else CLASSES)
+    page = words(report.path)
+    if 'task' in entries:
+        assert 'The predictions (regression) are no classes' in page and '40 images, accuracy' not in page
+        assert 'one predicted class' not in page and 'are predicted as' not in page
+        assert '<b>Change of the output</b>' in page and 'the predicted class falls' not in page
+    else: assert 'the probability of the predicted class falls' in page and '4 predicted classes' in page
 
 
 def test_several_labels(images, tmp_path):
