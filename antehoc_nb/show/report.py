@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -912,13 +913,53 @@ def _one_cell(x, y, side=9):
     return map
 
 # %% ../../nbs/show/35_report.ipynb #088a89fb
-def _candidates_of_page(groups, sample, pictures, of_group):
+_MOST_SHOWN = 24 # candidates, and images in a list of single ones
+_MOST_CLASSES = 60 # that have a part of their own
+
+
+def _shown_candidates(groups):
     "The groups that the page opens with: candidates, or else the first three"
-    chosen = [group for group in groups if group.candidate] or groups[:3]
+    return ([group for group in groups if group.candidate] or groups[:3])[:_MOST_SHOWN]
+
+
+def _shown_groups(groups, of_class):
+    "The groups of the classes that have a part of their own, in the order of the page: class -> groups"
+    strength = {group.class_name: group.score for group in reversed(groups)}
+    order = sorted(of_class.index, key=lambda name: -np.nan_to_num(strength.get(name, 0), nan=0))[:_MOST_CLASSES]
+    return {name: sorted((group for group in groups if group.class_name == name), key=lambda group: group.number)
+            for name in order}
+
+
+def _fair_counts(most, wanted):
+    "How many each of some lists gets of what is `wanted`, `most` in all: the longest are cut first, then the last"
+    wanted = np.array(wanted, int)
+    cap = max(cap for cap in range(wanted.max() + 1) if np.minimum(wanted, cap).sum() <= most)
+    counts = np.minimum(wanted, cap)
+    counts[np.flatnonzero(wanted > cap)[:most - counts.sum()]] += 1
+    return counts.tolist()
+
+
+def _picture_counts(most, of_group, candidates, singles, groups):
+    "Numbers of pictures of candidates, of lists of single images, and of groups; and what is left out, in words"
+    first = [*(min(2 * of_group, len(group.members)) for group in candidates), *map(len, singles)]
+    last = [min(of_group, len(group.members)) for group in groups]
+    of_first = _fair_counts(max(most // 2, most - sum(last)), first)
+    of_last = _fair_counts(most - sum(of_first), last)
+    said = ''
+    if sum(of_first) + sum(of_last) < sum(first) + sum(last):
+        n_none = of_last.count(0)
+        none = f', and {n_none} group{"s have" if n_none > 1 else " has"} none' if n_none else ''
+        said = (f'The file holds {most} pictures at most, so lists of images are shorter than usual{none}; allow more '
+                'by --pictures or most_pictures=.')
+    return of_first[:len(candidates)], of_first[len(candidates):], of_last, said
+
+
+def _candidates_of_page(chosen, counts, sample, pictures):
+    "What the page says about the groups that it opens with"
     return [dict(name=_group_name(group), about=_about_group(group), candidate=group.candidate,
                  score=f'{group.score:.1f}' if np.isfinite(group.score) else '', place=group.place,
-                 map=_colour_uri(group.map), pictures=pictures.add(sample.rows[_spread_out(group.members, of_group)]))
-            for group in chosen[:24]]
+                 map=_colour_uri(group.map), pictures=pictures.add(sample.rows[_spread_out(group.members, count)]))
+            for group, count in zip(chosen, counts)]
 
 
 def _spread_out(members, count):
@@ -926,11 +967,10 @@ def _spread_out(members, count):
     return members[np.unique(np.linspace(0, len(members) - 1, min(count, len(members))).astype(int))]
 
 
-def _class_of_page(name, row, groups, sample, table, pictures, of_group):
-    "What the page says about a class"
+def _class_of_page(name, row, own, sample, table, pictures, counts):
+    "What the page says about a class and its groups, which get `counts` of pictures"
     members = np.flatnonzero(sample.classes == name)
     maps = sample.maps[members]
-    own = sorted((group for group in groups if group.class_name == name), key=lambda group: group.number)
     accuracy = f', accuracy {_percent(row.accuracy)}' if np.isfinite(row.accuracy) else ''
     predicted = '' if name == _ALL else ' are predicted as this class'
     about = (f'{int(row.images):,} images{predicted}{accuracy}. {_percent(row.border)} of the energy '
@@ -939,8 +979,8 @@ def _class_of_page(name, row, groups, sample, table, pictures, of_group):
     return dict(name=_readable(name), about=about, mean=_colour_uri(maps.mean(0)), spread=_colour_uri(maps.std(0)),
                 peak=row.peak, groups=[dict(
                     name=_group_name(group), about=_about_group(group), map=_colour_uri(group.map), place=group.place,
-                    candidate=group.candidate, pictures=pictures.add(sample.rows[_spread_out(group.members, of_group)]))
-                    for group in own])
+                    candidate=group.candidate, pictures=pictures.add(sample.rows[_spread_out(group.members, count)]))
+                    for group, count in zip(own, counts)])
 
 
 def _odd_rows(sample, unlike, most):
@@ -1061,17 +1101,19 @@ def _colours():
 def _page(explained, sample, report, unlike, pictures, why_not, title, of_group):
     "Everything that the template needs"
     table, groups, of_class = explained.images, report.groups, report.classes
-    candidates = _candidates_of_page(groups, sample, pictures, 2 * of_group)
+    chosen, own = _shown_candidates(groups), _shown_groups(groups, of_class)
     rightness = _rightness(table[table['error'] == ''], explained.meta.get('task'))
-    wrong, odd = confident_and_wrong(table, task=explained.meta.get('task')), _odd_rows(sample, unlike, 24)
+    wrong, odd = confident_and_wrong(table, task=explained.meta.get('task')), _odd_rows(sample, unlike, _MOST_SHOWN)
     report.wrong, report.odd = (table['image'].iloc[rows].tolist() for rows in (wrong, odd))
-    shown = dict(wrong=pictures.add(wrong), odd=pictures.add(odd))
+    of_chosen, of_singles, of_own, limited = _picture_counts(pictures.most, of_group, chosen, (wrong, odd),
+                                                             groups=sum(own.values(), []))
+    candidates = _candidates_of_page(chosen, of_chosen, sample, pictures)
+    shown = dict(zip(('wrong', 'odd'), (pictures.add(rows[:count]) for rows, count in zip((wrong, odd), of_singles))))
     measured = _measured_class(explained.meta)
     measure = 'Average drop' if measured else 'Change of the output'
-    strength = {group.class_name: group.score for group in reversed(groups)}
-    order = sorted(of_class.index, key=lambda name: -np.nan_to_num(strength.get(name, 0), nan=0))[:60]
-    of_page = [_class_of_page(name, of_class.loc[name], groups, sample, table=table, pictures=pictures,
-                              of_group=of_group) for name in order]
+    counts = iter(of_own)
+    of_page = [_class_of_page(name, of_class.loc[name], found, sample, table=table, pictures=pictures,
+                              counts=list(islice(counts, len(found)))) for name, found in own.items()]
     plots = dict(groups=_groups_plot(groups), classes=_classes_plot(of_class),
                  trust=None if report.trust is None else _trust_plot(report.trust, measure),
                  objects=None if report.objects is None else _objects_plot(report.objects))
@@ -1079,7 +1121,7 @@ def _page(explained, sample, report, unlike, pictures, why_not, title, of_group)
     return dict(
         title=title, summary=_summary(groups, len(of_class), explained.meta.get('task')), facts=_facts(explained, sample, pictures.root),
         banner=dict(kind=kind, text=banner), candidates=candidates, classes=of_page,
-        left_out=len(of_class) - len(of_page), why_missing=pictures.why_not,
+        left_out=len(of_class) - len(of_page), why_missing=pictures.why_not, limited=limited,
         n_wrong=int((rightness == 0).sum()), known=int(np.isfinite(rightness).sum()), **shown,
         plots={name: plot for name, plot in plots.items() if plot}, missing=pictures.missing,
         tables=dict(classes=_classes_of_page(of_class), groups=_groups_of_page(groups),

@@ -642,6 +642,20 @@ def test_the_number_of_pictures_is_limited(folder, tmp_path):
         page = make_report(folder, tmp_path/'r.html', most_pictures=most, trust_images=0).path.read_text()
         return len(json.loads(re.search(r'id="data">(.*?)</script>', page, flags=re.S)[1])['pictures'])
     assert pictures(5) == 5 and pictures(0) == 0 and pictures(100) <= 40
+    assert 'The file holds 100 pictures' not in words(tmp_path/'r.html')
+
+
+def test_pictures_are_shared_over_the_groups(tmp_path):
+    "Of many classes the last have pictures too; the page says that there are fewer"
+    names = [f'{i:03}.png' for i in range(160)]
+    x = np.random.default_rng(0).uniform(.2, .8, (2, 160))
+    folder = write_explained(tmp_path/'x', tmp_path, names, blobs(*x, side=8), [f'c{i % 20}' for i in range(160)],
+                             np.ones(160))
+    page = make_report(folder, tmp_path/'r.html', most_pictures=60, trust_images=0).path.read_text()
+    counts = [part.count('class="thumb"') for part in re.findall('<ul class="thumbs">(.*?)</ul>', page, flags=re.S)]
+    assert counts == [8, 8, 7] + [2] * 10 + [1] * 10 + [7]
+    assert 'The file holds 60 pictures at most, so lists of images are shorter than usual; allow more' in page
+    assert module._fair_counts(10, [8, 8, 1, 4]) == [4, 3, 1, 2] and module._fair_counts(2, [3, 3, 3]) == [1, 1, 0]
 
 
 def test_the_command(corner, tmp_path, monkeypatch):
