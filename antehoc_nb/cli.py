@@ -690,9 +690,9 @@ def report(
         start = time.time()
         found_device = _find_device(device)
         from antehoc_nb.show.report import make_report
-        net = None if model is None else _load_model(model).to(found_device)
+        net = None if model is None else _load_model(model)
         found = make_report(folder, out, net, boxes, masks=masks, root=root, title=title, per_class=per_class,
-                            most_pictures=pictures, seed=seed)
+                            most_pictures=pictures, seed=seed, device=found_device)
         _tell_report(found, time.time() - start, output)
 
 # %% ../nbs/90_cli.ipynb #7fe3edb6
@@ -952,3 +952,7 @@ def reproduce(
             typer.echo(f'wrote {found.record_path(dataset, profile, results)}')
         if name in found.figures:
             typer.echo(f'wrote {found.save_figure(name, dataset, profile, results, work=work, data=data)}')
+
+# %% ../nbs/90_cli.ipynb #ab3b776f
+if __name__ == '__main__' and '__file__' in globals(): app(prog_name='antehoc')  # not in the notebook
+

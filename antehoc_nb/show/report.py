@@ -836,12 +836,13 @@ def _find_model(model, meta):
     return model.eval(), ''
 
 
-def _measure_trust(explained, model, pictures, sample, n, seed):
+def _measure_trust(explained, model, pictures, sample, n, seed, device):
     "`Trust`, or None and why it was not measured"
     if n == 0: return None, 'it was not asked for'
     if explained.meta['maps'] == 'none': return None, 'no maps were stored'
     model, why_not = _find_model(model, explained.meta)
     if model is None: return None, why_not
+    if device is not None: model = model.to(device)
     rows = np.sort(np.random.default_rng(seed).permutation(sample.rows)[:n])
     read = [(row, picture) for row in rows if (picture := pictures.read(row)) is not None]
     if not read:
@@ -1146,6 +1147,7 @@ def make_report(
     of_group: int = 4, # pictures of each group; twice as many of candidates
     trust_images: int = 64, # on how many images the maps are compared with controls, 20 or more; 0: not at all
     seed: int = 0, # of all samples
+    device: str | torch.device | None = None, # to run the model on; None: where it is
 ) -> Report:
     """Write one HTML file about what a network rests on: candidates for shortcuts, classes, odd images, trust.
 
@@ -1163,7 +1165,7 @@ def make_report(
     groups, unlike = map_groups(sample, seed), odd_images(sample)
     pictures = _Pictures(explained, root, source, dict(zip(sample.rows.tolist(), unlike)),
                          group_of=_groups_of_images(groups, sample), most=most_pictures)
-    trust, why_not = _measure_trust(explained, model, pictures, sample, n=trust_images, seed=seed)
+    trust, why_not = _measure_trust(explained, model, pictures, sample, n=trust_images, seed=seed, device=device)
     names = explained.images['image'].to_numpy()[sample.rows]
     for group in groups: group.images = names[group.members].tolist()
     report = Report(out, groups, class_table(sample), trust, objects=objects)
