@@ -687,7 +687,7 @@ class _Pictures:
             map=_grey_uri(self.explained.maps([row])[0]) if has_map else None,
             size=_shape_in_page(row_of_table, self.framing), probability=_finite(row_of_table['probability']),
             label_probability=_finite(row_of_table['label_probability']), group=self.group_of.get(row, ''),
-            unlike=_finite(self.unlike.get(row)), regions=len(json.loads(row_of_table['regions'] or '[]')),
+            unlike=_finite(self.unlike.get(row)), regions=_boxes_in_page(row_of_table, self.framing),
             corners=_finite(sum(row_of_table[f'energy_{r}{c}'] for r in (0, GRID - 1) for c in (0, GRID - 1)))))
         self.numbers[row] = len(self.items) - 1
         return True
@@ -703,12 +703,21 @@ def _shape_in_page(row, framing):
     return [max(1, round(width * scale)), max(1, round(height * scale))]
 
 
+def _boxes_in_page(row, framing):
+    "The regions of an image as [x0, y0, x1, y1], each a share of the side of the picture in the page"
+    regions, (width, height) = json.loads(row['regions'] or '[]'), (row['width'], row['height'])
+    if not (regions and width > 0 and height > 0): return []
+    left, top, right, bottom = framing.box(int(width), int(height))
+    boxes = np.array(regions)[:, :4] - [left, top, left, top]
+    return (boxes / [right - left, bottom - top, right - left, bottom - top]).round(4).tolist()
+
+
 def _finite(number):
     "A number as JSON can hold it"
     return None if number is None or not np.isfinite(number) else round(float(number), 4)
 
 # %% ../../nbs/show/35_report.ipynb #3cb1e0b6
-def _bars(rows, name, value, title, rule=None, low=None, high=None, colour=None):
+def _bars(rows, name, value, title, rule=None, low=None, high=None, colour=None, tick=None):
     "A Vega-Lite specification of horizontal bars"
     y = dict(field=name, type='nominal', sort=None, title=None, axis=dict(labelLimit=150))
     x = dict(field=value, type='quantitative', title=title)
@@ -719,6 +728,8 @@ def _bars(rows, name, value, title, rule=None, low=None, high=None, colour=None)
     layers = [dict(mark=dict(type='bar', color='#44607c'), encoding=encoding)]
     if low: layers.append(dict(mark=dict(type='rule', strokeWidth=2), encoding=dict(
         y=y, x=x | dict(field=low), x2=dict(field=high))))
+    if tick: layers.append(dict(mark=dict(type='tick', color='#b3261e', thickness=3, size=16), encoding=dict(
+        y=y, x=x | dict(field=tick))))
     if rule is not None:
         layers.append(dict(mark=dict(type='rule', strokeDash=[4, 3]), encoding=dict(x=dict(datum=rule))))
     return dict(width='container', height=22 * len(rows) + 8, layer=layers, data=dict(values=rows),
@@ -747,7 +758,7 @@ def _classes_plot(of_class, most=40):
             for name, row in shown.iterrows()]
     ends = ' to '.join(f'{rows[i]["name"]} with {_percent(rows[i]["border"])}' for i in (0, -1))
     said = (f'Bars: share of the energy in the outer eighth of the image, per class, from {ends}. A dashed line marks '
-            '44 %, the share of a map that is the same everywhere.')
+            '44\u00a0%, the share of a map that is the same everywhere.')
     return dict(spec=_bars(rows, 'name', 'border', title='share of the energy near the border',
                            rule=1 - .75**2), alt=said)
 
@@ -755,7 +766,7 @@ def _classes_plot(of_class, most=40):
 def _trust_plot(trust, measure):
     rows = [dict(name=name, drop=_finite(row['drop']), low=_finite(row['low']), high=_finite(row['high']))
             for name, row in trust.table.iterrows()]
-    said = ', '.join(f'{row["name"]} {row["drop"]:.1f} %' for row in rows)
+    said = ', '.join(f'{row["name"]} {row["drop"]:.1f}\u00a0%' for row in rows)
     spec = _bars(rows, 'name', 'drop', f'{measure.lower()} in %, lower is better', low='low', high='high')
     return dict(spec=spec, alt=f'Bars with intervals: {measure.lower()} of {said}.')
 
@@ -764,11 +775,12 @@ def _objects_plot(off, most=40):
     rows = [dict(name=_readable(name), off=_finite(row.energy_off), area=_finite(row.area_off))
             for name, row in off.head(most).iterrows()]
     most_off = f'{rows[0]["name"]} with {_percent(rows[0]["off"])}'
-    said = f'Bars: share of the energy off the object, per class. The most has {most_off}.'
-    return dict(spec=_bars(rows, 'name', 'off', 'share of the energy off the object'), alt=said)
+    said = (f'Bars: share of the energy off the object, per class. The most has {most_off}. A tick marks the share of '
+            'the image off the object, which a map that is the same everywhere would have.')
+    return dict(spec=_bars(rows, 'name', 'off', 'share of the energy off the object', tick='area'), alt=said)
 
 # %% ../../nbs/show/35_report.ipynb #02bba66f
-def _percent(share): return 'not known' if share is None or not np.isfinite(share) else f'{100 * share:.0f} %'
+def _percent(share): return 'not known' if share is None or not np.isfinite(share) else f'{100 * share:.0f}\u00a0%'
 
 
 def _about_group(group):
@@ -777,8 +789,9 @@ def _about_group(group):
     share = f'{_percent(group.share)} of the images{of_class}'
     text = f'In {share}, the map is highest at the {group.place}.'
     if np.isfinite(group.share_elsewhere):
-        text += f' Of the images predicted as other classes, {100 * group.share_elsewhere:.1f} % have a map like these.'
-    if group.candidate: text += f' Surely (95 %) they are at least {group.score:.1f} times as common here as there.'
+        elsewhere = f'{100 * group.share_elsewhere:.1f}\u00a0%'
+        text += f' Of the images predicted as other classes, {elsewhere} have a map like these.'
+    if group.candidate: text += f' Surely (95\u00a0%) they are at least {group.score:.1f} times as common here as there.'
     if np.isfinite(group.distance): text += f' Distance from the rest{" of the class" * bool(of_class)}: {group.distance:.2f} of 1.'
     if np.isfinite(group.accuracy):
         rest = f', of the rest of the class {_percent(group.accuracy_rest)}' if np.isfinite(group.accuracy_rest) else ''
@@ -790,8 +803,8 @@ def _trust_banner(trust, why_not, measure='Average drop'):
     "Kind and text of the banner about the maps"
     if trust is None: return 'unknown', f'Whether the maps are true on these images was not measured: {why_not}.'
     drops = trust.table['drop']
-    numbers = ', '.join(f'{name} {drop:.1f} %' for name, drop in drops.items())
-    about = f'{measure} with {AREA:.0%} of the pixels kept, {trust.n} images: {numbers}. Lower is better.'
+    numbers = ', '.join(f'{name} {drop:.1f}\u00a0%' for name, drop in drops.items())
+    about = f'{measure} with {_percent(AREA)} of the pixels kept, {trust.n} images: {numbers}. Lower is better.'
     not_better = [name for name, better in trust.better_than.items() if not better]
     if not not_better: return 'good', f'The maps are better than their controls on these images. {about}'
     random = [name for name in not_better if name != 'plain average']
@@ -904,7 +917,7 @@ def _strongest_regions(table, members, most=3):
     if not centres: return 'no region'
     names = [_place_name(_one_cell(x, y)) for x, y in centres]
     places = pd.Series(names).value_counts(normalize=True)
-    return ', '.join(f'{place} {share:.0%}' for place, share in places.head(most).items())
+    return ', '.join(f'{place} {_percent(share)}' for place, share in places.head(most).items())
 
 
 def _one_cell(x, y, side=9):
@@ -1130,7 +1143,7 @@ def _page(explained, sample, report, unlike, pictures, why_not, title, of_group)
         measured=measured, has_classes=explained.meta.get('task') not in _NO_CLASSES,
         flat=0 if report.objects is None else report.objects.attrs['flat'],
         pictures=pictures.items, colours=_colours(), version=antehoc_nb.__version__,
-        least=dict(ratio=f'{LEAST_RATIO:g}', share=f'{LEAST_SHARE:.0%}', images=LEAST_IMAGES), area=f'{AREA:.0%}')
+        least=dict(ratio=f'{LEAST_RATIO:g}', share=_percent(LEAST_SHARE), images=LEAST_IMAGES), area=_percent(AREA))
 
 
 def make_report(

@@ -406,7 +406,7 @@ def test_banners(corner, tmp_path):
     kind, text = module._trust_banner(module.Trust(table, 9, better), '')
     assert kind == 'warning' and text.startswith('The maps are not surely better than a plain average of the layers.')
     kind, text = module._trust_banner(module.Trust(table, 9, dict.fromkeys(better, True)), '')
-    assert kind == 'good' and 'maps 10.0 %, plain average 11.0 %' in text
+    assert kind == 'good' and 'maps 10.0\u00a0%, plain average 11.0\u00a0%' in text
 
 
 def test_the_drop_is_that_of_the_target(corner, tmp_path, monkeypatch):
@@ -474,6 +474,9 @@ def test_a_report(folder, tmp_path):
     assert all(len(group.images) == len(group.members) for group in report.groups)
     assert sorted(sum((group.images for group in report.groups), [])) == [f'{i:02}.png' for i in range(40)]
     assert not [*report.path.parent.glob('*.part')]
+    data = json.loads(re.search(r'id="data">(.*?)</script>', report.path.read_text(), flags=re.S)[1])
+    boxes = np.array([box for picture in data['pictures'] for box in picture['regions']])
+    assert len(boxes) and boxes.min() >= 0 and boxes.max() <= 1 and (boxes[:, :2] < boxes[:, 2:]).all()
     again = make_report(folder, tmp_path/'again.html', trust_images=0)
     assert again.path.read_bytes() == report.path.read_bytes()
 
@@ -733,6 +736,10 @@ def test_the_page_in_a_browser(tab, images, tmp_path):
     tab.wait_for_selector('.vega svg')
     assert tab.evaluate('document.documentElement.scrollWidth <= innerWidth')
     assert not tab.evaluate('[...document.images].filter(image => !image.alt).length')
+    right = 'e => { const r = document.createRange(); r.selectNodeContents(e); return r.getBoundingClientRect().right }'
+    ends = [tab.locator(f'#table-objects {cell}').first.evaluate(right)
+            for cell in ('th:nth-child(2) button', 'td:nth-child(2)')]
+    assert ends[0] == pytest.approx(ends[1], abs=1)
     tab.fill('input[data-table=table-groups]', 'DOG')
     assert tab.locator('#table-groups tbody tr:visible').count() == 1
     assert tab.text_content('#count-groups') == '1 row'
@@ -762,6 +769,13 @@ def test_thumbnails_open_by_mouse_and_keyboard(tab, folder, tmp_path):
             const data = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data;
             return data.reduce((sum, value) => sum + value, 0) / data.length}}''')
     assert mean('energy') < mean('photo') and mean('map') != mean('photo')
+    white = '''() => {
+        const canvas = document.querySelector("[data-view=map]");
+        const data = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data;
+        return data.filter((value, i) => i % 4 === 0 && value + data[i + 1] + data[i + 2] === 765).length}'''
+    assert tab.evaluate(white) > 10  # the outline of a region
+    shares = '[...document.querySelectorAll(".thumb .share")].every(e => e.scrollWidth <= e.clientWidth + 1)'
+    assert tab.evaluate(shares)
     tab.keyboard.press('ArrowRight')
     assert tab.text_content('#viewer-title') != title and tab.text_content('#place') == '2 of 24'
     tab.keyboard.press('Escape')

@@ -510,6 +510,7 @@ def test_in_a_browser(tab, page, photo, tmp_path):
     assert close(overlay, wanted.overlay) and close(picture(tab, 'energy-map')[1], wanted.energy)
     before, regions = picture(tab, 'concept-regions')
     assert close(regions, wanted.regions) and picture(tab, 'compared-with')
+    assert f'Compared with {page.comparable[0]}' in tab.inner_text('#compared-with')
     tab.fill('#threshold input[type=number]', '0.3')
     tab.press('#threshold input[type=number]', 'Tab')
     assert close(changed(tab, 'concept-regions', before)[1], page.explain(photo, threshold=.3).regions)
