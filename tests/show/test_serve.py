@@ -521,6 +521,10 @@ def test_in_a_browser(tab, page, photo, tmp_path):
     assert message(tab, f'the class {other}.')
     overlay = page.explain(photo, target=NAMES.index(other)).overlay
     assert close(changed(tab, 'map', shown)[1], overlay) and not close(overlay, wanted.overlay)
+    tab.get_by_label('Compare with').click()
+    tab.get_by_role('option', name='nothing').click()
+    tab.wait_for_function('name => !document.querySelector("#compared-with").innerText.includes(name)',
+                          arg=page.comparable[0])
     tab.click('#photograph button[aria-label="Remove Image"]')
     tab.wait_for_selector('#map img', state='detached')
     tab.set_input_files('#photograph input[type=file]', write_bytes(tmp_path/'notes.png', b'text'))
