@@ -617,6 +617,9 @@ def open_image(self: Explained,
         return _read_file(self.meta['root'], self.images['image'].iloc[row])[0]
     if self._source is None:
         found = _find_source(self.meta['root'] if source is None else source)
+        if found.kind != self.meta['source']:
+            raise ValueError(f'{self.folder}: the images came from {self.meta["source"]!r}, the source is '
+                             f'{found.kind!r}; give the one that was explained, as source=')
         if len(found) != len(self):
             raise ValueError(f'{self.folder}: {len(self):,} images were explained, the source has {len(found):,}; give '
                              'the one that was explained, as source=')

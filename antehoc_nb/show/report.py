@@ -479,6 +479,8 @@ def _control_maps(model, explanation, size, rng):
 
 def _change(model, y1, y2, target):
     "How much the target's probability falls, or the predicted class's, or the output changes, (B,) in [0,1]"
+    if model.task == 'binary':  # the sigmoid of y is the softmax of 0 and y
+        y1, y2 = (F.pad(model.explained(y).reshape(-1, 1), (1, 0)) for y in (y1, y2))
     if target is None and model.task == 'multi-label': target = model.explained(y1).argmax(1)
     if target is None: return output_change(y1, y2)
     scores = [target_scores(model.explained(y), target, model.task)[:, None] for y in (y1, y2)]
@@ -791,11 +793,13 @@ def _about_group(group):
     if np.isfinite(group.share_elsewhere):
         elsewhere = f'{100 * group.share_elsewhere:.1f}\u00a0%'
         text += f' Of the images predicted as other classes, {elsewhere} have a map like these.'
-    if group.candidate: text += f' Surely (95\u00a0%) they are at least {group.score:.1f} times as common here as there.'
-    if np.isfinite(group.distance): text += f' Distance from the rest{" of the class" * bool(of_class)}: {group.distance:.2f} of 1.'
+    if group.candidate:
+        text += f' Surely (95\u00a0%) they are at least {group.score:.1f} times as common here as there.'
+    rest = 'the rest of the class' if of_class else 'the rest'
+    if np.isfinite(group.distance): text += f' Distance from {rest}: {group.distance:.2f} of 1.'
     if np.isfinite(group.accuracy):
-        rest = f', of the rest of the class {_percent(group.accuracy_rest)}' if np.isfinite(group.accuracy_rest) else ''
-        text += f' Accuracy: {_percent(group.accuracy)}{rest}.'
+        beside = f', of {rest} {_percent(group.accuracy_rest)}' if np.isfinite(group.accuracy_rest) else ''
+        text += f' Accuracy: {_percent(group.accuracy)}{beside}.'
     return text
 
 
@@ -1116,8 +1120,9 @@ def _page(explained, sample, report, unlike, pictures, why_not, title, of_group)
     "Everything that the template needs"
     table, groups, of_class = explained.images, report.groups, report.classes
     chosen, own = _shown_candidates(groups), _shown_groups(groups, of_class)
-    rightness = _rightness(table[table['error'] == ''], explained.meta.get('task'))
-    wrong, odd = confident_and_wrong(table, task=explained.meta.get('task')), _odd_rows(sample, unlike, _MOST_SHOWN)
+    task = explained.meta.get('task')
+    rightness = _rightness(table[table['error'] == ''], task)
+    wrong, odd = confident_and_wrong(table, task=task), _odd_rows(sample, unlike, _MOST_SHOWN)
     report.wrong, report.odd = (table['image'].iloc[rows].tolist() for rows in (wrong, odd))
     of_chosen, of_singles, of_own, limited = _picture_counts(pictures.most, of_group, chosen, (wrong, odd),
                                                              groups=sum(own.values(), []))
@@ -1133,14 +1138,14 @@ def _page(explained, sample, report, unlike, pictures, why_not, title, of_group)
                  objects=None if report.objects is None else _objects_plot(report.objects))
     kind, banner = _trust_banner(report.trust, why_not, measure)
     return dict(
-        title=title, summary=_summary(groups, len(of_class), explained.meta.get('task')), facts=_facts(explained, sample, pictures.root),
+        title=title, summary=_summary(groups, len(of_class), task), facts=_facts(explained, sample, pictures.root),
         banner=dict(kind=kind, text=banner), candidates=candidates, classes=of_page,
         left_out=len(of_class) - len(of_page), why_missing=pictures.why_not, limited=limited,
         n_wrong=int((rightness == 0).sum()), known=int(np.isfinite(rightness).sum()), **shown,
         plots={name: plot for name, plot in plots.items() if plot}, missing=pictures.missing,
         tables=dict(classes=_classes_of_page(of_class), groups=_groups_of_page(groups),
                     objects=None if report.objects is None else _objects_of_page(report.objects)),
-        measured=measured, has_classes=explained.meta.get('task') not in _NO_CLASSES,
+        measured=measured, has_classes=task not in _NO_CLASSES,
         flat=0 if report.objects is None else report.objects.attrs['flat'],
         pictures=pictures.items, colours=_colours(), version=antehoc_nb.__version__,
         least=dict(ratio=f'{LEAST_RATIO:g}', share=_percent(LEAST_SHARE), images=LEAST_IMAGES), area=_percent(AREA))
@@ -1152,8 +1157,8 @@ def make_report(
     model: AntehocModel | str | Path | None = None, # the model of the maps, or its folder; None: as explain.json says
     boxes: str | Path | pd.DataFrame | None = None, # boxes of the objects: a CSV file, or a table
     masks: str | Path | None = None, # masks of the objects: a folder of PNG files
-    root: str | Path | None = None, # folder where the image files are; None: as explain.json says
-    source=None, # a data set that was in memory, or where a tar or a saved data set is now, as of `explain_many`
+    root: str | Path | None = None, # folder of the image files, or the tar, if it was moved; None: as explain.json says
+    source=None, # the data set, if it was in memory; a saved data set that was moved
     title: str = 'What the network looks at', # of the page
     per_class: int = 2000, # maps of each class that are compared, at most
     most_pictures: int = 240, # in the page, about 8 kB each
@@ -1169,6 +1174,7 @@ def make_report(
     the extra `report`."""
     out, explained = _check_file(out), read_explained(folder)
     vega = _bundled_vega()
+    if root is not None and explained.meta['source'] == 'tar' and Path(root).is_file(): source, root = root, None
     if root is not None and not Path(root).is_dir(): raise NotADirectoryError(f'root={str(root)!r}: no such folder')
     sample = sample_maps(explained, per_class, seed)
     if not len(sample): raise ValueError(f'{folder}: every map is empty; explain the images again')

@@ -406,8 +406,8 @@ def _results(self: PhotoPage, gr):
         energy = _picture(gr, 'Energy map', 'The photograph times its map')
     with gr.Row():
         regions = _picture(gr, 'Concept regions', 'Where the map reaches the threshold, in numbered boxes')
-        compared = _picture(gr, _compared_label(self.comparable[0]), 'The photograph under the map of another explainer',
-                            name='compared-with')
+        compared = _picture(gr, _compared_label(self.comparable[0]), 'The photograph under the map of another '
+                            'explainer', name='compared-with')
     with gr.Row():
         with gr.Column(min_width=240):
             if self.task == 'regression': prediction = gr.Dataframe(headers=['output', 'value'], label='Prediction')

@@ -6,6 +6,7 @@ import re
 import shutil
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -393,6 +394,13 @@ def test_true_maps_are_better_than_controls_and_wrong_ones_are_not(corner, tmp_p
     assert (true.table.low <= true.table['drop']).all() and (true.table['drop'] <= true.table.high).all()
 
 
+def test_the_drop_of_one_logit_is_that_of_its_probability():
+    model = SimpleNamespace(task='binary', explained=lambda y: y)
+    change = module._change(model, torch.tensor([[2.], [-2.]]), torch.tensor([[0.], [0.]]), None)
+    likely = torch.tensor(2.).sigmoid().item()
+    assert change.tolist() == pytest.approx([1 - .5 / likely] * 2)
+
+
 def test_banners(corner, tmp_path):
     write, model, _ = corner
     make_report(write(.12), tmp_path/'r.html', model)
@@ -559,22 +567,25 @@ def test_photographs_of_a_tar_or_a_data_set(images, folder, tmp_path, kind):
         pytest.importorskip('webdataset')
         with tarfile.open(tmp_path/'x.tar', 'w') as tar:
             for name in names: tar.add(root/name, name)
-        change(folder, root=str(tmp_path/'x.tar'), source='tar')
-        source = None
+        change(folder, root=str(tmp_path/'gone.tar'), source='tar')
+        source, root = None, tmp_path/'x.tar'
     else:
         datasets = pytest.importorskip('datasets')
         source = datasets.Dataset.from_dict(dict(image=[str(root/name) for name in names]))
         source = source.cast_column('image', datasets.Image())
         change(folder, root='', source='datasets')
+        root = None
         page = words(make_report(folder, tmp_path/'without.html').path)
         assert 'the images are of a data set that was in memory' in page
+        with pytest.raises(ValueError, match="images came from 'datasets', the source is 'folder'"):
+            read_explained(folder).open_image(0, tmp_path)
         with pytest.raises(ValueError, match='40 images were explained, the source has 39; give the one that was'):
             read_explained(folder).open_image(0, source.select(range(39)))
-    report = make_report(folder, tmp_path/'r.html', source=source)
+    report = make_report(folder, tmp_path/'r.html', root=root, source=source)
     page = report.path.read_text()
     pictures = json.loads(re.search(r'id="data">(.*?)</script>', page, flags=re.S)[1])['pictures']
     assert len(pictures) > 20 and all(picture['photo'] for picture in pictures)
-    assert f'40 images of {tmp_path/"x.tar" if kind == "tar" else "a data set in memory"}' in page
+    assert f'40 images of {tmp_path/"gone.tar" if kind == "tar" else "a data set in memory"}' in page
 
 
 def test_rows_with_errors(folder, tmp_path):
