@@ -503,7 +503,8 @@ def _explain_many(model, images, out, output, device, target, **options):
     from antehoc_nb.show.explain_many import explain_many
     output.quiet |= int(os.environ.get('RANK', 0)) > 0  # of several processes the first one speaks
     start = time.time()
-    done = explain_many(net, images, out, target=target_class, say=output.progress, name=str(model), **options)
+    done = explain_many(net, images, out, target=target_class, say=output.progress, name=os.path.realpath(model),
+                        **options)
     if int(os.environ.get('RANK', 0)) > 0: return
     now, seconds = done.images - done.before, time.time() - start
     before = f', {done.before:,} were done already' if done.before else ''
@@ -676,11 +677,11 @@ def report(
     out: Annotated[Path, _option('The file to write.')] = Path('report.html'),
     model: Annotated[Path | None, _option('The model that made the maps, to measure whether they are true. Default: '
                                           'where it was then.')] = None,
-    boxes: Annotated[Path | None, _option('Where the objects are: a CSV file with the columns image, x0, y0, x1, y1, '
-                                          'in pixels.')] = None,
+    boxes: Annotated[Path | None, _option('Where the objects are: a CSV file with the columns image, x0, y0, x1, y1 '
+                                          '(or path, xmin, ymin, xmax, ymax), in pixels.')] = None,
     masks: Annotated[Path | None, _option('Where the objects are: a folder of PNG files named as the images, not black '
                                           'on the object.')] = None,
-    root: Annotated[Path | None, _option('Where the images are. Default: where they were then.')] = None,
+    root: Annotated[Path | None, _option('Where the images, or their tar, are. Default: where they were then.')] = None,
     title: Annotated[str, _option('Of the page.')] = 'What the network looks at',
     per_class: Annotated[int, _option('Maps of each class that are compared, at most.', min=1)] = 2000,
     pictures: Annotated[int, _option('Pictures in the file, at most; about 8 kB each.', min=0)] = 240,
@@ -694,9 +695,9 @@ def report(
         start = time.time()
         found_device = _find_device(device)
         from antehoc_nb.show.report import make_report
-        net = None if model is None else _load_model(model).to(found_device)
+        net = None if model is None else _load_model(model)
         found = make_report(folder, out, net, boxes, masks=masks, root=root, title=title, per_class=per_class,
-                            most_pictures=pictures, seed=seed)
+                            most_pictures=pictures, seed=seed, device=found_device)
         _tell_report(found, time.time() - start, output)
 
 # %% ../nbs/90_cli.ipynb #7fe3edb6
@@ -956,3 +957,7 @@ def reproduce(
             typer.echo(f'wrote {found.record_path(dataset, profile, results)}')
         if name in found.figures:
             typer.echo(f'wrote {found.save_figure(name, dataset, profile, results, work=work, data=data)}')
+
+# %% ../nbs/90_cli.ipynb #ab3b776f
+if __name__ == '__main__' and '__file__' in globals(): app(prog_name='antehoc')  # not in the notebook
+

@@ -54,8 +54,9 @@ def make_model(arch, size):
     import torchvision
 
     from antehoc_nb.core.model import AntehocModel
+    from antehoc_nb.train.archs import small_cnn
     torch.manual_seed(0)
-    cnn = getattr(torchvision.models, arch)().eval()
+    cnn = small_cnn(1000) if arch == 'small_cnn' else getattr(torchvision.models, arch)().eval()
     meta = dict(size=[size, size], vocab=[str(number) for number in range(1000)])
     mean, std = [.485, .456, .406], [.229, .224, .225]
     return AntehocModel(cnn, torch.rand(1, 3, size, size), mean=mean, std=std, meta=meta).eval()
@@ -66,10 +67,10 @@ def plain_loop(model, folder, bs, workers):
     import torch
 
     from antehoc_nb.show.explain_many import _find_source, _loader, _usual_batch
-    source, size = _find_source(folder), model.meta['size']
+    source, framing = _find_source(folder), model.framing
     device, found = model.mean.device, []
-    bs = bs or _usual_batch(device, size)
-    loader = _loader(source, [0], len(source), bs, size, model.image_channels, workers, device)
+    bs = bs or _usual_batch(device, framing.size)
+    loader = _loader(source, [0], len(source), bs, framing, model.image_channels, workers, device)
     with torch.no_grad():
         for batch in loader:
             x = (batch.pixels.to(device).float() / 255 - model.mean) / model.std

@@ -440,6 +440,11 @@ def test_explaining_in_a_process_of_its_own(among_runs, tmp_path):
     assert json.loads(result.stdout)['explained'] == 24 and 'antehoc: error' not in result.stderr
 
 
+def test_the_module_is_a_command():
+    run = subprocess.run([sys.executable, '-m', 'antehoc_nb.cli', 'report', '--help'], capture_output=True, text=True)
+    assert run.returncode == 0 and 'Usage: antehoc report' in run.stdout
+
+
 def test_the_help_imports_neither_torch_nor_fastai():
     code = "import sys, antehoc_nb.cli; sys.exit(any(o in sys.modules for o in ('torch', 'fastai', 'matplotlib')))"
     assert subprocess.run([sys.executable, '-c', code], check=False).returncode == 0

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GRID', 'TABLE_COLUMNS', 'MAP_FORMS', 'TABLE_FORMS', 'FORMAT', 'MAP_REDUCTION', 'LEAST_BYTES_PER_ROW',
-           'LEAST_BYTES_PER_CELL', 'Explained', 'read_explained', 'ManyExplained', 'explain_many']
+           'LEAST_BYTES_PER_CELL', 'Explained', 'read_explained', 'ManyExplained', 'load_model', 'explain_many']
 
 # %% ../../nbs/show/34_explain_many.ipynb #e3708369
 import csv
@@ -14,6 +14,7 @@ import json
 import math
 import os
 import shutil
+import stat
 import tarfile
 import time
 import warnings
@@ -23,7 +24,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +34,7 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 from scipy import ndimage
 
 import antehoc_nb
@@ -133,7 +135,8 @@ def _write_png(path, maps, names):
 
 
 def _read_png(path, size):
-    with Image.open(path) as strip: return np.asarray(strip).reshape(-1, *size)
+    with PngImageFile(path) as strip:  # without the limit that `Image.open` has: a shard may be larger
+        return np.asarray(strip).reshape(-1, size[0], strip.width)
 
 
 def _write_parquet(path, maps, names):
@@ -144,7 +147,7 @@ def _write_parquet(path, maps, names):
 
 def _read_parquet(path, size):
     column = _parquet().read_table(path, columns=['map'])['map']
-    return np.frombuffer(b''.join(column.to_pylist()), 'uint8').reshape(-1, *size)
+    return np.frombuffer(b''.join(column.to_pylist()), 'uint8').reshape(len(column), *size)
 
 
 MAP_FORMS = dict(npz=(_write_npz, lambda path, size: _read_npz(path)), png=(_write_png, _read_png),
@@ -217,6 +220,8 @@ def _join_tables(out, n_shards, table):
 
 # %% ../../nbs/show/34_explain_many.ipynb #0b0334ba
 FORMAT = 1  # of the folder
+_AGAIN = 'copy it from where the run was made, or explain the images again'
+_ENTRIES = 'classes', 'root', 'source', 'size', 'map_size', 'maps', 'threshold', 'table', 'n' # that are always there
 
 
 @dataclass
@@ -240,8 +245,8 @@ class Explained:
     ) -> np.ndarray: # (n,h,w) float32 in [0,1]
         """The maps of some rows, in their order.
 
-        `ValueError` for a run without maps, or a row of a file that could not be read; `FileNotFoundError` for a shard
-        that is missing."""
+        `ValueError` for a run without maps, a row of a file that could not be read, or a shard that is damaged or of
+        another run; `FileNotFoundError` for a shard that is missing."""
         if self.meta['maps'] == 'none':
             raise ValueError(f"{self.folder}: the images were explained with maps='none'; explain them again with "
                              "maps='npz', into another folder")
@@ -262,11 +267,27 @@ class Explained:
         if self._last[0] == name: return self._last[1]
         path = self.folder/name
         if not path.exists():
-            raise FileNotFoundError(f'{path} is missing, which has maps of {self.folder}; copy it from where the run '
-                                    'was made, or explain the images again')
-        read = MAP_FORMS[self.meta['maps']][1]
-        self._last = name, read(path, self.meta['map_size'])
-        return self._last[1]
+            raise FileNotFoundError(f'{path} is missing, which has maps of {self.folder}; {_AGAIN}')
+        try: maps = MAP_FORMS[self.meta['maps']][1](path, self.meta['map_size'])
+        except ImportError: raise
+        except Exception as e:  # each form has errors of its own
+            raise ValueError(f'{path} cannot be read ({_reason(e)}); {_AGAIN}') from e
+        self._check_shard(path, maps, self._counts[name])
+        self._last = name, maps
+        return maps
+
+    @cached_property
+    def _counts(self):
+        "Number of images of each shard"
+        return self.images['shard'].value_counts()
+
+    def _check_shard(self, path, maps, count):
+        "`ValueError` for maps of another run, or fewer than the table has"
+        size = tuple(self.meta['map_size'])
+        if maps.ndim != 3 or maps.shape[1:] != size or maps.dtype != np.uint8:
+            raise ValueError(f'{path} has {maps.dtype} maps of {" x ".join(map(str, maps.shape[1:]))}, explain.json '
+                             f'says uint8 of {size[0]} x {size[1]}; {_AGAIN}')
+        if len(maps) != count: raise ValueError(f'{path} has {len(maps)} maps, the table {count} images; {_AGAIN}')
 
 
 def _read_meta(folder):
@@ -281,11 +302,37 @@ def _read_meta(folder):
         found = meta.get('format') if isinstance(meta, dict) else None
         raise ValueError(f'{folder} has format {found}, this version of antehoc_nb reads format {FORMAT}; '
                          'explain the images again, or use the version that wrote it')
+    _check_meta(path, meta)
     return meta
 
 
+def _check_meta(path, meta):
+    "`ValueError` for entries that are missing, or that cannot be"
+    missing = [name for name in _ENTRIES if name not in meta]
+    if missing: raise ValueError(f'{path} lacks the entry {missing[0]!r}; {_AGAIN}')
+
+    def is_size(value): return isinstance(value, list) and len(value) == 2 and all(
+        isinstance(side, int) and side > 0 for side in value)
+    possible = dict(maps=meta['maps'] in ('none', *MAP_FORMS), table=meta['table'] in TABLE_FORMS,
+                    n=isinstance(meta['n'], int), size=is_size(meta['size']),
+                    map_size=meta['maps'] == 'none' or is_size(meta['map_size']))
+    wrong = [name for name, is_possible in possible.items() if not is_possible]
+    if wrong: raise ValueError(f'{path}: {wrong[0]} is {meta[wrong[0]]!r}, which cannot be; {_AGAIN}')
+
+
 def _read_table(path, columns):
-    "The table, texts as texts and numbers as numbers"
+    "The table, texts as texts and numbers as numbers. `ValueError` for one that is damaged, or of something else"
+    try:
+        is_parquet = path.suffix == '.parquet'
+        names = _parquet().read_schema(path).names if is_parquet else pd.read_csv(path, nrows=0).columns
+        missing = [name for name in columns or TABLE_COLUMNS if name not in names]
+        if missing: raise ValueError(f'it lacks the column {missing[0]!r}')
+        return _typed_table(path, columns)
+    except (ValueError, TypeError, pd.errors.ParserError) as e:
+        raise ValueError(f'{path} cannot be read ({_reason(e)}); {_AGAIN}') from e
+
+
+def _typed_table(path, columns):
     if path.suffix == '.parquet': table = _parquet().read_table(path, columns=columns).to_pandas()
     else:
         numeric = {name: [''] for name in TABLE_COLUMNS if name not in _TEXTS}
@@ -301,8 +348,8 @@ def read_explained(
 ) -> Explained:
     """The table, the settings and the maps of images that were explained.
 
-    `FileNotFoundError` for another folder, or a run that is not finished, `ValueError` for another format or an unknown
-    column."""
+    `FileNotFoundError` for another folder, or a run that is not finished; `ValueError` for another format, files that
+    are damaged or of another run, or an unknown column."""
     folder = Path(folder)
     meta = _read_meta(folder)
     path = folder/f'images.{meta["table"]}'
@@ -312,7 +359,10 @@ def read_explained(
     unknown = [name for name in columns or () if name not in TABLE_COLUMNS]
     if unknown: raise ValueError(f'columns: unknown column {unknown[0]!r}; known: {", ".join(TABLE_COLUMNS)}')
     if columns is not None: columns = list(dict.fromkeys([*columns, 'image', 'shard', 'position', 'error']))
-    return Explained(folder, meta, _read_table(path, columns))
+    table = _read_table(path, columns)
+    if len(table) != meta['n']:
+        raise ValueError(f'{path} has {len(table):,} rows for {meta["n"]:,} images, so it was cut or changed; {_AGAIN}')
+    return Explained(folder, meta, table)
 
 # %% ../../nbs/show/34_explain_many.ipynb #4f30adf4
 class _Names:
@@ -379,7 +429,9 @@ class _Folder:
 
 def _read_file(root, name):
     "The image of a file, and no label"
-    with open(os.path.join(root, name), 'rb') as file: return decode_image(file.read()), None
+    path = os.path.join(root, name)
+    if not stat.S_ISREG(os.stat(path).st_mode): raise ValueError('not a regular file')  # a pipe would block
+    with open(path, 'rb') as file: return decode_image(file.read()), None
 
 
 def _folder_source(paths, out):
@@ -550,14 +602,22 @@ def open_image(self: Explained,
 ) -> Image.Image: # RGB, at its own size
     """The image of a row, from where it was explained.
 
-    `ValueError` where a data set in memory is missing, or for a file that holds no image; `FileNotFoundError` or
-    `OSError` for a file that is not there or cannot be read."""
+    `ValueError` where a data set in memory is missing, for a source of another length, or a file that holds no image;
+    `FileNotFoundError` or `OSError` for a file that is not there or cannot be read."""
     if source is None and not self.meta['root']:
         raise ValueError(f'{self.folder}: the images are of a data set that was in memory; give it: '
                          'open_image(row, source=dataset)')
     if self.meta['source'] == 'folder' and source is None:
         return _read_file(self.meta['root'], self.images['image'].iloc[row])[0]
-    if self._source is None: self._source = _find_source(self.meta['root'] if source is None else source)
+    if self._source is None:
+        found = _find_source(self.meta['root'] if source is None else source)
+        if found.kind != self.meta['source']:
+            raise ValueError(f'{self.folder}: the images came from {self.meta["source"]!r}, the source is '
+                             f'{found.kind!r}; give the one that was explained, as source=')
+        if len(found) != len(self):
+            raise ValueError(f'{self.folder}: {len(self):,} images were explained, the source has {len(found):,}; give '
+                             'the one that was explained, as source=')
+        self._source = found
     return self._source.reader()(self._source.work(range(len(self))[row]))[0]
 
 # %% ../../nbs/show/34_explain_many.ipynb #3b400abb
@@ -728,8 +788,9 @@ class _Writer:
         probability_of = _probability_of(e, self.classes)
         columns = _map_columns(maps, batch.sizes, self.meta['threshold'], framing=Framing.of(self.meta))
         for i, row in enumerate(columns):
-            probabilities = [share for _, share in decisions[i] if share is not None]
-            row['prediction'] = ';'.join(name for name, _ in decisions[i]) or 'none'
+            said = sorted(decisions[i], key=lambda pair: -(pair[1] or 0))
+            probabilities = [share for _, share in said if share is not None]
+            row['prediction'] = ';'.join(name for name, _ in said) or 'none'
             row['probability'] = _number(min(probabilities, default=None))
             row['label_probability'] = _number(probability_of(i, labels[i]))
             yield row
@@ -864,8 +925,20 @@ def _check_choices(maps, table, threshold, bs, workers, shard):
         if value is not None and value < least: raise ValueError(f'{name}={value} must be at least {least}')
 
 
+def load_model(
+    folder: str | Path, # of a saved model, or of the run of `antehoc train` above it
+) -> AntehocModel: # in evaluation mode
+    "A saved model; its CNN may be one of `antehoc_nb.train.archs`. Errors as of `AntehocModel.from_pretrained`."
+    import antehoc_nb.train.archs  # noqa: F401  builds CNNs by name
+    inside = Path(folder)/'model'
+    return AntehocModel.from_pretrained(inside if (inside/'config.json').exists() else str(folder))
+
+
+def _absolute(folder): return os.path.realpath(folder) if os.path.exists(folder) else str(folder)  # a name on the Hub
+
+
 def explain_many(
-    model: AntehocModel | str | Path, # or the folder of one
+    model: AntehocModel | str | Path, # or the folder of one, as of `load_model`
     source, # a folder, an image, a list of these, a tar as webdataset has them, or a Hugging Face data set, as folder
     # or object
     out: str | Path, # folder to write to; if it holds a part of the same run, that is gone on with
@@ -886,7 +959,7 @@ def explain_many(
     without images, a model without words for its output, a folder that holds another run, and a disk that is full."""
     _check_choices(maps, table, threshold, bs, workers=workers, shard=shard)
     out = Path(out)
-    if not isinstance(model, AntehocModel): name, model = name or str(model), AntehocModel.from_pretrained(model)
+    if not isinstance(model, AntehocModel): name, model = name or _absolute(model), load_model(model)
     processes = _processes(model)
     source = _find_source(source, out)
     meta, number = _settings(model, name or type(model.cnn).__name__, source, maps, table=table, threshold=threshold,

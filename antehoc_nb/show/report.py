@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -27,10 +28,10 @@ from PIL import Image
 
 import antehoc_nb
 
-from ..core.interpretation_loss import output_at_area, output_change
+from ..core.interpretation_loss import output_at_area, output_change, target_scores
 from ..core.model import AntehocModel, Framing
 from ..core.utils import import_extra, open_rgb, weights_digest, whole_or_not_at_all
-from .explain_many import GRID, Explained, read_explained
+from .explain_many import GRID, Explained, load_model, read_explained
 from .plots import MAP_COLOURS, concept_regions
 
 # %% ../../nbs/show/35_report.ipynb #31c1cb43
@@ -88,7 +89,8 @@ def write_explained(
     with whole_or_not_at_all(folder/'maps'/'00000.npz') as unfinished: np.savez_compressed(unfinished, maps=stored)
     with whole_or_not_at_all(folder/'images.csv') as unfinished:
         table.to_csv(unfinished, index=False, encoding='utf-8', errors='surrogateescape')
-    meta = dict(format=1, antehoc_nb=antehoc_nb.__version__, model=str(model), model_digest=None,
+    model = os.path.realpath(model) if str(model) else ''
+    meta = dict(format=1, antehoc_nb=antehoc_nb.__version__, model=model, model_digest=None,
                 classes=list(classes or sorted(set(prediction))), task='single-label', root=str(root.resolve()),
                 source='folder', size=list(size or maps.shape[1:]), map_size=list(maps.shape[1:]), maps='npz',
                 threshold=threshold, table='csv', n=len(stored))
@@ -131,10 +133,26 @@ class MapSample:
     def __len__(self): return len(self.rows)
 
 
+_NO_CLASSES = 'regression', 'captions', 'segmentation' # tasks whose predictions divide the images into none
+_ALL = 'all images' # takes the place of the classes then
+
+
 def _class_of(table, meta):
-    "The predicted class of each row; the same for all where predictions are no classes"
-    is_class = meta.get('task') not in ('regression', 'captions', 'segmentation')
-    return table['prediction'].to_numpy(object) if is_class else np.full(len(table), 'all images', object)
+    "The predicted class of each row, of several labels the first; the same for all where predictions are no classes"
+    if meta.get('task') in _NO_CLASSES: return np.full(len(table), _ALL, object)
+    classes = table['prediction'].to_numpy(object)
+    if meta.get('task') != 'multi-label': return classes
+    return np.array([labels.split(';')[0] for labels in classes], object)
+
+
+def _rightness(table, task):
+    "1. where the label is what is predicted, or among it, 0. where it is not, NaN where it is not known, (n,)"
+    if task in _NO_CLASSES: return np.full(len(table), np.nan)
+    label, prediction = (table[name].to_numpy(object) for name in ('label', 'prediction'))
+    if task == 'multi-label':
+        right = [{*one.split(';')} <= {*other.split(';')} for one, other in zip(label, prediction)]
+    else: right = label == prediction
+    return np.where(label == '', np.nan, np.array(right, float))
 
 
 def _small_maps(explained, rows, chunk=1024):
@@ -168,8 +186,7 @@ def sample_maps(
     maps = _small_maps(explained, rows)
     total = maps.sum((1, 2), keepdims=True)
     full = total[:, 0, 0] > 0
-    label, prediction = (table[name].to_numpy(object)[rows] for name in ('label', 'prediction'))
-    right = np.where(label == '', np.nan, (label == prediction).astype(float)).astype(float)
+    right = _rightness(table.iloc[rows], explained.meta.get('task'))
     return MapSample(rows[full], classes[rows][full], right[full], (maps / np.where(total > 0, total, 1))[full],
                      n_of_class=dict(zip(names.tolist(), counts.tolist())), n_empty=int((~full).sum()))
 
@@ -283,7 +300,7 @@ def find_groups(
 # %% ../../nbs/show/35_report.ipynb #26eb2ef6
 LEAST_RATIO = 5. # a group is a candidate if its maps are, surely, so many times as common as in the other classes
 LEAST_SHARE = .05 # of the class
-LEAST_IMAGES = 20 # of a class
+LEAST_IMAGES = 20 # of a class to be tested, and of the sample that maps are compared with controls on
 
 
 @dataclass
@@ -404,27 +421,32 @@ def groups_table(
     return table.rename(columns=dict(class_name='class'))
 
 # %% ../../nbs/show/35_report.ipynb #7d297c14
+_LEAST_DISTANCE = .01 # maps that differ less are the same but for their 8 bits
+
+
 def odd_images(
     sample: MapSample, # from `sample_maps`
     neighbours: int = 10, # the distance is to this one of the nearest maps of its class, or else the last
-) -> np.ndarray: # (n,) in [0,1]; NaN in classes of fewer than three images
-    "How unlike the maps of its class each map is."
+) -> np.ndarray: # (n,), 1 for the median of the class; NaN in classes of fewer than three images
+    "How unlike the maps of its class each map is, relative to the median of the class."
     from sklearn.neighbors import NearestNeighbors
     features, distance = _features(sample.maps), np.full(len(sample), np.nan)
     for name in sample.n_of_class:
         places = np.flatnonzero(sample.classes == name)
         if len(places) < 3: continue
         nearest = NearestNeighbors(n_neighbors=min(neighbours, len(places) - 1)).fit(features[places])
-        distance[places] = nearest.kneighbors()[0][:, -1] / np.sqrt(2)
+        own = nearest.kneighbors()[0][:, -1] / np.sqrt(2)
+        distance[places] = own / max(np.median(own), _LEAST_DISTANCE)
     return distance
 
 
 def confident_and_wrong(
     table: pd.DataFrame, # of `Explained`
     most: int = 24, # images
+    task: str | None = None, # of the model; 'multi-label': a label is right if it is among those that are predicted
 ) -> np.ndarray: # rows of the table, the highest probability first
     "Images whose label is known and not what is predicted."
-    wrong = np.flatnonzero((table['label'] != '') & (table['label'] != table['prediction']) & (table['error'] == ''))
+    wrong = np.flatnonzero((_rightness(table, task) == 0) & (table['error'] == ''))
     return wrong[np.argsort(-table['probability'].to_numpy(float)[wrong], kind='stable')][:most]
 
 # %% ../../nbs/show/35_report.ipynb #aafeec81
@@ -456,6 +478,16 @@ def _control_maps(model, explanation, size, rng):
             'random pixels': noise}
 
 
+def _change(model, y1, y2, target):
+    "How much the target's probability falls, or the predicted class's, or the output changes, (B,) in [0,1]"
+    if model.task == 'binary':  # the sigmoid of y is the softmax of 0 and y
+        y1, y2 = (F.pad(model.explained(y).reshape(-1, 1), (1, 0)) for y in (y1, y2))
+    if target is None and model.task == 'multi-label': target = model.explained(y1).argmax(1)
+    if target is None: return output_change(y1, y2)
+    scores = [target_scores(model.explained(y), target, model.task)[:, None] for y in (y1, y2)]
+    return output_change(*scores, activation='score')
+
+
 def trust_in_maps(
     explained: Explained, # from `read_explained`
     model: AntehocModel, # that the images were explained with
@@ -464,16 +496,21 @@ def trust_in_maps(
     bs: int = 16, # images at a time
     seed: int = 0, # of random masks and of the bootstrap
 ) -> Trust:
-    "The average drop with a fifth of the pixels kept by each map, beside that of controls with the same area."
+    """The average drop with a fifth of the pixels kept by each map, beside that of controls with the same area.
+
+    It is that of the target class that the maps are about, or else of the predicted one; without classes, the change of
+    the output."""
     rng, drops = np.random.default_rng(seed), {}
+    target = explained.meta.get('target')
     for start in range(0, len(rows), bs):
-        part = model.explain(pictures[start:start + bs])
+        part = model.explain(pictures[start:start + bs], target=target)
         size = part.image.shape[2:]
         stored = torch.from_numpy(explained.maps(rows[start:start + bs]))[:, None]
         maps = dict(maps=F.interpolate(stored, size, mode='bilinear')) | _control_maps(model, part, size, rng)
         for name, of_name in maps.items():
             masked = output_at_area(model, part.image, of_name.to(part.image.device), AREA)
-            drops.setdefault(name, []).append(output_change(part.pred, masked).numpy() * 100)
+            change = _change(model, part.pred, masked, None if target is None else part.target)
+            drops.setdefault(name, []).append(change.numpy() * 100)
     drops = {name: np.concatenate(values) for name, values in drops.items()}
     table = [dict(name=name, drop=values.mean(), low=low, high=high)
              for name, values in drops.items() for low, high in [_interval(values, seed)]]
@@ -483,30 +520,38 @@ def trust_in_maps(
 
 # %% ../../nbs/show/35_report.ipynb #adf7f517
 BOX_COLUMNS = 'image', 'x0', 'y0', 'x1', 'y1'
+_OTHER_NAMES = dict(zip(('path', 'xmin', 'ymin', 'xmax', 'ymax'), BOX_COLUMNS)) # of these columns
 
 
 def read_boxes(
-    boxes: str | Path | pd.DataFrame, # a CSV file, or a table
-) -> pd.DataFrame: # with the columns `BOX_COLUMNS`
+    boxes: str | Path | pd.DataFrame, # a CSV file, or a table, with `BOX_COLUMNS` or path, xmin, ymin, xmax, ymax
+    images: Sequence[str] | None = None, # names of the images whose boxes are read; None: all
+) -> pd.DataFrame: # with the columns `BOX_COLUMNS`; `attrs['flat']`: number of boxes without area, which are left out
     """A table of boxes.
 
-    `FileNotFoundError` for a file that is not there; `ValueError` for a file that is no table, missing columns, values
-    that are no numbers, or boxes without area."""
+    `FileNotFoundError` for a file that is not there; `ValueError` for a file that is no table, missing columns, or
+    values that are no numbers."""
     source = 'boxes' if isinstance(boxes, pd.DataFrame) else f'boxes={str(boxes)!r}'
     if not isinstance(boxes, pd.DataFrame):
         if not Path(boxes).is_file(): raise FileNotFoundError(f'{source}: no such file')
-        try: boxes = pd.read_csv(boxes, dtype=dict(image=str), encoding_errors='surrogateescape')
+        try: boxes = pd.read_csv(boxes, dtype=dict(image=str, path=str), encoding_errors='surrogateescape')
         except (ValueError, pd.errors.ParserError) as e: raise ValueError(f'{source} is no table: {e}') from e
+    boxes = boxes.rename(columns={name: usual for name, usual in _OTHER_NAMES.items() if usual not in boxes})
     missing = [name for name in BOX_COLUMNS if name not in boxes]
-    if missing: raise ValueError(f'{source} lacks the column {missing[0]!r}; give {", ".join(BOX_COLUMNS)}')
-    boxes = boxes[list(BOX_COLUMNS)].copy()
-    numbers = boxes[list(BOX_COLUMNS[1:])].apply(pd.to_numeric, errors='coerce')
-    flawed = ~((numbers.x1 > numbers.x0) & (numbers.y1 > numbers.y0))
+    if missing:
+        raise ValueError(f'{source} lacks the column {missing[0]!r}; give {", ".join(BOX_COLUMNS)}, or '
+                         f'{", ".join(_OTHER_NAMES)}')
+    boxes = boxes[list(BOX_COLUMNS)]
+    if images is not None: boxes = boxes[boxes.image.isin(images)]
+    numbers = boxes[list(BOX_COLUMNS[1:])].apply(pd.to_numeric, errors='coerce').astype(float)
+    flawed = (numbers.isna() & boxes[list(BOX_COLUMNS[1:])].notna()).any(axis=1)
     if flawed.any():
         first = boxes[flawed].iloc[0]
-        raise ValueError(f'{source}: the box of {first.image} is {", ".join(map(str, first.tolist()[1:]))}; '
-                         'x1 must be greater than x0, y1 than y0')
-    boxes[list(BOX_COLUMNS[1:])] = numbers
+        raise ValueError(f'{source}: the box of {first.image} is {", ".join(map(str, first.tolist()[1:]))}; give '
+                         'numbers, in pixels')
+    has_area = (numbers.x1 > numbers.x0) & (numbers.y1 > numbers.y0)
+    boxes = pd.concat([boxes.image, numbers], axis=1)[has_area]
+    boxes.attrs['flat'] = int((~has_area).sum())
     return boxes
 
 
@@ -552,14 +597,17 @@ def energy_off_object(
     boxes: str | Path | pd.DataFrame | None = None, # CSV file or table of boxes
     masks: str | Path | None = None, # folder of PNG files
     framing: Framing | None = None, # what the network gets of an image; None: all of it
-) -> pd.DataFrame: # a row per class: images, energy_off and area_off in 0..1, and how the two compare
+) -> pd.DataFrame: # a row per class: images, energy_off and area_off in 0..1; `attrs` as of `read_boxes`
     """Share of the maps' energy off the object, per class.
 
     `ValueError` if no box or mask is of an image of the run, or a mask is not as large as its image;
     `NotADirectoryError` for a folder of masks that is not there; else as `read_boxes`."""
     if masks is not None and not Path(masks).is_dir(): raise NotADirectoryError(f'masks={str(masks)!r}: no such folder')
-    boxes = None if boxes is None else read_boxes(boxes)
+    boxes = None if boxes is None else read_boxes(boxes, table['image'])
     found = _objects(sample, table, boxes, masks, framing=framing or Framing(sample.maps.shape[1:]))
+    flat = 0 if boxes is None else boxes.attrs['flat']
+    if not found and flat: raise ValueError(f'boxes: all {flat} boxes of images of this run have no area (x1 <= x0 or '
+                                            'y1 <= y0); look how the columns are meant')
     if not found:
         example = table['image'].iat[sample.rows[0]]
         raise ValueError('boxes, masks: none is of an image of this run; names are as in its table, such as '
@@ -570,7 +618,9 @@ def energy_off_object(
                              area_off=1 - objects.mean((1, 2))))
     of_class = rows.groupby('name').agg(images=('energy_off', 'size'), energy_off=('energy_off', 'mean'),
                                         area_off=('area_off', 'mean'))
-    return of_class.sort_values('energy_off', ascending=False)
+    of_class = of_class.sort_values('energy_off', ascending=False)
+    of_class.attrs['flat'] = flat
+    return of_class
 
 # %% ../../nbs/show/35_report.ipynb #dfd45584
 PICTURE_SIDE = 192 # longer side of the pictures in the page, pixels
@@ -603,18 +653,22 @@ def _readable(text):
 
 class _Pictures:
     "The images that the page shows, each once."
-    def __init__(self, explained, root, unlike, group_of, most):
-        self.explained, self.root, self.most = explained, Path(root), most
+    def __init__(self, explained, root, source, unlike, group_of, most):
+        self.explained, self.root, self.source, self.most = explained, root, source, most
         self.framing = explained.framing
         self.unlike, self.group_of = unlike, group_of
+        self.wrong = (_rightness(explained.images, explained.meta.get('task')) == 0).tolist()
         self.numbers, self.items, self.missing = {}, [], 0
+        self.why_not = ''  # the first error
 
     def read(self, row):
-        "An image file, as large as the page shows it; None if it cannot be read"
-        name = self.explained.images['image'].iat[row]
-        try: picture = open_rgb(self.root/name)
-        except (OSError, ValueError, SyntaxError): return None
-        return picture
+        "An image at its own size; None if it cannot be read"
+        try:
+            if self.root is None: return self.explained.open_image(row, self.source)
+            return open_rgb(Path(self.root)/self.explained.images['image'].iat[row])
+        except Exception as error:  # missing packages and damaged files of all kinds: the report is made without them
+            self.why_not = self.why_not or ' '.join(str(error).split())
+            return None
 
     def add(self, rows):
         "The numbers of some images in the page; fewer once it is full"
@@ -630,12 +684,13 @@ class _Pictures:
             picture.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
         has_map = self.explained.meta['maps'] != 'none'
         facts = {name: _readable(row_of_table[name]) for name in ('image', 'prediction', 'label')}
+        facts['wrong'] = self.wrong[row]
         self.items.append(facts | dict(
             photo=None if picture is None else _data_uri(picture, 'JPEG', quality=80),
             map=_grey_uri(self.explained.maps([row])[0]) if has_map else None,
             size=_shape_in_page(row_of_table, self.framing), probability=_finite(row_of_table['probability']),
             label_probability=_finite(row_of_table['label_probability']), group=self.group_of.get(row, ''),
-            unlike=_finite(self.unlike.get(row)), regions=len(json.loads(row_of_table['regions'] or '[]')),
+            unlike=_finite(self.unlike.get(row)), regions=_boxes_in_page(row_of_table, self.framing),
             corners=_finite(sum(row_of_table[f'energy_{r}{c}'] for r in (0, GRID - 1) for c in (0, GRID - 1)))))
         self.numbers[row] = len(self.items) - 1
         return True
@@ -651,12 +706,21 @@ def _shape_in_page(row, framing):
     return [max(1, round(width * scale)), max(1, round(height * scale))]
 
 
+def _boxes_in_page(row, framing):
+    "The regions of an image as [x0, y0, x1, y1], each a share of the side of the picture in the page"
+    regions, (width, height) = json.loads(row['regions'] or '[]'), (row['width'], row['height'])
+    if not (regions and width > 0 and height > 0): return []
+    left, top, right, bottom = framing.box(int(width), int(height))
+    boxes = np.array(regions)[:, :4] - [left, top, left, top]
+    return (boxes / [right - left, bottom - top, right - left, bottom - top]).round(4).tolist()
+
+
 def _finite(number):
     "A number as JSON can hold it"
     return None if number is None or not np.isfinite(number) else round(float(number), 4)
 
 # %% ../../nbs/show/35_report.ipynb #3cb1e0b6
-def _bars(rows, name, value, title, rule=None, low=None, high=None, colour=None):
+def _bars(rows, name, value, title, rule=None, low=None, high=None, colour=None, tick=None):
     "A Vega-Lite specification of horizontal bars"
     y = dict(field=name, type='nominal', sort=None, title=None, axis=dict(labelLimit=150))
     x = dict(field=value, type='quantitative', title=title)
@@ -667,6 +731,8 @@ def _bars(rows, name, value, title, rule=None, low=None, high=None, colour=None)
     layers = [dict(mark=dict(type='bar', color='#44607c'), encoding=encoding)]
     if low: layers.append(dict(mark=dict(type='rule', strokeWidth=2), encoding=dict(
         y=y, x=x | dict(field=low), x2=dict(field=high))))
+    if tick: layers.append(dict(mark=dict(type='tick', color='#b3261e', thickness=3, size=16), encoding=dict(
+        y=y, x=x | dict(field=tick))))
     if rule is not None:
         layers.append(dict(mark=dict(type='rule', strokeDash=[4, 3]), encoding=dict(x=dict(datum=rule))))
     return dict(width='container', height=22 * len(rows) + 8, layer=layers, data=dict(values=rows),
@@ -695,50 +761,55 @@ def _classes_plot(of_class, most=40):
             for name, row in shown.iterrows()]
     ends = ' to '.join(f'{rows[i]["name"]} with {_percent(rows[i]["border"])}' for i in (0, -1))
     said = (f'Bars: share of the energy in the outer eighth of the image, per class, from {ends}. A dashed line marks '
-            '44 %, the share of a map that is the same everywhere.')
+            '44\u00a0%, the share of a map that is the same everywhere.')
     return dict(spec=_bars(rows, 'name', 'border', title='share of the energy near the border',
                            rule=1 - .75**2), alt=said)
 
 
-def _trust_plot(trust):
+def _trust_plot(trust, measure):
     rows = [dict(name=name, drop=_finite(row['drop']), low=_finite(row['low']), high=_finite(row['high']))
             for name, row in trust.table.iterrows()]
-    said = ', '.join(f'{row["name"]} {row["drop"]:.1f} %' for row in rows)
-    spec = _bars(rows, 'name', 'drop', 'average drop in %, lower is better', low='low', high='high')
-    return dict(spec=spec, alt=f'Bars with intervals: average drop of {said}.')
+    said = ', '.join(f'{row["name"]} {row["drop"]:.1f}\u00a0%' for row in rows)
+    spec = _bars(rows, 'name', 'drop', f'{measure.lower()} in %, lower is better', low='low', high='high')
+    return dict(spec=spec, alt=f'Bars with intervals: {measure.lower()} of {said}.')
 
 
 def _objects_plot(off, most=40):
     rows = [dict(name=_readable(name), off=_finite(row.energy_off), area=_finite(row.area_off))
             for name, row in off.head(most).iterrows()]
     most_off = f'{rows[0]["name"]} with {_percent(rows[0]["off"])}'
-    said = f'Bars: share of the energy off the object, per class. The most has {most_off}.'
-    return dict(spec=_bars(rows, 'name', 'off', 'share of the energy off the object'), alt=said)
+    said = (f'Bars: share of the energy off the object, per class. The most has {most_off}. A tick marks the share of '
+            'the image off the object, which a map that is the same everywhere would have.')
+    return dict(spec=_bars(rows, 'name', 'off', 'share of the energy off the object', tick='area'), alt=said)
 
 # %% ../../nbs/show/35_report.ipynb #02bba66f
-def _percent(share): return 'not known' if share is None or not np.isfinite(share) else f'{100 * share:.0f} %'
+def _percent(share): return 'not known' if share is None or not np.isfinite(share) else f'{100 * share:.0f}\u00a0%'
 
 
 def _about_group(group):
     "What a group is, in a sentence or two"
-    share = f'{_percent(group.share)} of the images that are predicted as {_readable(group.class_name)}'
+    of_class = '' if group.class_name == _ALL else f' that are predicted as {_readable(group.class_name)}'
+    share = f'{_percent(group.share)} of the images{of_class}'
     text = f'In {share}, the map is highest at the {group.place}.'
     if np.isfinite(group.share_elsewhere):
-        text += f' Of the images predicted as other classes, {100 * group.share_elsewhere:.1f} % have a map like these.'
-    if group.candidate: text += f' Surely (95 %) they are at least {group.score:.1f} times as common here as there.'
-    if np.isfinite(group.distance): text += f' Distance from the rest of the class: {group.distance:.2f} of 1.'
+        elsewhere = f'{100 * group.share_elsewhere:.1f}\u00a0%'
+        text += f' Of the images predicted as other classes, {elsewhere} have a map like these.'
+    if group.candidate:
+        text += f' Surely (95\u00a0%) they are at least {group.score:.1f} times as common here as there.'
+    rest = 'the rest of the class' if of_class else 'the rest'
+    if np.isfinite(group.distance): text += f' Distance from {rest}: {group.distance:.2f} of 1.'
     if np.isfinite(group.accuracy):
-        rest = f', of the rest of the class {_percent(group.accuracy_rest)}' if np.isfinite(group.accuracy_rest) else ''
-        text += f' Accuracy: {_percent(group.accuracy)}{rest}.'
+        beside = f', of {rest} {_percent(group.accuracy_rest)}' if np.isfinite(group.accuracy_rest) else ''
+        text += f' Accuracy: {_percent(group.accuracy)}{beside}.'
     return text
 
 
-def _trust_banner(trust, why_not):
+def _trust_banner(trust, why_not, measure='Average drop'):
     "Kind and text of the banner about the maps"
     if trust is None: return 'unknown', f'Whether the maps are true on these images was not measured: {why_not}.'
     drops = trust.table['drop']
-    numbers = ', '.join(f'{name} {drop:.1f} %' for name, drop in drops.items())
-    about = f'Average drop with {AREA:.0%} of the pixels kept, {trust.n} images: {numbers}. Lower is better.'
+    numbers = ', '.join(f'{name} {drop:.1f}\u00a0%' for name, drop in drops.items())
+    about = f'{measure} with {_percent(AREA)} of the pixels kept, {trust.n} images: {numbers}. Lower is better.'
     not_better = [name for name, better in trust.better_than.items() if not better]
     if not not_better: return 'good', f'The maps are better than their controls on these images. {about}'
     random = [name for name in not_better if name != 'plain average']
@@ -746,10 +817,13 @@ def _trust_banner(trust, why_not):
     return 'warning', f'The maps are not surely better than a plain average of the layers. {about}'
 
 
-def _summary(groups, n_classes):
+def _summary(groups, n_classes, task=None):
     "What was found, in a sentence"
     n = sum(group.candidate for group in groups)
     tested = sum(np.isfinite(group.score) for group in groups)
+    if task in _NO_CLASSES:
+        return (f'The predictions ({task}) are no classes, so there is nothing to compare groups of images with, and '
+                'no candidate is named. Groups are listed by their distance from the rest of the images.')
     if n_classes < 2:
         return ('There is one predicted class only, so there is nothing to compare its groups with, and no candidate '
                 'is named. Groups are listed by their distance from the rest of the class.')
@@ -760,14 +834,6 @@ def _summary(groups, n_classes):
     return f'{n} candidate{"s" * (n > 1)} for a shortcut in {in_classes}, of {tested} groups tested.'
 
 # %% ../../nbs/show/35_report.ipynb #3b0b2d04
-def _own_model(path):
-    "The model of a folder, or of the run above it"
-    import antehoc_nb.train.archs  # noqa: F401  builds CNNs by name
-    folder = Path(path)
-    inside = folder/'model'
-    return AntehocModel.from_pretrained(inside if (inside/'config.json').exists() else str(folder))
-
-
 def _find_model(model, meta):
     "The model to measure with, or None and why there is none; errors for one that was given and does not fit"
     given = model is not None
@@ -775,7 +841,7 @@ def _find_model(model, meta):
     if not model: return None, 'the folder does not say which model made them; give it as model='
     if not isinstance(model, AntehocModel):
         if not given and not Path(model).exists(): return None, f'the model is no longer at {model}; give it as model='
-        try: model = _own_model(model)
+        try: model = load_model(model)
         except (ValueError, OSError):
             if given: raise
             return None, f'{model} could not be loaded; give the model as model='
@@ -788,15 +854,18 @@ def _find_model(model, meta):
     return model.eval(), ''
 
 
-def _measure_trust(explained, model, pictures, sample, n, seed):
+def _measure_trust(explained, model, pictures, sample, n, seed, device):
     "`Trust`, or None and why it was not measured"
     if n == 0: return None, 'it was not asked for'
     if explained.meta['maps'] == 'none': return None, 'no maps were stored'
     model, why_not = _find_model(model, explained.meta)
     if model is None: return None, why_not
+    if device is not None: model = model.to(device)
     rows = np.sort(np.random.default_rng(seed).permutation(sample.rows)[:n])
     read = [(row, picture) for row in rows if (picture := pictures.read(row)) is not None]
-    if not read: return None, f'the images are not below {pictures.root}; say where they are by root='
+    if not read:
+        return None, f'the images could not be read ({pictures.why_not}); say where they are by root= or source='
+    if len(read) < LEAST_IMAGES: return None, f'too few images ({len(read)}), at least {LEAST_IMAGES} are needed'
     kept, images = zip(*read)
     return trust_in_maps(explained, model, list(kept), list(images), seed=seed), ''
 
@@ -853,7 +922,7 @@ def _strongest_regions(table, members, most=3):
     if not centres: return 'no region'
     names = [_place_name(_one_cell(x, y)) for x, y in centres]
     places = pd.Series(names).value_counts(normalize=True)
-    return ', '.join(f'{place} {share:.0%}' for place, share in places.head(most).items())
+    return ', '.join(f'{place} {_percent(share)}' for place, share in places.head(most).items())
 
 
 def _one_cell(x, y, side=9):
@@ -863,13 +932,53 @@ def _one_cell(x, y, side=9):
     return map
 
 # %% ../../nbs/show/35_report.ipynb #088a89fb
-def _candidates_of_page(groups, sample, pictures, of_group):
+_MOST_SHOWN = 24 # candidates, and images in a list of single ones
+_MOST_CLASSES = 60 # that have a part of their own
+
+
+def _shown_candidates(groups):
     "The groups that the page opens with: candidates, or else the first three"
-    chosen = [group for group in groups if group.candidate] or groups[:3]
+    return ([group for group in groups if group.candidate] or groups[:3])[:_MOST_SHOWN]
+
+
+def _shown_groups(groups, of_class):
+    "The groups of the classes that have a part of their own, in the order of the page: class -> groups"
+    strength = {group.class_name: group.score for group in reversed(groups)}
+    order = sorted(of_class.index, key=lambda name: -np.nan_to_num(strength.get(name, 0), nan=0))[:_MOST_CLASSES]
+    return {name: sorted((group for group in groups if group.class_name == name), key=lambda group: group.number)
+            for name in order}
+
+
+def _fair_counts(most, wanted):
+    "How many each of some lists gets of what is `wanted`, `most` in all: the longest are cut first, then the last"
+    wanted = np.array(wanted, int)
+    cap = max(cap for cap in range(wanted.max() + 1) if np.minimum(wanted, cap).sum() <= most)
+    counts = np.minimum(wanted, cap)
+    counts[np.flatnonzero(wanted > cap)[:most - counts.sum()]] += 1
+    return counts.tolist()
+
+
+def _picture_counts(most, of_group, candidates, singles, groups):
+    "Numbers of pictures of candidates, of lists of single images, and of groups; and what is left out, in words"
+    first = [*(min(2 * of_group, len(group.members)) for group in candidates), *map(len, singles)]
+    last = [min(of_group, len(group.members)) for group in groups]
+    of_first = _fair_counts(max(most // 2, most - sum(last)), first)
+    of_last = _fair_counts(most - sum(of_first), last)
+    said = ''
+    if sum(of_first) + sum(of_last) < sum(first) + sum(last):
+        n_none = of_last.count(0)
+        none = f', and {n_none} group{"s have" if n_none > 1 else " has"} none' if n_none else ''
+        said = (f'The file holds {most} pictures at most, so lists of images are shorter than usual{none}; allow more '
+                'by --pictures or most_pictures=.')
+    return of_first[:len(candidates)], of_first[len(candidates):], of_last, said
+
+
+def _candidates_of_page(chosen, counts, sample, pictures):
+    "What the page says about the groups that it opens with"
     return [dict(name=_group_name(group), about=_about_group(group), candidate=group.candidate,
                  score=f'{group.score:.1f}' if np.isfinite(group.score) else '', place=group.place,
-                 map=_colour_uri(group.map), pictures=pictures.add(sample.rows[_spread_out(group.members, of_group)]))
-            for group in chosen[:24]]
+                 map=_colour_uri(group.map), pictures=pictures.add(sample.rows[_spread_out(group.members, count)]))
+            for group, count in zip(chosen, counts)]
 
 
 def _spread_out(members, count):
@@ -877,39 +986,58 @@ def _spread_out(members, count):
     return members[np.unique(np.linspace(0, len(members) - 1, min(count, len(members))).astype(int))]
 
 
-def _class_of_page(name, row, groups, sample, table, pictures, of_group):
-    "What the page says about a class"
+def _class_of_page(name, row, own, sample, table, pictures, counts):
+    "What the page says about a class and its groups, which get `counts` of pictures"
     members = np.flatnonzero(sample.classes == name)
     maps = sample.maps[members]
-    own = sorted((group for group in groups if group.class_name == name), key=lambda group: group.number)
     accuracy = f', accuracy {_percent(row.accuracy)}' if np.isfinite(row.accuracy) else ''
-    about = (f'{int(row.images):,} images are predicted as this class{accuracy}. {_percent(row.border)} of the energy '
+    predicted = '' if name == _ALL else ' are predicted as this class'
+    about = (f'{int(row.images):,} images{predicted}{accuracy}. {_percent(row.border)} of the energy '
              f'is near the border, {_percent(row.corners)} in the corners; spread {row.spread:.2f}. The strongest '
              f'region of the images is at: {_strongest_regions(table, sample.rows[members])}.')
     return dict(name=_readable(name), about=about, mean=_colour_uri(maps.mean(0)), spread=_colour_uri(maps.std(0)),
                 peak=row.peak, groups=[dict(
                     name=_group_name(group), about=_about_group(group), map=_colour_uri(group.map), place=group.place,
-                    candidate=group.candidate, pictures=pictures.add(sample.rows[_spread_out(group.members, of_group)]))
-                    for group in own])
+                    candidate=group.candidate, pictures=pictures.add(sample.rows[_spread_out(group.members, count)]))
+                    for group, count in zip(own, counts)])
 
 
 def _odd_rows(sample, unlike, most):
-    "Rows of images whose prediction is right, or not known to be wrong, with the oddest maps"
-    order = np.argsort(-np.nan_to_num(unlike, nan=-1), kind='stable')
-    order = [place for place in order if np.isfinite(unlike[place]) and sample.right[place] != 0]
-    return sample.rows[order[:most]]
+    "Rows of images whose prediction is right, or not known to be wrong, with the oddest maps; of each class a few"
+    of_class = dict.fromkeys(sample.n_of_class, max(_LEAST_ODD, most // len(sample.n_of_class)))
+    chosen = []
+    for place in np.argsort(-np.nan_to_num(unlike, nan=-1), kind='stable'):
+        name = sample.classes[place]
+        if not np.isfinite(unlike[place]) or sample.right[place] == 0 or not of_class[name]: continue
+        of_class[name] -= 1
+        chosen.append(place)
+    return sample.rows[chosen[:most]]
 
 
-def _facts(explained, sample, pictures_root):
+_LEAST_ODD = 4 # images of a class that may be in the list of the odd ones
+
+
+def _facts(explained, sample, root):
     "What the report is of, in short lines"
     meta, errors = explained.meta, int((explained.images['error'] != '').sum())
-    facts = [f'{len(explained):,} images below {_readable(pictures_root)}',
+    place, below = root or meta['root'], 'below' if root or meta['source'] == 'folder' else 'of'
+    facts = [f'{len(explained):,} images {below} {_readable(place) or "a data set in memory"}',
              f'model: {_readable(meta.get("model") or "not named")}',
-             f'{len(sample.n_of_class)} predicted classes', f'{len(sample):,} maps compared']
+             f'{meta["task"]}: no classes' if meta.get('task') in _NO_CLASSES else
+             f'{len(sample.n_of_class)} predicted class{"es" * (len(sample.n_of_class) != 1)}',
+             f'{len(sample):,} maps compared']
+    if meta.get('target') is not None:
+        facts.append(f'maps of the class {_readable(meta["target"])}, whatever is predicted')
     if errors: facts.append(f'{errors} could not be read')
     if sample.n_empty: facts.append(f'{sample.n_empty} with an empty map')
     if meta['maps'] == 'none': facts.append('no maps were stored: energies of a 4 x 4 grid take their place')
     return facts
+
+
+def _measured_class(meta):
+    "Whose probability may fall, in words; None if the predictions are no classes"
+    if meta.get('target') is not None: return f'the class {_readable(meta["target"])}, which the maps are about,'
+    return None if meta.get('task') in _NO_CLASSES else 'the predicted class'
 
 
 def _groups_of_images(groups, sample):
@@ -980,29 +1108,36 @@ def _colours():
 def _page(explained, sample, report, unlike, pictures, why_not, title, of_group):
     "Everything that the template needs"
     table, groups, of_class = explained.images, report.groups, report.classes
-    candidates = _candidates_of_page(groups, sample, pictures, 2 * of_group)
-    wrong, odd = confident_and_wrong(table), _odd_rows(sample, unlike, 24)
+    chosen, own = _shown_candidates(groups), _shown_groups(groups, of_class)
+    task = explained.meta.get('task')
+    rightness = _rightness(table[table['error'] == ''], task)
+    wrong, odd = confident_and_wrong(table, task=task), _odd_rows(sample, unlike, _MOST_SHOWN)
     report.wrong, report.odd = (table['image'].iloc[rows].tolist() for rows in (wrong, odd))
-    shown = dict(wrong=pictures.add(wrong), odd=pictures.add(odd))
-    strength = {group.class_name: group.score for group in reversed(groups)}
-    order = sorted(of_class.index, key=lambda name: -np.nan_to_num(strength.get(name, 0), nan=0))[:60]
-    of_page = [_class_of_page(name, of_class.loc[name], groups, sample, table=table, pictures=pictures,
-                              of_group=of_group) for name in order]
+    of_chosen, of_singles, of_own, limited = _picture_counts(pictures.most, of_group, chosen, (wrong, odd),
+                                                             groups=sum(own.values(), []))
+    candidates = _candidates_of_page(chosen, of_chosen, sample, pictures)
+    shown = dict(zip(('wrong', 'odd'), (pictures.add(rows[:count]) for rows, count in zip((wrong, odd), of_singles))))
+    measured = _measured_class(explained.meta)
+    measure = 'Average drop' if measured else 'Change of the output'
+    counts = iter(of_own)
+    of_page = [_class_of_page(name, of_class.loc[name], found, sample, table=table, pictures=pictures,
+                              counts=list(islice(counts, len(found)))) for name, found in own.items()]
     plots = dict(groups=_groups_plot(groups), classes=_classes_plot(of_class),
-                 trust=None if report.trust is None else _trust_plot(report.trust),
+                 trust=None if report.trust is None else _trust_plot(report.trust, measure),
                  objects=None if report.objects is None else _objects_plot(report.objects))
-    kind, banner = _trust_banner(report.trust, why_not)
-    known = int((table['label'] != '').sum())
+    kind, banner = _trust_banner(report.trust, why_not, measure)
     return dict(
-        title=title, summary=_summary(groups, len(of_class)), facts=_facts(explained, sample, pictures.root),
+        title=title, summary=_summary(groups, len(of_class), task), facts=_facts(explained, sample, pictures.root),
         banner=dict(kind=kind, text=banner), candidates=candidates, classes=of_page,
-        left_out=len(of_class) - len(of_page),
-        n_wrong=int(((table['label'] != '') & (table['label'] != table['prediction'])).sum()), known=known, **shown,
+        left_out=len(of_class) - len(of_page), why_missing=pictures.why_not, limited=limited,
+        n_wrong=int((rightness == 0).sum()), known=int(np.isfinite(rightness).sum()), **shown,
         plots={name: plot for name, plot in plots.items() if plot}, missing=pictures.missing,
         tables=dict(classes=_classes_of_page(of_class), groups=_groups_of_page(groups),
                     objects=None if report.objects is None else _objects_of_page(report.objects)),
+        measured=measured, has_classes=task not in _NO_CLASSES,
+        flat=0 if report.objects is None else report.objects.attrs['flat'],
         pictures=pictures.items, colours=_colours(), version=antehoc_nb.__version__,
-        least=dict(ratio=f'{LEAST_RATIO:g}', share=f'{LEAST_SHARE:.0%}', images=LEAST_IMAGES), area=f'{AREA:.0%}')
+        least=dict(ratio=f'{LEAST_RATIO:g}', share=_percent(LEAST_SHARE), images=LEAST_IMAGES), area=_percent(AREA))
 
 
 def make_report(
@@ -1011,13 +1146,15 @@ def make_report(
     model: AntehocModel | str | Path | None = None, # the model of the maps, or its folder; None: as explain.json says
     boxes: str | Path | pd.DataFrame | None = None, # boxes of the objects: a CSV file, or a table
     masks: str | Path | None = None, # masks of the objects: a folder of PNG files
-    root: str | Path | None = None, # where the images are; None: as explain.json says
+    root: str | Path | None = None, # folder of the image files, or the tar, if it was moved; None: as explain.json says
+    source=None, # the data set, if it was in memory; a saved data set that was moved
     title: str = 'What the network looks at', # of the page
     per_class: int = 2000, # maps of each class that are compared, at most
     most_pictures: int = 240, # in the page, about 8 kB each
     of_group: int = 4, # pictures of each group; twice as many of candidates
-    trust_images: int = 64, # on how many images the maps are compared with controls; 0: not at all
+    trust_images: int = 64, # on how many images the maps are compared with controls, 20 or more; 0: not at all
     seed: int = 0, # of all samples
+    device: str | torch.device | None = None, # to run the model on; None: where it is
 ) -> Report:
     """Write one HTML file about what a network rests on: candidates for shortcuts, classes, odd images, trust.
 
@@ -1026,6 +1163,7 @@ def make_report(
     the extra `report`."""
     out, explained = _check_file(out), read_explained(folder)
     vega = _bundled_vega()
+    if root is not None and explained.meta['source'] == 'tar' and Path(root).is_file(): source, root = root, None
     if root is not None and not Path(root).is_dir(): raise NotADirectoryError(f'root={str(root)!r}: no such folder')
     sample = sample_maps(explained, per_class, seed)
     if not len(sample): raise ValueError(f'{folder}: every map is empty; explain the images again')
@@ -1033,9 +1171,9 @@ def make_report(
     if boxes is not None or masks is not None:
         objects = energy_off_object(sample, explained.images, boxes, masks, framing=explained.framing)
     groups, unlike = map_groups(sample, seed), odd_images(sample)
-    pictures = _Pictures(explained, root or explained.meta.get('root') or '.', dict(zip(sample.rows.tolist(), unlike)),
+    pictures = _Pictures(explained, root, source, dict(zip(sample.rows.tolist(), unlike)),
                          group_of=_groups_of_images(groups, sample), most=most_pictures)
-    trust, why_not = _measure_trust(explained, model, pictures, sample, n=trust_images, seed=seed)
+    trust, why_not = _measure_trust(explained, model, pictures, sample, n=trust_images, seed=seed, device=device)
     names = explained.images['image'].to_numpy()[sample.rows]
     for group in groups: group.images = names[group.members].tolist()
     report = Report(out, groups, class_table(sample), trust, objects=objects)

@@ -409,7 +409,8 @@ def _results(self: PhotoPage, gr):
         energy = _picture(gr, 'Energy map', 'The photograph times its map')
     with gr.Row():
         regions = _picture(gr, 'Concept regions', 'Where the map reaches the threshold, in numbered boxes')
-        compared = _picture(gr, 'Compared with', 'The photograph under the map of another explainer')
+        compared = _picture(gr, _compared_label(self.comparable[0]), 'The photograph under the map of another '
+                            'explainer', name='compared-with')
     with gr.Row():
         with gr.Column(min_width=240):
             if self.task == 'regression': prediction = gr.Dataframe(headers=['output', 'value'], label='Prediction')
@@ -420,9 +421,12 @@ def _results(self: PhotoPage, gr):
     return message, prediction, overlay, energy, regions, compared, table
 
 
-def _picture(gr, label, text):
+def _compared_label(explainer): return 'Compared with' + f' {explainer}' * (explainer != NOTHING)
+
+
+def _picture(gr, label, text, name=None):
     return gr.Image(label=label, alt_text=text, interactive=False, height=320, min_width=220, buttons=['fullscreen',
-                    'download'], elem_id=label.lower().replace(' ', '-'))
+                    'download'], elem_id=name or label.lower().replace(' ', '-'))
 
 # %% ../../nbs/show/70_serve.ipynb #03ba7bc3
 @patch
@@ -433,7 +437,7 @@ def _one_photograph(self: PhotoPage, gr):
         with gr.Column(scale=3, min_width=260): results = self._results(gr)
     found = gr.State(time_to_live=3600)
     photo, target, compare, threshold = controls
-    _, _, _, _, regions, _, table = results
+    _, _, _, _, regions, compared, table = results
 
     def explain(photo, target, compare, threshold):
         "Prediction, maps and concept regions of a photograph"
@@ -441,6 +445,8 @@ def _one_photograph(self: PhotoPage, gr):
         kept = Answer(answer.explanation, answer.size)
         return (kept, answer.message, answer.prediction, answer.overlay, answer.energy, answer.regions,
                 answer.compared, answer.table)
+    compare.change(lambda name: gr.update(label=_compared_label(name)), compare, compared, show_progress='hidden',
+                   api_visibility='private')
     gr.on([photo.change, target.change, compare.change], explain, [*controls], [found, *results], api_name='explain',
           trigger_mode='always_last')
     threshold.change(self.cut, [found, threshold], [regions, table], trigger_mode='always_last', show_progress='hidden',

@@ -10,6 +10,7 @@ import tarfile
 import time
 import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -123,7 +124,8 @@ def test_every_task_that_has_words(tmp_path, task, n_out):
     explain_many(model, fill(tmp_path/'in', 5), tmp_path/'out', **USUAL)
     for row in read_explained(tmp_path/'out').images.itertuples():
         e = model.explain(tmp_path/'in'/row.image)
-        assert row.prediction == (';'.join(name for name, _ in e.decisions[0]) or 'none')
+        said = sorted(e.decisions[0], key=lambda pair: -(pair[1] or 0))  # the map is about the first
+        assert row.prediction == (';'.join(name for name, _ in said) or 'none')
         if task == 'regression': assert np.isnan(row.probability) and np.isnan(row.label_probability)
         else:
             p = e.probabilities[0].tolist()
@@ -173,17 +175,19 @@ def test_bad_files_are_rows(model, tmp_path):
     whole = as_bytes(picture(0, (300, 300)))
     (images/'dog'/'cut.png').write_bytes(whole[:len(whole)//2])
     (images/'dog'/'gone.png').symlink_to(tmp_path/'nowhere.png')
+    os.mkfifo(images/'dog'/'pipe.png')
+    (images/'dog'/'link.png').symlink_to(images/'cat'/'000.png')
     done = explain_many(model, images, tmp_path/'out', **USUAL)
-    assert (done.images, done.failed) == (10, 4)
+    assert (done.images, done.failed) == (12, 5)
     explained = read_explained(tmp_path/'out')
     bad = explained.images[explained.images.error != '']
-    assert bad.image.tolist() == ['cat/empty.jpg', 'dog/cut.png', 'dog/gone.png', 'dog/text.jpg']
+    assert bad.image.tolist() == ['cat/empty.jpg', 'dog/cut.png', 'dog/gone.png', 'dog/pipe.png', 'dog/text.jpg']
     reasons = bad.error.tolist()
     assert reasons[0] == 'the file is empty' and 'truncated' in reasons[1]
-    assert reasons[2:] == ['No such file or directory', 'not an image, or damaged']
-    assert bad.label.tolist() == ['cat', 'dog', 'dog', 'dog'] and bad.position.isna().all()
+    assert reasons[2:] == ['No such file or directory', 'not a regular file', 'not an image, or damaged']
+    assert bad.label.tolist() == ['cat', *4 * ['dog']] and bad.position.isna().all()
     good = np.flatnonzero(explained.images.error == '')
-    assert explained.maps(good).shape[0] == 6
+    assert explained.maps(good).shape[0] == 7
     message = ('row 3 (cat/empty.jpg) has no map: the file is empty; leave out the rows with an error, '
                'images.error != ""')
     with pytest.raises(ValueError) as caught: explained.maps()
@@ -219,6 +223,13 @@ def test_forms_hold_the_same(model, tmp_path, maps, table):
         assert str(caught.value) == (f"{tmp_path}/other: the images were explained with maps='none'; explain them "
                                      "again with maps='npz', into another folder")
     else: np.testing.assert_array_equal(usual.maps(good), other.maps(good))
+
+
+def test_a_large_picture_of_maps_is_read(model, tmp_path, monkeypatch):
+    "Larger than what Pillow opens without being asked"
+    explain_many(model, fill(tmp_path/'in', 8), tmp_path/'out', maps='png', **USUAL)
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 100)
+    assert read_explained(tmp_path/'out').maps().shape == (8, 8, 12)
 
 
 # --- Killed, interrupted, resumed
@@ -311,6 +322,14 @@ def test_a_disk_that_is_too_small_is_named_before(model, tmp_path, monkeypatch):
     assert str(caught.value) == (f"{tmp_path/'out'}: 20 images need at least 0 MB, 0 MB are free there; make room, "
                                  "take maps='none' (a table without maps), or choose another disk")
     assert not (tmp_path/'out'/'explain.json').exists()
+
+
+def test_a_model_by_the_folder_of_its_run(model, tmp_path, monkeypatch):
+    model.save_pretrained(tmp_path/'run'/'model')
+    picture().save(tmp_path/'a.png')
+    monkeypatch.chdir(tmp_path)
+    explain_many('run', 'a.png', 'out', **USUAL)
+    assert read_explained(tmp_path/'out').meta['model'] == str(tmp_path/'run')
 
 
 def test_a_finished_run_is_left_as_it_is(model, tmp_path):
@@ -658,6 +677,32 @@ def test_folders_that_are_none(model, tmp_path):
         with pytest.raises(ValueError, match=message): read_explained(out)
 
 
+@pytest.mark.parametrize('file, change, message', [
+    ('explain.json', lambda meta: meta.pop('map_size'), "explain.json lacks the entry 'map_size'"),
+    ('explain.json', lambda meta: meta.update(maps='zarr'), "explain.json: maps is 'zarr', which cannot be"),
+    ('images.csv', lambda table: table.drop(columns='regions'), "(it lacks the column 'regions')"),
+    ('images.csv', lambda table: table[:5], 'images.csv has 5 rows for 12 images, so it was cut or changed'),
+    ('images.csv', lambda table: table.assign(area='wide'), "could not convert string to float: 'wide'"),
+    ('maps/00000.npz', lambda maps: maps[:, :4, :6], 'has uint8 maps of 4 x 6, explain.json says uint8 of 8 x 12'),
+    ('maps/00000.npz', lambda maps: maps[:7], '00000.npz has 7 maps, the table 8 images'),
+    ('maps/00000.npz', lambda maps: maps / 255, '00000.npz has float64 maps of 8 x 12'),
+    ('maps/00000.npz', None, '00000.npz cannot be read (')])
+def test_damaged_and_foreign_files(model, tmp_path, file, change, message):
+    out = tmp_path/'out'
+    explain_many(model, fill(tmp_path/'in', 12), out, **USUAL)
+    path = out/file
+    if file.endswith('.json'):
+        meta = json.loads(path.read_text())
+        change(meta)
+        path.write_text(json.dumps(meta))
+    elif file.endswith('.csv'): change(pd.read_csv(path)).to_csv(path, index=False)
+    elif change: np.savez_compressed(path, maps=change(np.load(path)['maps']))
+    else: path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(ValueError) as caught: read_explained(out).maps()
+    assert str(path) in str(caught.value) and message in str(caught.value)
+    assert str(caught.value).endswith('; copy it from where the run was made, or explain the images again')
+
+
 def test_an_explanation_without_its_images_is_small(model):
     e = model.explain(torch.rand(4, 3, 32, 48))
     small = module._without_images(e)
@@ -684,6 +729,19 @@ def test_batches_left_alone_are_small_where_images_are_large(model, tmp_path):
     explain_many(model, images, tmp_path/'out', shard=8, workers=0, say=None)
     explain_many(model, images, tmp_path/'same', shard=8, workers=0, bs=32, say=None)
     assert (tmp_path/'out/images.csv').read_bytes() == (tmp_path/'same/images.csv').read_bytes()
+
+
+def test_the_benchmark_runs(tmp_path, monkeypatch):
+    "All its sides, on eight images"
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parents[2]/'benchmarks')
+    monkeypatch.setattr('tempfile.tempdir', str(tmp_path))
+    import bench_bulk
+    options = SimpleNamespace(device='cpu', bs=4, pictures=False, reps=2, n=8)
+    case = dict(arch='small_cnn', size=32, threads=1, workers=0)
+    found = bench_bulk.measure(case, fill(tmp_path/'in', 8), options)
+    assert all(found[side][clock]['ratio'] > 0 for side in ('none', 'npz') for clock in ('wall', 'cpu'))
+    told = bench_bulk.plain_loop(bench_bulk.make_model('small_cnn', 32), tmp_path/'in', 4, 0)
+    assert len(told) == 8 and all(0 < probability < 1 for _, probability in told)
 
 
 def test_workers_left_alone_have_few_cores_beside_a_cpu(monkeypatch):
@@ -717,7 +775,8 @@ def test_the_command_writes_what_the_function_writes(model, command, tmp_path):
     assert said.stdout.startswith('13 images explained in ')
     assert said.stdout.endswith('; 1 could not be read, see the column error; the table is out/images.csv\n'
                                 'next: antehoc report out\n')
-    explain_many(model, 'in', 'same', maps='png', workers=0, threshold=.5, name='model', say=None)
+    explain_many(model, 'in', 'same', maps='png', workers=0, threshold=.5, name=str(Path('model').resolve()),
+                 say=None)
     assert content(Path('out')) == content(Path('same'))
     facts = json.loads(command('in', *options, '--json').stdout)
     assert (facts['explained'], facts['done_before'], facts['failed'], facts['table']) == (0, 13, 1, 'out/images.csv')

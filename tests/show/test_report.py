@@ -4,7 +4,9 @@ import importlib.util
 import json
 import re
 import shutil
+import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -14,6 +16,7 @@ from PIL import Image
 from torch import nn
 from typer.testing import CliRunner
 
+from antehoc_nb.cli import app
 from antehoc_nb.core.model import AntehocModel
 from antehoc_nb.core.utils import weights_digest
 from antehoc_nb.data.photo_digits import PhotoDigits
@@ -217,6 +220,18 @@ def test_the_oddest_image():
     assert np.isnan(odd_images(as_sample(blobs([.1, .9], [.1, .9]), ['a', 'a']))).all()
 
 
+def test_odd_images_are_relative_to_their_class():
+    "One map of a narrow class is odder than all of a wide one, which has its share of the list at most"
+    rng = np.random.default_rng(0)
+    x = np.concatenate([rng.uniform(.1, .9, 60), rng.normal(.5, .01, 60)])
+    x[90] = .6
+    sample = as_sample(blobs(x, rng.permutation(x)[:1].repeat(120)), ['wide'] * 60 + ['narrow'] * 60)
+    unlike = odd_images(sample)
+    assert unlike.argmax() == 90 and np.median(unlike[:60]) == pytest.approx(1)
+    rows = module._odd_rows(sample, unlike, 24)
+    assert rows[0] == 90 and (rows < 60).sum() == (rows >= 60).sum() == 12
+
+
 def test_confident_and_wrong():
     columns = dict(prediction=list('aabb'), label=['a', 'b', 'a', ''], probability=[.9, .6, .8, .7], error='')
     table = pd.DataFrame(columns)
@@ -312,9 +327,9 @@ def test_masks_are_as_boxes(folder, tmp_path):
 
 @pytest.mark.parametrize('text, message', [
     ('image,x0,y0,x1\na.png,0,0,1\n', "lacks the column 'y1'; give image, x0, y0, x1, y1"),
-    ('image,x0,y0,x1,y1\na.png,5,0,5,9\n', 'the box of a.png is 5, 0, 5, 9; x1 must be greater than x0, y1 than y0'),
-    ('image,x0,y0,x1,y1\na.png,0,0,wide,9\n', 'the box of a.png is 0, 0, wide, 9; x1 must be greater'),
-    ('image,x0,y0,x1,y1\na.png,0,0,5,9\n',
+    ('image,x0,y0,x1,y1\n03.png,5,0,5,9\na.png,0,0,5,9\n', 'boxes: all 1 boxes of images of this run have no area'),
+    ('path,xmin,ymin,xmax,ymax\n03.png,0,0,wide,9\n', 'the box of 03.png is 0, 0, wide, 9; give numbers, in pixels'),
+    ('image,x0,y0,x1,y1\na.png,0,0,wide,9\n',
      "none is of an image of this run; names are as in its table, such as '00.png'"),
     ('', 'is no table: No columns to parse from file')])
 def test_boxes_that_are_none(folder, tmp_path, text, message):
@@ -322,6 +337,14 @@ def test_boxes_that_are_none(folder, tmp_path, text, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         make_report(folder, tmp_path/'r.html', boxes=tmp_path/'boxes.csv')
     assert not (tmp_path/'r.html').exists()
+
+
+def test_flat_boxes_are_left_out_and_other_images_do_not_matter(folder, tmp_path):
+    lines = [f'{i:02}.png,0,0,15,20' for i in range(20)] + ['20.png,5,0,5,9', '21.png,,,,', 'other.png,0,0,wide,9']
+    (tmp_path/'boxes.csv').write_text('\n'.join(['path,xmin,ymin,xmax,ymax', *lines]))
+    report = make_report(folder, tmp_path/'r.html', boxes=tmp_path/'boxes.csv', trust_images=0)
+    assert report.objects.images.sum() == 20 and report.objects.area_off.tolist() == pytest.approx([.5] * 2)
+    assert '2 boxes without area were left out.' in words(report.path)
 
 
 def test_boxes_and_masks_that_are_not_there(folder, tmp_path):
@@ -371,6 +394,13 @@ def test_true_maps_are_better_than_controls_and_wrong_ones_are_not(corner, tmp_p
     assert (true.table.low <= true.table['drop']).all() and (true.table['drop'] <= true.table.high).all()
 
 
+def test_the_drop_of_one_logit_is_that_of_its_probability():
+    model = SimpleNamespace(task='binary', explained=lambda y: y)
+    change = module._change(model, torch.tensor([[2.], [-2.]]), torch.tensor([[0.], [0.]]), None)
+    likely = torch.tensor(2.).sigmoid().item()
+    assert change.tolist() == pytest.approx([1 - .5 / likely] * 2)
+
+
 def test_banners(corner, tmp_path):
     write, model, _ = corner
     make_report(write(.12), tmp_path/'r.html', model)
@@ -384,7 +414,41 @@ def test_banners(corner, tmp_path):
     kind, text = module._trust_banner(module.Trust(table, 9, better), '')
     assert kind == 'warning' and text.startswith('The maps are not surely better than a plain average of the layers.')
     kind, text = module._trust_banner(module.Trust(table, 9, dict.fromkeys(better, True)), '')
-    assert kind == 'good' and 'maps 10.0 %, plain average 11.0 %' in text
+    assert kind == 'good' and 'maps 10.0\u00a0%, plain average 11.0\u00a0%' in text
+
+
+def test_the_drop_is_that_of_the_target(corner, tmp_path, monkeypatch):
+    "Of maps that were made for another class than the predicted one"
+    write, model, names = corner
+    folder, asked = change(write(.12), target='no'), []
+    explain = AntehocModel.explain
+    monkeypatch.setattr(AntehocModel, 'explain', lambda *args, **kwargs: asked.append(kwargs) or explain(
+        *args, **kwargs))
+    report = make_report(folder, tmp_path/'r.html', model)
+    assert asked == [dict(target='no')] * 2
+    assert report.trust.table['drop']['maps'] < 1  # the corner is black, so that 'no' becomes probable; of 'yes' > 50
+    page = words(report.path)
+    assert 'maps of the class no, whatever is predicted' in page
+    assert 'the probability of the class no, which the maps are about, falls' in page
+
+
+def test_the_model_that_the_run_names_goes_to_the_device(corner, tmp_path, monkeypatch):
+    write, model, _ = corner
+    (tmp_path/'model').mkdir()
+    monkeypatch.setattr(module, 'load_model', lambda path: model)
+    moved = []
+    monkeypatch.setattr(AntehocModel, 'to', lambda self, device: moved.append(device) or self)
+    folder = change(write(.88), model=str(tmp_path/'model'))
+    result = CliRunner().invoke(app, ['report', str(folder), '--out', str(tmp_path/'r.html'), '--device', 'cpu'])
+    assert result.exit_code == 0 and [str(device) for device in moved] == ['cpu']
+
+
+def test_trust_is_not_measured_on_few_images(corner, tmp_path):
+    write, model, _ = corner
+    folder = write(.88)
+    assert make_report(folder, tmp_path/'r.html', model, trust_images=19).trust is None
+    assert 'was not measured: too few images (19), at least 20 are needed.' in words(tmp_path/'r.html')
+    assert make_report(folder, tmp_path/'r.html', model, trust_images=20).trust.n == 20
 
 
 def test_models_that_did_not_make_the_maps(corner, tmp_path):
@@ -418,6 +482,9 @@ def test_a_report(folder, tmp_path):
     assert all(len(group.images) == len(group.members) for group in report.groups)
     assert sorted(sum((group.images for group in report.groups), [])) == [f'{i:02}.png' for i in range(40)]
     assert not [*report.path.parent.glob('.*')]
+    data = json.loads(re.search(r'id="data">(.*?)</script>', report.path.read_text(), flags=re.S)[1])
+    boxes = np.array([box for picture in data['pictures'] for box in picture['regions']])
+    assert len(boxes) and boxes.min() >= 0 and boxes.max() <= 1 and (boxes[:, :2] < boxes[:, 2:]).all()
     again = make_report(folder, tmp_path/'again.html', trust_images=0)
     assert again.path.read_bytes() == report.path.read_bytes()
 
@@ -461,6 +528,26 @@ def test_without_maps(folder, tmp_path):
 def test_models_without_classes(folder, tmp_path, entries):
     report = make_report(change(folder, **entries), tmp_path/'r.html')
     assert report.classes.index.tolist() == (['all images'] if 'task' in entries else CLASSES)
+    page = words(report.path)
+    if 'task' in entries:
+        assert 'The predictions (regression) are no classes' in page and '40 images, accuracy' not in page
+        assert 'one predicted class' not in page and 'are predicted as' not in page
+        assert '<b>Change of the output</b>' in page and 'the predicted class falls' not in page
+    else: assert 'the probability of the predicted class falls' in page and '4 predicted classes' in page
+
+
+def test_several_labels(images, tmp_path):
+    "A label is right if it is among those that are predicted; the class is the first of these"
+    root, names, maps, _ = images
+    predicted = ['ant;bee', 'bee', 'bee;ant', 'cat', 'none'] * 8
+    label = ['bee', 'ant', 'ant;bee', '', 'cat'] * 8
+    folder = write_explained(tmp_path/'x', root, names, maps, predicted, np.ones(40), label)
+    report = make_report(change(folder, task='multi-label'), tmp_path/'r.html')
+    assert report.wrong == sorted(name for name, other in zip(names, predicted, strict=True)
+                                  if other in ('none', 'bee'))
+    assert report.classes.images.to_dict() == dict(ant=8, bee=16, cat=8, none=8)
+    assert report.classes.accuracy['ant'] == 1 and report.classes.accuracy['bee'] == .5
+    assert '16 of 32 images with a label are predicted as another class.' in words(report.path)
 
 
 def test_images_that_cannot_be_read(images, folder, tmp_path):
@@ -473,10 +560,39 @@ def test_images_that_cannot_be_read(images, folder, tmp_path):
         make_report(folder, tmp_path/'r.html', root=tmp_path/'nowhere')
 
 
+@pytest.mark.parametrize('kind', ['tar', 'datasets'])
+def test_photographs_of_a_tar_or_a_data_set(images, folder, tmp_path, kind):
+    root, names, _, _ = images
+    if kind == 'tar':
+        pytest.importorskip('webdataset')
+        with tarfile.open(tmp_path/'x.tar', 'w') as tar:
+            for name in names: tar.add(root/name, name)
+        change(folder, root=str(tmp_path/'gone.tar'), source='tar')
+        source, root = None, tmp_path/'x.tar'
+    else:
+        datasets = pytest.importorskip('datasets')
+        source = datasets.Dataset.from_dict(dict(image=[str(root/name) for name in names]))
+        source = source.cast_column('image', datasets.Image())
+        change(folder, root='', source='datasets')
+        root = None
+        page = words(make_report(folder, tmp_path/'without.html').path)
+        assert 'the images are of a data set that was in memory' in page
+        with pytest.raises(ValueError, match="images came from 'datasets', the source is 'folder'"):
+            read_explained(folder).open_image(0, tmp_path)
+        with pytest.raises(ValueError, match='40 images were explained, the source has 39; give the one that was'):
+            read_explained(folder).open_image(0, source.select(range(39)))
+    report = make_report(folder, tmp_path/'r.html', root=root, source=source)
+    page = report.path.read_text()
+    pictures = json.loads(re.search(r'id="data">(.*?)</script>', page, flags=re.S)[1])['pictures']
+    assert len(pictures) > 20 and all(picture['photo'] for picture in pictures)
+    assert f'40 images of {tmp_path/"gone.tar" if kind == "tar" else "a data set in memory"}' in page
+
+
 def test_rows_with_errors(folder, tmp_path):
     table = pd.read_csv(folder/'images.csv', dtype=object, keep_default_na=False)
-    table.loc[5, 'error'] = 'not an image, or damaged'
-    table.loc[5, ['prediction', 'probability', 'shard', 'position']] = ''
+    table.loc[39, 'error'] = 'not an image, or damaged'
+    table.loc[39, ['prediction', 'probability', 'shard', 'position']] = ''
+    np.savez(folder/'maps'/'00000.npz', maps=np.load(folder/'maps'/'00000.npz')['maps'][:39])
     table.to_csv(folder/'images.csv', index=False)
     assert '1 could not be read' in words(make_report(folder, tmp_path/'r.html').path)
     table['error'] = 'gone'
@@ -552,10 +668,23 @@ def test_the_number_of_pictures_is_limited(folder, tmp_path):
         page = make_report(folder, tmp_path/'r.html', most_pictures=most, trust_images=0).path.read_text()
         return len(json.loads(re.search(r'id="data">(.*?)</script>', page, flags=re.S)[1])['pictures'])
     assert pictures(5) == 5 and pictures(0) == 0 and pictures(100) <= 40
+    assert 'The file holds 100 pictures' not in words(tmp_path/'r.html')
+
+
+def test_pictures_are_shared_over_the_groups(tmp_path):
+    "Of many classes the last have pictures too; the page says that there are fewer"
+    names = [f'{i:03}.png' for i in range(160)]
+    x = np.random.default_rng(0).uniform(.2, .8, (2, 160))
+    folder = write_explained(tmp_path/'x', tmp_path, names, blobs(*x, side=8), [f'c{i % 20}' for i in range(160)],
+                             np.ones(160))
+    page = make_report(folder, tmp_path/'r.html', most_pictures=60, trust_images=0).path.read_text()
+    counts = [part.count('class="thumb"') for part in re.findall('<ul class="thumbs">(.*?)</ul>', page, flags=re.S)]
+    assert counts == [8, 8, 7] + [2] * 10 + [1] * 10 + [7]
+    assert 'The file holds 60 pictures at most, so lists of images are shorter than usual; allow more' in page
+    assert module._fair_counts(10, [8, 8, 1, 4]) == [3, 3, 1, 3] and module._fair_counts(2, [3, 3, 3]) == [1, 1, 0]
 
 
 def test_the_command(corner, tmp_path, monkeypatch):
-    from antehoc_nb.cli import app
     write, _, _ = corner
     monkeypatch.chdir(tmp_path)
     folder = str(write(.88))
@@ -618,6 +747,10 @@ def test_the_page_in_a_browser(tab, images, tmp_path):
     tab.wait_for_selector('.vega svg')
     assert tab.evaluate('document.documentElement.scrollWidth <= innerWidth')
     assert not tab.evaluate('[...document.images].filter(image => !image.alt).length')
+    right = 'e => { const r = document.createRange(); r.selectNodeContents(e); return r.getBoundingClientRect().right }'
+    ends = [tab.locator(f'#table-objects {cell}').first.evaluate(right)
+            for cell in ('th:nth-child(2) button', 'td:nth-child(2)')]
+    assert ends[0] == pytest.approx(ends[1], abs=1)
     tab.fill('input[data-table=table-groups]', 'DOG')
     assert tab.locator('#table-groups tbody tr:visible').count() == 1
     assert tab.text_content('#count-groups') == '1 row'
@@ -647,6 +780,13 @@ def test_thumbnails_open_by_mouse_and_keyboard(tab, folder, tmp_path):
             const data = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data;
             return data.reduce((sum, value) => sum + value, 0) / data.length}}''')
     assert mean('energy') < mean('photo') and mean('map') != mean('photo')
+    white = '''() => {
+        const canvas = document.querySelector("[data-view=map]");
+        const data = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data;
+        return data.filter((value, i) => i % 4 === 0 && value + data[i + 1] + data[i + 2] === 765).length}'''
+    assert tab.evaluate(white) > 10  # the outline of a region
+    shares = '[...document.querySelectorAll(".thumb .share")].every(e => e.scrollWidth <= e.clientWidth + 1)'
+    assert tab.evaluate(shares)
     tab.keyboard.press('ArrowRight')
     assert tab.text_content('#viewer-title') != title and tab.text_content('#place') == '2 of 24'
     tab.keyboard.press('Escape')

@@ -510,6 +510,7 @@ def test_in_a_browser(tab, page, photo, tmp_path):
     assert close(overlay, wanted.overlay) and close(picture(tab, 'energy-map')[1], wanted.energy)
     before, regions = picture(tab, 'concept-regions')
     assert close(regions, wanted.regions) and picture(tab, 'compared-with')
+    assert f'Compared with {page.comparable[0]}' in tab.inner_text('#compared-with')
     tab.fill('#threshold input[type=number]', '0.3')
     tab.press('#threshold input[type=number]', 'Tab')
     assert close(changed(tab, 'concept-regions', before)[1], page.explain(photo, threshold=.3).regions)
@@ -520,6 +521,10 @@ def test_in_a_browser(tab, page, photo, tmp_path):
     assert message(tab, f'the class {other}.')
     overlay = page.explain(photo, target=NAMES.index(other)).overlay
     assert close(changed(tab, 'map', shown)[1], overlay) and not close(overlay, wanted.overlay)
+    tab.get_by_label('Compare with').click()
+    tab.get_by_role('option', name='nothing').click()
+    tab.wait_for_function('name => !document.querySelector("#compared-with").innerText.includes(name)',
+                          arg=page.comparable[0])
     tab.click('#photograph button[aria-label="Remove Image"]')
     tab.wait_for_selector('#map img', state='detached')
     tab.set_input_files('#photograph input[type=file]', write_bytes(tmp_path/'notes.png', b'text'))

@@ -47,6 +47,19 @@ async function draw(canvas, picture, view, scale = 1) {
   canvas.getContext('2d').putImageData(blended, 0, 0);
 }
 
+// Boxes of the regions, white with a dark edge.
+function outline(canvas, regions) {
+  const context = canvas.getContext('2d');
+  for (const [x0, y0, x1, y1] of regions) {
+    const box = [x0 * canvas.width, y0 * canvas.height, (x1 - x0) * canvas.width, (y1 - y0) * canvas.height];
+    for (const [colour, width] of [['#000', 4], ['#fff', 2]]) {
+      context.strokeStyle = colour;
+      context.lineWidth = width;
+      context.strokeRect(...box);
+    }
+  }
+}
+
 const seen = new IntersectionObserver((entries) => {
   for (const { isIntersecting, target } of entries) {
     if (!isIntersecting) continue;
@@ -63,7 +76,7 @@ const viewer = document.getElementById('viewer');
 let list = [];
 let place = 0;
 
-function percent(value) { return value === null ? '' : ` (${(100 * value).toFixed(1)} %)`; }
+function percent(value) { return value === null ? '' : ` (${(100 * value).toFixed(1)}\u00a0%)`; }
 
 function show(step = 0) {
   place = (place + step + list.length) % list.length;
@@ -72,9 +85,9 @@ function show(step = 0) {
   document.getElementById('place').textContent = `${place + 1} of ${list.length}`;
   const facts = { predicted: picture.prediction + percent(picture.probability), group: picture.group };
   if (picture.label) facts.label = picture.label + percent(picture.label_probability);
-  if (picture.corners !== null) facts['energy in the corners'] = `${(100 * picture.corners).toFixed(0)} %`;
-  facts.regions = picture.regions;
-  if (picture.unlike !== null) facts['unlike its class'] = `${picture.unlike.toFixed(2)} of 1`;
+  if (picture.corners !== null) facts['energy in the corners'] = `${(100 * picture.corners).toFixed(0)}\u00a0%`;
+  facts.regions = picture.regions.length;
+  if (picture.unlike !== null) facts['distance from its class'] = `${picture.unlike.toFixed(1)} times the median`;
   const terms = Object.entries(facts).filter(([, value]) => value !== '').flatMap(([name, value]) => {
     const term = document.createElement('dt');
     const text = document.createElement('dd');
@@ -83,7 +96,13 @@ function show(step = 0) {
     return [term, text];
   });
   document.getElementById('viewer-facts').replaceChildren(...terms);
-  for (const canvas of viewer.querySelectorAll('canvas')) draw(canvas, picture, canvas.dataset.view, 2);
+  for (const figure of viewer.querySelectorAll('figure')) {
+    figure.hidden = (!picture.photo && figure.matches('.of-photo')) || (!picture.map && figure.matches('.of-map'));
+  }
+  for (const canvas of viewer.querySelectorAll('canvas')) {
+    const regions = canvas.dataset.view === 'map' ? picture.regions : [];
+    draw(canvas, picture, canvas.dataset.view, 2).then(() => outline(canvas, regions));
+  }
 }
 
 function open(thumb) {
