@@ -602,7 +602,6 @@ def _check_sample(images):
         raise ValueError(f'sample: images (B,C,H,W) in floating point are needed, got {tuple(images.shape)} of '
                          f'{images.dtype}{hint}')
     if not images.numel(): raise ValueError(f'sample: it is empty, {tuple(images.shape)}; give at least one image')
-    if not images.isfinite().all(): raise ValueError('sample: it has NaN or infinite pixels')
 
 
 def _cause(error): return (str(error).splitlines() or [type(error).__name__])[0]
@@ -739,7 +738,9 @@ def _trial(self: AntehocModel, sample):
         try:
             if sample is None: sample = _noise_for(self.cnn)
             else:
-                _check_sample(as_inputs(sample)[0])
+                images = as_inputs(sample)[0]
+                _check_sample(images)
+                self.check_training_images(images, 'sample')
                 sample = as_cnn_takes(sample, cnn)
             yield sample
         except AssertionError as e: raise _size_error(cnn, sample, e) from e
@@ -1403,17 +1404,34 @@ def image_size(self: AntehocModel) -> tuple[int, int]:
     "(H,W) that images are resized to: as `meta` says; else 224 x 224, with a warning."
     size = self.meta.get('size')
     if size: return (size, size) if isinstance(size, int) else tuple(size)
-    normalised = (self.std != 1).any() or (self.mean != 0).any()
     self._warn_once('size', 'explain: the model does not know the size of its images, so they are resized to 224 x 224'
-                    + ('' if normalised else ', nor their normalisation, so the CNN gets pixels in [0,1]')
+                    + ('' if self._is_normalised else ', nor their normalisation, so the CNN gets pixels in [0,1]')
                     + '; if that is not what the CNN was trained on, give AntehocModel(cnn, mean=[...], std=[...], '
                     'meta=dict(size=[H, W]))', level=6)
     return 224, 224
 
 
 @patch(as_prop=True)
+def _is_normalised(self: AntehocModel):
+    "Whether the model knows a normalisation"
+    return bool((self.mean != 0).any() or (self.std != 1).any())
+
+
+@patch
+def _warn_of_range(self: AntehocModel):
+    "A warning if images from files, which are in [0,1], are not normalised as the CNN expects"
+    if 'image_range' not in self.meta or self._is_normalised: return
+    low, high = self.meta['image_range']
+    self._warn_once('range', f'explain: the CNN was made for images that go from {low:.2f} to {high:.2f}, but the model '
+                    'has no mean and std, so that those from files reach it as pixels from 0 to 1: predictions and maps '
+                    'can be wrong; give AntehocModel(cnn, mean=[...], std=[...]), or TwoPass(mean=[...], std=[...])',
+                    level=7)
+
+
+@patch(as_prop=True)
 def framing(self: AntehocModel) -> Framing:
     "What the CNN gets of an image from a file: as `meta` says; a warning where that cannot be said."
+    self._warn_of_range()
     resize = self.meta.get('resize', 'squish')
     if resize == 'own':
         self._warn_once('resize', 'explain: in training the images were padded, or cropped to a number of pixels, '
@@ -1511,17 +1529,19 @@ def _check_values(self: AntehocModel, x):
     elif low >= -1 and high > 16:
         raise ValueError(f'explain: these look like pixels from 0 to 255 (the highest is {max(highest):.0f}); '
                          'give them as they are, x.to(torch.uint8), or divide by 255 and normalise')
-    elif {*mean} == {0.} and {*std} == {1.}: self._warn_if_normalised(low, high)
+    elif not self._is_normalised: self._warn_if_normalised(low, high, 'explain')
     else: self._warn_if_not_normalised(min(lowest), max(highest), low, high)
 
 
 @patch
-def _warn_if_normalised(self: AntehocModel, low, high):
-    "Of a model without mean and std: warn of values that are no pixels in [0,1]"
+def _warn_if_normalised(self: AntehocModel, low, high, where):
+    "Of a model without mean and std: warn of values that are no pixels in [0,1], and note what it was trained on"
     if low >= -.2 and high <= 1.2: return
-    self._warn_once('mean', f'explain: the images go from {low:.2f} to {high:.2f}, so they seem to be '
+    if where != 'explain': self.meta = dict(image_range=[round(low, 3), round(high, 3)]) | self.meta
+    in_training = ', or TwoPass(mean=[...], std=[...])' if where != 'explain' else ''
+    self._warn_once('mean', f'{where}: the images go from {low:.2f} to {high:.2f}, so they seem to be '
                     'normalised, but the model has no mean and std, without which "black" is grey and '
-                    'pixels are clipped; give AntehocModel(cnn, mean=[...], std=[...])', level=6)
+                    f'pixels are clipped; give AntehocModel(cnn, mean=[...], std=[...]){in_training}', level=6)
 
 
 @patch
@@ -1541,7 +1561,8 @@ def check_training_images(self: AntehocModel,
                           x: torch.Tensor, # Images, (B,C,H,W), normalised as the CNN expects
                           where: str, # What the message begins with, such as 'TwoPass'
                          ) -> None:
-    "`ValueError` for NaN and infinities, and for pixels of another range than the normalisation is of."
+    """`ValueError` for NaN and infinities, and for pixels of another range than the normalisation is of. A warning for
+    images that seem to be normalised, by a model without mean and std; `meta` then has their `image_range`."""
     x = plain_tensor(x.detach())
     ends = torch.stack([x.amin((0, 2, 3)), x.amax((0, 2, 3))]).float().cpu()  # (2,C)
     if not ends.isfinite().all():
@@ -1551,13 +1572,21 @@ def check_training_images(self: AntehocModel,
     mean, std = self.mean.float().cpu().flatten(), self.std.float().cpu().flatten()
     if len(mean) not in (1, x.shape[1]): return
     pixels = ends * std + mean
-    if has_other_units(mean, std): return _check_other_units(ends, pixels, mean, std, where)
+    is_made_up = where == 'sample' and _is_noise(x)
+    if has_other_units(mean, std): return None if is_made_up else _check_other_units(ends, pixels, mean, std, where)
     low, high = pixels.min().item(), pixels.max().item()
-    if not (low >= -1 and high > 16): return
+    if not (low >= -1 and high > 16):
+        if not self._is_normalised and not is_made_up: self._warn_if_normalised(low, high, where)
+        return
     scale = ', '.join(['1/255'] * x.shape[1])
     raise ValueError(f'{where}: these look like pixels from 0 to 255 (the highest is {x.max().item():.0f}); divide '
                      'them by 255 and normalise; or, if the CNN is meant to get them so, make the model with '
                      f'mean={[0] * x.shape[1]}, std=[{scale}]')
+
+
+def _is_noise(x):
+    "Whether pixels differ from their neighbours as from any others, as in a sample that is made up, and no image"
+    return x.shape[3] > 1 and bool(x.float().diff(dim=3).var() > 1.5 * x.float().var())
 
 
 def _check_other_units(ends, pixels, mean, std, where):

@@ -32,7 +32,10 @@ from fastai.vision.core import PILImage, PointScaler
 from fastcore.basics import patch
 from fastcore.foundation import L
 from torch import nn
-from torch.utils.data import IterableDataset, Subset
+from torch.utils.data import ConcatDataset, IterableDataset, Subset
+from torchvision.transforms import CenterCrop
+from torchvision.transforms import Normalize as TorchvisionNormalize
+from torchvision.transforms import Resize as TorchvisionResize
 
 from antehoc_nb.core.interpretation_loss import (
     default_loss, default_mask, draw_targets, gradients_of, int_losses, interpretation_loss,
@@ -222,11 +225,20 @@ def validation_batches(dls, # fastai DataLoaders
     return batches
 
 # %% ../../nbs/train/11_two_pass.ipynb #8773d144
+def _steps_of(transform):
+    "The steps of one of torchvision's transforms, of those inside it, and of the preset that weights come with"
+    if hasattr(transform, 'resize_size') and hasattr(transform, 'mean'):
+        crop = [CenterCrop(transform.crop_size)] if hasattr(transform, 'crop_size') else []
+        return [TorchvisionResize(transform.resize_size), *crop, TorchvisionNormalize(transform.mean, transform.std)]
+    inside = transform if isinstance(transform, nn.Sequential) else getattr(transform, 'transforms', None)
+    return [transform] if inside is None else [step for part in inside for step in _steps_of(part)]
+
+
 def _torchvision_transforms(dataset):
-    "A data set's own transforms, also of the data set inside a `Subset`; [None] if it has none"
-    while isinstance(dataset, Subset): dataset = dataset.dataset
-    transform = getattr(dataset, 'transform', None)
-    return getattr(transform, 'transforms', [transform])
+    "A data set's own transforms, also of the data set inside a `Subset` or first in others; [None] if it has none"
+    while isinstance(dataset, (Subset, ConcatDataset)):
+        dataset = dataset.dataset if isinstance(dataset, Subset) else dataset.datasets[0]
+    return _steps_of(getattr(dataset, 'transform', None))
 
 
 def _torchvision_normalize(dataset):
@@ -651,8 +663,9 @@ def _wrap_model(self: TwoPass):
     except (RuntimeError, ValueError) as e:
         takes = in_channels(learn.model)
         failed = isinstance(e, RuntimeError) or isinstance(e.__cause__, RuntimeError)  # as a CNN fails
-        if not failed or images.shape[1] == takes: raise
-        raise _channels_error(images.shape[1], takes) from e
+        if failed and images.shape[1] != takes: raise _channels_error(images.shape[1], takes) from e
+        if not str(e).startswith(('sample: image', 'sample: these look')): raise
+        raise ValueError(str(e).replace('sample', 'TwoPass', 1)) from e
     if names is not None: learn.model.meta = dict(vocab=names) | learn.model.meta
 
 
@@ -837,7 +850,6 @@ def _renew_facts(self: TwoPass):
     kept = {name: fact for name, fact in model.meta.items() if name not in stale}
     model.meta = kept | _with_given_facts(facts, given)
     self._border_sample = inputs
-    model.check_training_images(inputs[0].to(model.mean.device), 'TwoPass')
     mean, std = normalisation(dls)
     if mean is None or 'mean' in self.model_kwargs or self._normalisation == (mean, std): return
     if self._normalisation is not None: model.mean, model.std = torch.zeros_like(model.mean), torch.ones_like(model.std)
@@ -855,6 +867,7 @@ def _begin_fit(self: TwoPass):
     if process_count() > 1:
         for weight in self.antehoc.weight_net.parameters(): dist.broadcast(weight.data, 0)
     self._renew_facts()
+    self.antehoc.check_training_images(self._border_sample[0].to(self.antehoc.mean.device), 'TwoPass')
     if self._finding_lr(): return
     self._prepare_measuring()
     if self.keep_maps:

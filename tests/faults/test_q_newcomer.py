@@ -1,0 +1,104 @@
+"""What a newcomer gets wrong without an error is said, and what is said names what he gave."""
+import re
+
+import pytest
+import torch
+from fastai.data.core import DataLoaders
+from fastai.learner import Learner
+from PIL import Image
+from torch.nn import functional as F
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, TensorDataset
+from torchvision import transforms as tv
+from torchvision.models import ResNet18_Weights
+
+from antehoc_nb.core.interpretation_loss import two_pass_step
+from antehoc_nb.core.model import AntehocModel
+from antehoc_nb.train.two_pass import TwoPass, normalisation, resizing
+
+pytestmark = pytest.mark.usefixtures('one_thread')
+IMAGES, LABELS = torch.rand(16, 3, 16, 16).cumsum(3) / 16, torch.arange(16) % 3
+NORMALISED = (IMAGES - .5) / .2
+NORMALISED[0, 0, 0, 0] = -2.5
+
+
+def says(error, message): return pytest.raises(error, match=f'^{re.escape(message)}$')
+
+
+def warns(message): return pytest.warns(UserWarning, match=f'^{re.escape(message)}$')
+
+
+def learner(cnn, images=IMAGES, labels=LABELS, valid=None, **kwargs):
+    "A learner with `TwoPass` of plain loaders"
+    train, valid = TensorDataset(images, labels), TensorDataset(images if valid is None else valid, labels)
+    kwargs = dict(loss_func=F.cross_entropy, cbs=TwoPass(eta=2)) | kwargs
+    return Learner(DataLoaders(DataLoader(train, 4), DataLoader(valid, 4)), cnn(), **kwargs)
+
+
+def fit(learn):
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
+    return learn
+
+
+SEEM = (f'the images go from {NORMALISED.min():.2f} to {NORMALISED.max():.2f}, so they seem to be normalised, but the '
+        'model has no mean and std, without which "black" is grey and pixels are clipped; give ')
+
+
+def test_normalised_images_without_mean_and_std(cnn):
+    own = 'AntehocModel(cnn, mean=[...], std=[...]), or TwoPass(mean=[...], std=[...])'
+    with warns(f'sample: {SEEM}{own}'): AntehocModel(cnn(), NORMALISED)
+    with warns(f'two_pass_step: {SEEM}{own}'): two_pass_step(AntehocModel(cnn()), NORMALISED)
+
+
+@pytest.mark.filterwarnings('ignore:save_pretrained')
+def test_learners_of_normalised_images(cnn, photo, tmp_path):
+    learn = learner(cnn, NORMALISED, cbs=[])
+    learn.add_cb(TwoPass(eta=2))
+    give = r"seem to be normalised.* or TwoPass\(mean=\[...\], std=\[...\]\)$"
+    with pytest.warns(UserWarning, match=give): fit(learn)
+    learn.model.save_pretrained(tmp_path/'model')
+    model = AntehocModel.from_pretrained(tmp_path/'model', cnn=cnn())
+    message = (f'explain: the CNN was made for images that go from -2.50 to {NORMALISED[:2].max():.2f}, but the '
+               'model has no mean and std, so that those from files reach it as pixels from 0 to 1: predictions and '
+               'maps can be wrong; give AntehocModel(cnn, mean=[...], std=[...]), or TwoPass(mean=[...], std=[...])')
+    with warns(message): model.explain(photo(tmp_path/'a.png'))
+
+
+@pytest.mark.filterwarnings('error:.*(seem to be normalised|was made for)')
+def test_images_that_are_right_are_not_warned_of(cnn, photo, tmp_path):
+    AntehocModel(cnn(), torch.randn(2, 3, 16, 16))  # noise, to find the layers
+    AntehocModel(cnn(), NORMALISED, mean=[.5] * 3, std=[.2] * 3)
+    given = learner(cnn, NORMALISED, cbs=TwoPass(eta=2, mean=[.5] * 3, std=[.2] * 3))
+    for learn in (learner(cnn), given): fit(learn).model.explain(photo(tmp_path/'a.png'))
+
+
+def test_a_sample_from_0_to_255(cnn):
+    message = ('sample: these look like pixels from 0 to 255 (the highest is 255); divide them by 255 and normalise; '
+               'or, if the CNN is meant to get them so, make the model with mean=[0, 0, 0], std=[1/255, 1/255, 1/255]')
+    x = 255 * IMAGES / IMAGES.max()
+    with says(ValueError, message): AntehocModel(cnn(), x)
+    AntehocModel(cnn(), x, mean=[0] * 3, std=[1 / 255] * 3)
+
+
+class Pictures(Dataset):
+    def __init__(self, transform): self.transform = transform
+
+    def __len__(self): return 4
+
+    def __getitem__(self, i): return self.transform(Image.new('RGB', (40, 30))), i % 2
+
+
+STATS, MIDDLE = ([.1, .2, .3], [.4, .5, .6]), dict(resize='crop', crop_pct=.875)
+INNER = tv.Compose([tv.ToTensor(), tv.Normalize(*STATS)])
+
+
+@pytest.mark.parametrize('transform, stats, framing', [
+    (tv.Compose([tv.Resize(16), tv.CenterCrop(14), tv.Compose([INNER])]), STATS, MIDDLE),
+    (torch.nn.Sequential(tv.Resize(16), tv.CenterCrop(14), tv.Normalize(*STATS)), STATS, MIDDLE),
+    (ResNet18_Weights.DEFAULT.transforms(), ([.485, .456, .406], [.229, .224, .225]), MIDDLE),
+    (tv.Compose([ResNet18_Weights.DEFAULT.transforms(resize_size=232)]), ([.485, .456, .406], [.229, .224, .225]),
+     dict(resize='crop', crop_pct=.965517))])
+def test_transforms_inside_others(transform, stats, framing):
+    for dataset in (Pictures(transform), ConcatDataset([Pictures(transform)] * 2)):
+        dls = DataLoaders(DataLoader(dataset, 2), DataLoader(dataset, 2))
+        for found, values in zip(normalisation(dls), stats): assert found == pytest.approx(values)
+        assert resizing(dls) == framing
