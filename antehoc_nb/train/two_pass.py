@@ -442,6 +442,7 @@ class TwoPass(Callback):
         self._best_difference = float('inf')  # between the two, of the epoch where it was lowest
         self._best_epoch = None
         self._predicts_only = None  # a class, if the CNN predicts it for all of these images
+        self._not_finite_in = None  # why the loss of a validation batch is not finite, in words
         self._best_weight_net = None
 
     def __getstate__(self):
@@ -901,14 +902,17 @@ def before_validate(self: TwoPass):
 # %% ../../nbs/train/11_two_pass.ipynb #812e3847
 @patch
 def before_batch(self: TwoPass):
-    "Have the model record its soft attention maps. `ValueError` for training batches without labels."
+    """Have the model record its soft attention maps. `ValueError` for training batches without labels, with NaN, or with
+    pixels of another range than the normalisation is of."""
     if self.training and not len(self.yb):
         raise ValueError('the training batches have no labels, and without labels fastai does not train: '
                          'a batch must be (images, labels)')
     images = self.xb[0]
     if self._border_sample is not None and images.shape[1] != self._border_sample[0].shape[1]:
         raise _channels_error(images.shape[1], self._border_sample[0].shape[1])
-    if self.training and not self.iter: self.antehoc.check_training_images(images, 'TwoPass')
+    if self.training:
+        place = f', batch {self.iter} of epoch {self.epoch}' if self.iter else ''
+        self.antehoc.check_training_images(images, f'TwoPass{place}')
     self.antehoc.recording = self.training or not hasattr(self.learn, 'gather_preds')
     self.antehoc.cnn_learns = self.train_cnn
 
@@ -963,10 +967,21 @@ def _second_pass(self: TwoPass, mask):
                                    loss=self.int_loss, target=target, others=others)
 
 # %% ../../nbs/train/11_two_pass.ipynb #87bacbf6
+def _not_finite(batch):
+    "The number of the first entry of a tensor with NaN or infinities; None if there is none"
+    if not isinstance(batch, torch.Tensor) or not batch.is_floating_point(): return None
+    is_bad = ~plain_tensor(batch).flatten(1).isfinite().all(1) if batch.ndim > 1 else ~plain_tensor(batch).isfinite()
+    return int(is_bad.nonzero()[0]) if is_bad.any() else None
+
+
 @patch
 def _check_finite(self: TwoPass, loss, what):
-    "`FloatingPointError` if the loss is not finite"
+    "`FloatingPointError` if the loss is not finite, `ValueError` if that is due to a label"
     if torch.isfinite(loss).all(): return
+    for label in self.yb:
+        if (bad := _not_finite(label)) is not None:
+            raise ValueError(f'TwoPass, batch {self.iter} of epoch {self.epoch}: the label of image {bad} of the batch '
+                             'is NaN or infinite')
     good = all(parameter.isfinite().all() for parameter in self.antehoc.parameters())
     weights = ('the model still holds its last finite weights' if good
                else 'an earlier step has spoilt the weights, a checkpoint is good')
@@ -978,8 +993,14 @@ def _check_finite(self: TwoPass, loss, what):
 @patch
 def _validate_batch(self: TwoPass):
     "Measure the interpretation loss of a validation batch."
-    with torch.no_grad(), frozen(self.antehoc.cnn): loss = self._second_pass('soft')
-    self._batch_losses['valid'].append((loss.item(), find_bs(self.yb)))
+    with torch.no_grad(), frozen(self.antehoc.cnn): loss = self._second_pass('soft').item()
+    if not math.isfinite(loss):
+        bad = _not_finite(self.xb[0])
+        place = sum(size for _, size in self._batch_losses['valid']) + (bad or 0)
+        self._not_finite_in = 'the output of the CNN for a validation image is not finite' if bad is None else (
+            f'image {place} of the validation set has NaN or infinite pixels; look at its file, and at what is done to '
+            'it')
+    self._batch_losses['valid'].append((loss, find_bs(self.yb)))
 
 
 @patch
@@ -1258,9 +1279,17 @@ def after_fit(self: TwoPass):
     if not self._fit_begun or self._finding_lr() or not self._drops or not self._trained_weights(): return
     self._choose_weight_net()
     logging_off = getattr(self.learn.logger, '__name__', '') == 'noop'  # as by `no_logging`, or in other processes
-    if self.best is None or logging_off: return
+    if logging_off: return
+    if self._not_finite_in: print(self._not_finite_line(), flush=True)
+    if self.best is None: return
     if self._predicts_only is not None: print(self._one_class_line(), flush=True)
     elif not self.best.helped: print(self._no_help_line(), flush=True)
+
+
+@patch
+def _not_finite_line(self: TwoPass):
+    unknown = '' if self.best else '. The maps could not be measured, and the last weight network is kept'
+    return f'TwoPass: {self._not_finite_in}{unknown}.'
 
 
 @patch

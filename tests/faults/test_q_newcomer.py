@@ -102,3 +102,33 @@ def test_transforms_inside_others(transform, stats, framing):
         dls = DataLoaders(DataLoader(dataset, 2), DataLoader(dataset, 2))
         for found, values in zip(normalisation(dls), stats): assert found == pytest.approx(values)
         assert resizing(dls) == framing
+
+
+def holed(i):
+    x = IMAGES.clone()
+    x[i, 0, 5, 5] = torch.nan
+    return x
+
+
+def test_nan_in_validation_images_alone(cnn, capsys):
+    learn = learner(cnn, valid=holed(6))
+    with learn.no_bar(): learn.fit(2, 1e-3)
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        'TwoPass: image 6 of the validation set has NaN or infinite pixels; look at its file, and at what is done to '
+        'it. The maps could not be measured, and the last weight network is kept.')
+    assert learn.two_pass.best is None
+
+
+@pytest.mark.parametrize('images, labels, message', [
+    (holed(9), LABELS, ', batch 2 of epoch 0: image 1 of the batch has NaN or infinite pixels; look at its file, and at '
+                       'what is done to it'),
+    (torch.cat([IMAGES[:8], IMAGES[8:] * 255]), LABELS,
+     ', batch 2 of epoch 0: these look like pixels from 0 to 255 (the highest is {}); divide them by 255 and normalise; '
+     'or, if the CNN is meant to get them so, make the model with mean=[0, 0, 0], std=[1/255, 1/255, 1/255]'),
+    (IMAGES, (LABELS / 1.).masked_fill(torch.arange(16) == 9, torch.nan),
+     ', batch 2 of epoch 0: the label of image 1 of the batch is NaN or infinite')])
+def test_what_cannot_be_right_in_a_later_batch(cnn, images, labels, message):
+    loss = F.cross_entropy if labels is LABELS else lambda out, y: F.mse_loss(out[:, 0], y)
+    highest = f'{images[8:12].max():.0f}'
+    with pytest.raises(ValueError) as caught: fit(learner(cnn, images, labels, IMAGES, loss_func=loss))
+    assert str(caught.value).splitlines()[-1] == f'\tTwoPass{message.format(highest)}'
