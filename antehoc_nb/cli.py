@@ -280,9 +280,15 @@ def _finished(learn, out, plain, output, device):
     files = sorted(path.relative_to(out).as_posix() for path in out.rglob('*') if path.is_file())
     if trained: output.say(f'wrote {", ".join(sorted(path.name for path in out.iterdir()))} to {out}/')
     state = '' if trained else f'{out} is finished already, with {len(scores)} epochs; a larger --epochs trains on; '
+    two_pass = getattr(learn, 'two_pass', None)  # which has said by itself if training did not help
+    outcome, verdict = (two_pass.outcome, two_pass.verdict) if two_pass else (None, '')
+    was_said = trained and (outcome is None or outcome['only_class'] or not outcome['helped'])
+    if verdict and not was_said: output.say(verdict)
+    verdict = f'; {verdict}' if verdict and output.quiet else ''
     next_command = None if plain else f'antehoc explain {shlex.quote(str(out))} <your images>'
-    output.end(f'{state}accuracy {scores[-1]["accuracy"]:.4f}', next_command, accuracy=scores[-1]['accuracy'],
-               epochs=len(scores), epochs_trained_now=trained, seconds=round(learn.checkpoint.seconds),
+    output.end(f'{state}accuracy {scores[-1]["accuracy"]:.4f}{verdict}', next_command, accuracy=scores[-1]['accuracy'],
+               kept_weights=outcome, epochs=len(scores), epochs_trained_now=trained,
+               seconds=round(learn.checkpoint.seconds),
                device=str(device), out=str(out), files=files)
 
 # %% ../nbs/90_cli.ipynb #d4726f67

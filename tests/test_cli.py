@@ -2,6 +2,7 @@
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -161,12 +162,17 @@ def test_quiet_and_json(folders):
         return result.stdout.splitlines(), result.stderr
     out, err = lines('train', 'a/photos', *TRAIN, '--quiet')
     assert len(out) == 1 and out[0].startswith('accuracy 0.') and out[0].endswith('<your images>') and not err
+    assert re.search(r'^accuracy 0\.\d+; (the trained map|the CNN predicts) .*; next: ', out[0])
     out, err = lines('explain', 'antehoc-run', 'a/photos', '--quiet')
     assert out == ['24 images explained; look at explanations/contact_sheet.png'] and not err
     result = CliRunner().invoke(app, ['train', 'a/photos', *map(str, TRAIN), '--out', 'b', '--json'])
     facts = json.loads(result.stdout)
     assert facts['epochs_trained_now'] == 1 and 'train_loss' in result.stderr
     assert 0 <= facts['accuracy'] <= 1 and facts['out'] == 'b'
+    kept = facts['kept_weights']
+    assert kept['kept'] in ('last', 'untrained') and isinstance(kept['helped'], bool) and kept['images'] > 0
+    assert kept == json.loads(Path('b/record.json').read_text())['results']['kept_weights']
+    assert kept == json_of('train', 'a/photos', *TRAIN, '--out', 'b')['kept_weights']  # of a finished run
     (folders/'a'/'photos'/'odd'/'broken.png').write_bytes(b'')
     facts = json_of('explain', 'antehoc-run', 'a/photos', '--device', 'cpu', code=1)
     assert (facts['explained'], facts['done_before'], facts['device']) == (0, 24, 'cpu')

@@ -14,7 +14,7 @@ import random
 from collections.abc import Sequence
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 
 import numpy as np
@@ -1301,10 +1301,43 @@ def _no_help_line(self: TwoPass):
 
 @patch
 def _one_class_line(self: TwoPass):
-    names = self.antehoc.meta.get('vocab') or ()
-    name = names[self._predicts_only] if self._predicts_only < len(names) else f'class {self._predicts_only}'
-    return (f'TwoPass: the CNN predicts {name} for all {self.best.images} validation images, so its maps say nothing '
-            'about classes. Train the CNN longer, with smaller batches, or from pretrained weights.')
+    return f'TwoPass: {self.verdict}. Train the CNN longer, with smaller batches, or from pretrained weights.'
+
+# %% ../../nbs/train/11_two_pass.ipynb #e7f8d455
+@patch
+def _only_class(self: TwoPass):
+    "The class that the CNN predicts for all of the measured images, by name; None if there is none"
+    number, names = self._predicts_only, self.antehoc.meta.get('vocab') or ()
+    if number is None or isinstance(number, str): return number
+    return names[number] if number < len(names) else f'class {number}'
+
+
+@patch(as_prop=True)
+def outcome(self: TwoPass) -> dict | None: # JSON can hold it; None where nothing was measured
+    "What the last fit ended with: the fields of `best`, `helped`, `saturated`, and `only_class`, a name or None."
+    if self.best is None: return None
+    verdicts = dict(helped=self.best.helped, saturated=self.best.saturated, only_class=self._only_class())
+    return asdict(self.best) | verdicts
+
+
+@patch(as_prop=True)
+def verdict(self: TwoPass) -> str:
+    "What the last fit ended with, in a sentence; '' where nothing was measured."
+    if self.best is None: return self._not_finite_in or ''
+    only_class = self._only_class()
+    if only_class is None: return str(self.best)
+    return (f'the CNN predicts {only_class} for all {self.best.images} validation images, so its maps say nothing about '
+            'classes')
+
+
+@patch
+def restore_outcome(self: TwoPass,
+                    outcome: dict | None, # What `outcome` was
+                   ) -> None:
+    "Put back what an earlier fit ended with."
+    known = {field.name for field in fields(KeptWeights)}
+    self.best = outcome and KeptWeights(**{name: fact for name, fact in outcome.items() if name in known})
+    self._predicts_only = outcome and outcome['only_class']
 
 # %% ../../nbs/train/11_two_pass.ipynb #b58fd0a6
 @patch
