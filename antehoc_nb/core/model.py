@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ACTIVATIONS', 'TASKS', 'MAP_COLOURS', 'has_other_units', 'Explanation', 'place_map', 'check_settings', 'as_cnn_takes',
-           'AntehocModel', 'LayerMaps', 'Recorded', 'Framing', 'framing_of', 'pixel_batch', 'load_weights']
+           'AntehocModel', 'LayerMaps', 'Recorded', 'Framing', 'framing_of', 'pixel_batch', 'open_images',
+           'load_weights']
 
 # %% ../../nbs/core/07_model.ipynb #cell0002
 import json
@@ -25,7 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from fastcore.basics import patch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
@@ -43,8 +44,8 @@ from .layers import channel_gradients, choose_layers, unseen_share
 from .masking import masked
 from antehoc_nb.core.utils import (
     as_inputs, as_normalisation, check_folder, cnn_builders, copied_images, eval_mode, frozen, full_precision,
-    hooks_observed, import_extra, in_channels, is_bool, is_whole, map_tensors, noise_images, own_seed, own_sizes,
-    plain_tensor, rgb_images, shape_or_type, train_functions, unknown_name, usual_mode, whole_or_not_at_all,
+    hooks_observed, import_extra, in_channels, is_bool, is_one_image, is_whole, map_tensors, noise_images, own_seed, own_sizes,
+    plain_tensor, rgb_image, rgb_images, shape_or_type, train_functions, unknown_name, usual_mode, whole_or_not_at_all,
     with_versions,
 )
 from antehoc_nb.core.weight_net import (
@@ -1462,6 +1463,36 @@ def pixel_batch(photos: Sequence[Image.Image], # RGB images of any size
     return pixels.permute(0, 3, 1, 2).contiguous()
 
 
+def _why_unreadable(image, error):
+    "What is wrong with an image file, in words"
+    if not isinstance(error, UnidentifiedImageError): return str(error)
+    try:
+        if isinstance(image, (str, os.PathLike)): size = os.path.getsize(image)
+        else: size = len(image) if isinstance(image, (bytes, bytearray)) else image.seek(0, os.SEEK_END)
+    except OSError: size = None
+    return 'the file is empty' if size == 0 else 'not an image, or damaged'
+
+
+def _open_image(image, position):
+    "One image of any kind; an `OSError` that names it, if it is a file that cannot be read"
+    try: return rgb_image(image)
+    except (OSError, SyntaxError, Image.DecompressionBombError) as e:  # as Pillow complains of damaged files
+        if isinstance(e, OSError) and type(e) not in (OSError, UnidentifiedImageError): raise  # it names the file
+        names = image if isinstance(image, (str, os.PathLike)) else None, *(
+            getattr(image, name, None) for name in ('filename', 'name'))
+        name = next((str(name) for name in names if isinstance(name, (str, os.PathLike)) and str(name)), position)
+        raise OSError(f'could not read {name} ({_why_unreadable(image, e)})') from None
+
+
+def open_images(images, # Of any kind, as `rgb_images` takes them
+               ) -> list[Image.Image]: # 8-bit RGB, each at its own size
+    "Images of any kind as `rgb_images` opens them, with its errors; one of a damaged file gives its name, or its position."
+    if is_one_image(images): return [_open_image(images, 'the image')]
+    if isinstance(images, (torch.Tensor, np.ndarray)): return rgb_images(images)
+    images = list(images)
+    return [_open_image(image, f'image {i} of {len(images)}') for i, image in enumerate(images)] or rgb_images(images)
+
+
 @patch
 def _check_units(self: AntehocModel):
     "`ValueError` if images from files, whose pixels are in [0,1], can't be what the CNN was trained on"
@@ -1487,7 +1518,7 @@ def image_batch(self: AntehocModel,
         raise ValueError(f'explain: the CNN takes images of {channels} channels, which no image file has; '
                          'give a normalised tensor (B,C,H,W)')
     self._check_units()
-    photos, framing = rgb_images(images), framing_of(images, self.framing)
+    photos, framing = open_images(images), framing_of(images, self.framing)
     x = pixel_batch(list(map(framing.crop, photos)), framing.size, channels).to(self.mean.device)
     x = (x.float() / 255 - self.mean.float()) / self.std.float()
     weight = next(self.cnn.parameters(), x)

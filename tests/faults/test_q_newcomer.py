@@ -1,5 +1,7 @@
 """What a newcomer gets wrong without an error is said, and what is said names what he gave."""
+import io
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -132,3 +134,28 @@ def test_what_cannot_be_right_in_a_later_batch(cnn, images, labels, message):
     highest = f'{images[8:12].max():.0f}'
     with pytest.raises(ValueError) as caught: fit(learner(cnn, images, labels, IMAGES, loss_func=loss))
     assert str(caught.value).splitlines()[-1] == f'\tTwoPass{message.format(highest)}'
+
+
+@pytest.fixture
+def damaged(photo, tmp_path, monkeypatch):
+    "A folder with a whole file, one that is cut short and an empty one"
+    monkeypatch.chdir(tmp_path)
+    photo(tmp_path/'i.jpg')
+    Path('cut.jpg').write_bytes(Path('i.jpg').read_bytes()[:-80])
+    Path('empty.jpg').write_bytes(b'')
+    Path('text.jpg').write_text('hello')
+
+
+@pytest.mark.parametrize('images, message', [
+    (lambda: ['i.jpg', 'cut.jpg'], r'could not read cut\.jpg \(image file is truncated \(\d+ bytes not processed\)\)'),
+    (lambda: [Image.open('i.jpg'), Image.open('cut.jpg')], r'could not read .*cut\.jpg \(image file is truncated .*\)'),
+    (lambda: ['i.jpg', Path('empty.jpg')], r'could not read empty\.jpg \(the file is empty\)'),
+    (lambda: 'text.jpg', r'could not read text\.jpg \(not an image, or damaged\)'),
+    (lambda: b'', r'could not read the image \(the file is empty\)'),
+    (lambda: [b'no', Path('i.jpg').read_bytes()], r'could not read image 0 of 2 \(not an image, or damaged\)'),
+    (lambda: open('empty.jpg', 'rb'), r'could not read empty\.jpg \(the file is empty\)'),
+    (lambda: io.BytesIO(b'hello'), r'could not read the image \(not an image, or damaged\)'),
+    (lambda: ['i.jpg', 'none.jpg'], r".*No such file or directory: '.*none\.jpg'")])
+def test_damaged_files_are_named(cnn, damaged, images, message):
+    model = AntehocModel(cnn(), meta=dict(size=16))
+    with pytest.raises(OSError, match=f'^{message}$'): model.explain(images())
