@@ -190,13 +190,21 @@ def sample_inputs(dls, # fastai DataLoaders
     return inputs
 
 # %% ../../nbs/train/11_two_pass.ipynb #4df33ee2
+def _are_shares(labels):
+    "Whether labels are shares of the classes, as for mixed images"
+    are_positive = labels.ndim == 2 and labels.shape[1] > 1 and bool((labels >= 0).all())
+    return are_positive and torch.allclose(labels.sum(1), labels.new_ones(1))
+
+
 def labels_are_classes(dls, # fastai DataLoaders, or `DataLoaders` of plain PyTorch loaders
                       ) -> bool:
-    """Whether the labels of a batch are class numbers, one for each image. No random stream is disturbed.
+    """Whether the labels of a batch are class numbers, one for each image, or shares of the classes, of which those of
+    an image sum to 1. No random stream is disturbed.
 
     `ValueError` as of `sample_batch`."""
     _, labels = sample_batch(dls)
     if len(labels) != 1 or not isinstance(labels[0], torch.Tensor): return False
+    if labels[0].is_floating_point(): return _are_shares(labels[0])
     return labels[0].ndim == 1 and labels[0].dtype in (torch.int64, torch.int32)
 
 # %% ../../nbs/train/11_two_pass.ipynb #1e5452cb
@@ -502,12 +510,6 @@ def _task_of_binary(labels):
     return 'binary' if labels.numel() == len(labels) else 'multi-label'
 
 
-def _are_shares(labels):
-    "Whether labels are shares of the classes, as for mixed images"
-    are_positive = labels.ndim == 2 and labels.shape[1] > 1 and bool((labels >= 0).all())
-    return are_positive and torch.allclose(labels.sum(1), labels.new_ones(1))
-
-
 def _task_of_labels(labels, loss_name, names):
     "The task that a batch of labels and a loss are for; None if it is not known"
     if any(word in loss_name for word in ('mse', 'l1', 'huber')): return 'regression'
@@ -519,7 +521,7 @@ def _task_of_labels(labels, loss_name, names):
     is_of_classes = labels.ndim == 2 and names is not None and labels.shape[1] == len(names)
     if is_of_classes and not has_entropy and ((labels == 0) | (labels == 1)).all(): return 'multi-label'
     if is_whole: return 'captions' if 'caption' in loss_name else None
-    if names is not None and _are_shares(labels): return 'single-label'
+    if (names is not None or has_entropy) and _are_shares(labels): return 'single-label'
     return None if has_entropy else 'regression'
 
 
@@ -635,7 +637,7 @@ def read_learner(learn) -> dict: # cnn, sample, mean, std, meta, class_specific
     try: has_classes = labels_are_classes(learn.dls)
     except ValueError:  # a learner that was exported and loaded
         has_classes = 'vocab' in facts and facts.get('task', 'single-label') == 'single-label'
-    if facts.get('task') == 'binary': has_classes = False  # one score is no score for each class
+    if facts.get('task') in ('binary', 'regression'): has_classes = False  # one score is no score for each class
     if facts.get('task') in ('multi-label', 'segmentation'): has_classes = True
     return dict(cnn=learn.model, sample=sample, mean=mean, std=std, meta=facts,
                 class_specific=None if has_classes else False)
@@ -943,6 +945,7 @@ def _targets(self: TwoPass, y1, others, numbers):
     label = None
     if model.cnn_finds_targets: label = model.find_target(None, y1, *others)
     elif len(self.yb) == 1 and model.output is None: label = plain_tensor(self.yb[0])
+    if model.task == 'single-label' and label is not None and label.ndim == 2: label = label.argmax(1)  # of shares
     y1 = plain_tensor(output_tensors(model.explained(y1))[0])
     return draw_targets(y1, label, numbers if self.training else None, task=model.task)
 
@@ -1303,7 +1306,7 @@ def _no_help_line(self: TwoPass):
 def _one_class_line(self: TwoPass):
     return f'TwoPass: {self.verdict}. Train the CNN longer, with smaller batches, or from pretrained weights.'
 
-# %% ../../nbs/train/11_two_pass.ipynb #a7d5a602
+# %% ../../nbs/train/11_two_pass.ipynb #7f18b961
 @patch
 def _only_class(self: TwoPass):
     "The class that the CNN predicts for all of the measured images, by name; None if there is none"

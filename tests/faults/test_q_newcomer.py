@@ -8,6 +8,7 @@ import torch
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from PIL import Image
+from torch.nn import CrossEntropyLoss, MSELoss
 from torch.nn import functional as F
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, TensorDataset
 from torchvision import transforms as tv
@@ -159,3 +160,11 @@ def damaged(photo, tmp_path, monkeypatch):
 def test_damaged_files_are_named(cnn, damaged, images, message):
     model = AntehocModel(cnn(), meta=dict(size=16))
     with pytest.raises(OSError, match=f'^{message}$'): model.explain(images())
+
+
+def test_one_hot_labels(cnn):
+    learn = fit(learner(cnn, labels=F.one_hot(LABELS, 3).float(), loss_func=CrossEntropyLoss()))
+    assert learn.model.class_specific and learn.model.task == 'single-label' and learn.two_pass.int_losses
+    assert learn.model.explain(IMAGES[:2], target=1).target.tolist() == [1, 1]
+    of_numbers = learner(cnn, labels=F.one_hot(LABELS, 3).float(), loss_func=MSELoss())  # a regression
+    assert not of_numbers.model.class_specific
