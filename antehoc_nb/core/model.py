@@ -1667,6 +1667,10 @@ def _outputs_hint(self: AntehocModel):
 @patch
 def _images_in(self: AntehocModel, images):
     "The batch that the CNN takes, and the photographs, or None if `images` is such a batch"
+    first = images[0] if isinstance(images, (tuple, list)) and images else None
+    if isinstance(first, torch.Tensor) and first.ndim == 4:
+        raise ValueError('explain: this is a list of batches, or a batch of images and labels; give one batch of images '
+                         'alone: batch[0]')
     if not isinstance(images, torch.Tensor) or images.dtype == torch.uint8: return self.image_batch(images)
     x = plain_tensor(images)
     self._check_shape(x)

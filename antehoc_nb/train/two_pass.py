@@ -1306,7 +1306,7 @@ def _no_help_line(self: TwoPass):
 def _one_class_line(self: TwoPass):
     return f'TwoPass: {self.verdict}. Train the CNN longer, with smaller batches, or from pretrained weights.'
 
-# %% ../../nbs/train/11_two_pass.ipynb #7f18b961
+# %% ../../nbs/train/11_two_pass.ipynb #33a24d8e
 @patch
 def _only_class(self: TwoPass):
     "The class that the CNN predicts for all of the measured images, by name; None if there is none"

@@ -16,6 +16,7 @@ from torchvision.models import ResNet18_Weights
 
 from antehoc_nb.core.interpretation_loss import two_pass_step
 from antehoc_nb.core.model import AntehocModel
+import antehoc_nb.show.learner  # noqa: F401  gives Learner explain
 from antehoc_nb.train.two_pass import TwoPass, normalisation, resizing
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -168,3 +169,14 @@ def test_one_hot_labels(cnn):
     assert learn.model.explain(IMAGES[:2], target=1).target.tolist() == [1, 1]
     of_numbers = learner(cnn, labels=F.one_hot(LABELS, 3).float(), loss_func=MSELoss())  # a regression
     assert not of_numbers.model.class_specific
+
+
+def test_loaders_and_data_sets_to_explain(cnn):
+    learn = learner(cnn)
+    assert len(learn.explain(learn.dls, n=3)) == 3
+    batch = 'explain: this is a list of batches, or a batch of images and labels; give one batch of images alone: batch[0]'
+    for explain in (learn.explain, learn.model.explain):
+        with says(ValueError, batch): explain(next(iter(learn.dls.valid)))
+    message = ('items: a TensorDataset is a data set; give its DataLoader, such as learn.dls.valid, or the numbers of '
+               'validation images, such as [0, 1, 2]')
+    with says(TypeError, message): learn.explain(learn.dls.valid.dataset)
