@@ -297,6 +297,9 @@ def test_interrupted(among_runs, monkeypatch, tmp_path):
 
 def test_training_begins_with_the_weights_of_a_file(among_runs, tmp_path):
     "With next to no steps, what comes out is what came in"
+    antehoc('train', 'a/photos', *TRAIN, '--out', tmp_path/'y', '--weights', 'plain/cnn.safetensors', '--frozen')
+    alone, plain = (json.loads((folder/'record.json').read_text()) for folder in (tmp_path/'y', Path('plain')))
+    assert alone['results']['cnn_sha256'] == plain['results']['cnn_sha256'] and not alone['config']['train_cnn']
     no_step = '--lr', 1e-8, '--plain', '--out', tmp_path/'x'
     antehoc('train', 'a/photos', *TRAIN, *no_step, '--weights', 'plain/cnn.safetensors')
     config = json.loads((tmp_path/'x'/'config.json').read_text())
@@ -323,7 +326,7 @@ def test_every_option_of_training_is_used(folders):
     settings = json.loads((folders/'antehoc-run'/'config.json').read_text())
     noted_if_given = {'class_specific', 'cells'}
     about_output = {'out', 'device', 'workers', 'quiet', 'as_json'}
-    assert {*options} - {*settings} - {'help'} == about_output | noted_if_given | {'weights'}
+    assert {*options} - {*settings} - {'help'} == about_output | noted_if_given | {'weights', 'frozen'}
     antehoc('train', 'a/photos', *TRAIN, '--class-agnostic', '--cells', 8, '--out', 'other')
     given = json.loads((folders/'other'/'config.json').read_text())
     assert {name: given[name] for name in noted_if_given} == dict(class_specific=False, cells=8)

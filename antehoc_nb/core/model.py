@@ -1649,7 +1649,9 @@ def wrong_channels(self: AntehocModel,
 @patch
 def _check_explain(self: AntehocModel, args, threshold, target):
     if not args: raise ValueError('explain: give the images as the first positional argument')
-    if not 0 < threshold <= 1: raise ValueError(f'threshold={threshold} must lie in (0,1]')
+    try: is_share = bool(0 < threshold <= 1)
+    except (TypeError, ValueError, RuntimeError): is_share = False  # no number
+    if not is_share: raise ValueError(f'threshold={threshold!r} must lie in (0,1]')
     if target is not None and not self.class_specific:
         raise ValueError(f'target={target!r}: this model (weight_net={self.weight_net_name!r}) explains the whole '
                          "output, no single class. Train a classifier with weight_net='auto', the default, for maps of "

@@ -153,6 +153,7 @@ def plain_learner(dls, # fastai DataLoaders
     if whole: learn = Learner(dls, arch, **_learner_arguments(kwargs))
     elif file or (pretrained and isinstance(arch, str)): learn = _pretrained_learner(dls, name, pretrained, kwargs)
     else: learn = _vision_learner(dls, arch, name, kwargs)
+    if hasattr(learn, 'two_pass'): learn.two_pass.starts_trained = bool(file or (pretrained and not whole))
     if isinstance(learn.model, AntehocModel) and _can_be_rebuilt(name, kwargs):
         learn.model.meta['cnn'] = dict(arch=name, n_out=get_c(dls) if whole else learn.n_out, **head)
     return learn

@@ -405,6 +405,7 @@ class TwoPass(Callback):
     name = 'two_pass'  # of subclasses too: `learn.two_pass`
     order = MixedPrecision.order + 5  # after loss scaling, gradient clipping and distribution
     _normalisation = None  # of learners that an earlier version exported
+    starts_trained = False  # whether the CNN had pretrained weights, as far as is known
     fp16_scale = 2.**10  # of the interpretation loss, so that small gradients survive half precision
 
     def __init__(self,
@@ -811,6 +812,12 @@ def after_create(self: TwoPass): self.attach()
 
 # %% ../../nbs/train/11_two_pass.ipynb #c17e1ff6
 @patch
+def _is_frozen(self: TwoPass):
+    "Whether part of the CNN is frozen, as fastai freezes the body of a pretrained one"
+    return getattr(self.learn.opt, 'frozen_idx', 0) > 0
+
+
+@patch
 def before_fit(self: TwoPass):
     "Attach to a model that is new."
     self._check_alone()
@@ -819,6 +826,7 @@ def before_fit(self: TwoPass):
         raise ValueError('TwoPass: the CNN is a detector, which gives no detections in training mode; train it without '
                          'TwoPass, then the weight network alone, with two_pass_step')
     self._fit_begun = False
+    if self._is_frozen(): self.starts_trained = True
 
 # %% ../../nbs/train/11_two_pass.ipynb #63fc65c7
 @patch
@@ -1276,13 +1284,18 @@ def _choose_weight_net(self: TwoPass):
     self.best = best
 
 
+def _is_called_by(name):
+    "Whether a function of this name is running"
+    return any(frame.function == name for frame in inspect.stack(context=0))
+
+
 @patch
 def after_fit(self: TwoPass):
     "Keep the best weight network, and say so if training has not helped."
     if not self._fit_begun or self._finding_lr() or not self._drops or not self._trained_weights(): return
     self._choose_weight_net()
     logging_off = getattr(self.learn.logger, '__name__', '') == 'noop'  # as by `no_logging`, or in other processes
-    if logging_off: return
+    if logging_off or self._is_frozen() and _is_called_by('fine_tune'): return  # a second fit follows
     if self._not_finite_in: print(self._not_finite_line(), flush=True)
     if self.best is None: return
     if self._predicts_only is not None: print(self._one_class_line(), flush=True)
@@ -1297,16 +1310,19 @@ def _not_finite_line(self: TwoPass):
 
 @patch
 def _no_help_line(self: TwoPass):
-    trained_cnn = (', or a CNN that is trained already (pretrained=True, or TwoPass(train_cnn=False) after its '
-                   'training; in a shell --pretrained)')
+    weights = 'pretrained=True, or ' * (not self.starts_trained)
+    shell = '--plain, then --weights with --frozen' if self.starts_trained else '--pretrained'
+    trained_cnn = (f', or a CNN that is trained already ({weights}TwoPass(train_cnn=False) after its training; in a '
+                   f'shell {shell})')
     return f'TwoPass: {self.best}. Try more epochs{trained_cnn * self.train_cnn}.'
 
 
 @patch
 def _one_class_line(self: TwoPass):
-    return f'TwoPass: {self.verdict}. Train the CNN longer, with smaller batches, or from pretrained weights.'
+    rest = ', or with smaller batches' if self.starts_trained else ', with smaller batches, or from pretrained weights'
+    return f'TwoPass: {self.verdict}. Train the CNN longer{rest}.'
 
-# %% ../../nbs/train/11_two_pass.ipynb #33a24d8e
+# %% ../../nbs/train/11_two_pass.ipynb #de0508c0
 @patch
 def _only_class(self: TwoPass):
     "The class that the CNN predicts for all of the measured images, by name; None if there is none"

@@ -13,11 +13,15 @@ from torch.nn import functional as F
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, TensorDataset
 from torchvision import transforms as tv
 from torchvision.models import ResNet18_Weights
+from typer.testing import CliRunner
 
+from antehoc_nb import cli
 from antehoc_nb.core.interpretation_loss import two_pass_step
 from antehoc_nb.core.model import AntehocModel
+from antehoc_nb.data import photo_digits
+from antehoc_nb.train.archs import build_cnn
 import antehoc_nb.show.learner  # noqa: F401  gives Learner explain
-from antehoc_nb.train.two_pass import TwoPass, normalisation, resizing
+from antehoc_nb.train.two_pass import KeptWeights, TwoPass, normalisation, resizing
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 IMAGES, LABELS = torch.rand(16, 3, 16, 16).cumsum(3) / 16, torch.arange(16) % 3
@@ -180,3 +184,48 @@ def test_loaders_and_data_sets_to_explain(cnn):
     message = ('items: a TensorDataset is a data set; give its DataLoader, such as learn.dls.valid, or the numbers of '
                'validation images, such as [0, 1, 2]')
     with says(TypeError, message): learn.explain(learn.dls.valid.dataset)
+
+
+def test_the_line_of_fine_tune_is_printed_once_and_advises_no_pretrained_weights(cnn, capsys):
+    def split(net): return [list(net[:2].parameters()), list(net[2:].parameters())]
+    learn = learner(cnn, splitter=split)
+    with learn.no_bar(): learn.fine_tune(1, 0.)
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith('TwoPass')]
+    assert len(said) == 1 and said[0].endswith('Train the CNN longer, or with smaller batches.')
+    learn.two_pass.best = KeptWeights('untrained', 20., 20., 16)
+    assert learn.two_pass._no_help_line().endswith(
+        'Try more epochs, or a CNN that is trained already (TwoPass(train_cnn=False) after its training; in a shell '
+        '--plain, then --weights with --frozen).')
+
+
+@pytest.mark.parametrize('threshold', ['a', None, 0, torch.rand(2)])
+def test_thresholds(cnn, threshold):
+    with says(ValueError, f'threshold={threshold!r} must lie in (0,1]'):
+        AntehocModel(cnn()).explain(IMAGES[:1], threshold=threshold)
+
+
+def antehoc(*args, code=1):
+    result = CliRunner().invoke(cli.app, list(map(str, args)))
+    assert result.exit_code == code, result.output
+    return result.output.strip()
+
+
+BEFORE = 'antehoc train --plain trains one, and writes it to cnn.safetensors in its folder'
+
+
+@pytest.mark.parametrize('options, message', [
+    (('--arch', 'vit'), '--arch vit: fastai cannot cut off the head of a vision transformer and put another in its place; '
+                        "use a CNN such as 'resnet18', 'convnext_tiny' or 'efficientnet_b0'"),
+    (('--frozen',), f'--frozen: give the trained CNN as --weights; {BEFORE}'),
+    (('--frozen', '--plain', '--weights', 'w.pt'), '--frozen and --plain: nothing would be trained; give one of the two'),
+    (('--frozen', '--arch', 'small_cnn', '--weights', 'w.pt'), f'--frozen: w.pt has no head for 10 classes; {BEFORE}')])
+def test_options_of_the_command_line(tmp_path, monkeypatch, options, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(photo_digits, 'photo_digits_dls', lambda *a, **k: small_digits)
+    small_digits = PhotoDigitsDls()
+    torch.save(build_cnn('small_cnn', 2).state_dict(), 'w.pt')
+    assert antehoc('train', 'photo-digits', *options) == f'antehoc: error: {message}'
+
+
+class PhotoDigitsDls:
+    bs, vocab, train_ds = 8, range(10), range(8)
