@@ -211,6 +211,12 @@ def _validation_losses(recorder, name, skip):
     return [(step, values[names.index(name)]) for step, values in zip(recorder.iters, recorder.values) if step > skip]
 
 
+def _is_wide(losses):
+    "Whether losses, all above 0, span so much that a linear axis would show the lower ones as 0"
+    finite = [loss for loss in losses if np.isfinite(loss)]
+    return bool(finite) and min(finite) > 0 and max(finite) > 20*min(finite)
+
+
 def _draw_losses(ax, title, train, valid, skip, log):
     "The curves of one loss"
     steps = np.arange(1, len(train)+1)
@@ -233,7 +239,7 @@ def _draw_int_losses(ax, raw, valid, skip, log):
 def plot_losses(
     learn, # a `Learner` with `TwoPass` that has been trained; its last fit is drawn
     skip: int = 0, # steps left out at the start, >= 0
-    log: bool = False, # logarithmic loss axes?
+    log: bool | None = None, # logarithmic loss axes? None: for a task loss that spans a factor of more than 20
     axs=None, # two axes to draw on; a new figure if None
 ): # array (2,) of `Axes`
     """Task loss and interpretation loss over the steps of the last fit, validation after each epoch.
@@ -243,9 +249,10 @@ def plot_losses(
     recorder, two_pass = _recorded(learn, skip)
     if axs is None: axs = plt.subplots(1, 2, figsize=(8, 2.7), layout='constrained')[1]
     task_losses, int_losses = [float(loss) for loss in recorder.losses], np.array(two_pass.int_losses)
-    _draw_losses(axs[0], 'task loss', task_losses, valid=_validation_losses(recorder, 'valid_loss', skip), skip=skip,
-                 log=log)
-    _draw_int_losses(axs[1], int_losses, _validation_losses(recorder, 'valid_int_loss', skip), skip, log=log)
+    valid = _validation_losses(recorder, 'valid_loss', skip)
+    is_wide = _is_wide([*task_losses[skip:], *(loss for _, loss in valid)])
+    _draw_losses(axs[0], 'task loss', task_losses, valid=valid, skip=skip, log=is_wide if log is None else log)
+    _draw_int_losses(axs[1], int_losses, _validation_losses(recorder, 'valid_int_loss', skip), skip, log=bool(log))
     return axs
 
 
