@@ -130,10 +130,25 @@ def _in_words(error):
     return f'{type(error).__name__}: {first_line} (ANTEHOC_DEBUG=1 shows where)'
 
 
+def _as_line(usual, message, category, *args, **kwargs):
+    "A warning for users as one line, without the place in the code; any other as usual"
+    if category is not UserWarning: return usual(message, category, *args, **kwargs)
+    return f'antehoc: warning: {_as_typed(str(message))}\n'
+
+
+@contextmanager
+def _warnings_in_one_line():
+    "Inside the block, warnings are printed as one line."
+    usual = warnings.formatwarning
+    warnings.formatwarning = partial(_as_line, usual)
+    try: yield
+    finally: warnings.formatwarning = usual
+
+
 @contextmanager
 def _in_one_line(output):
-    "Turn errors into one line and exit code 1, an interruption into 130."
-    with redirect_stdout(sys.stderr) if output.as_json else nullcontext():
+    "Turn errors into one line and exit code 1, an interruption into 130; print warnings as one line."
+    with redirect_stdout(sys.stderr) if output.as_json else nullcontext(), _warnings_in_one_line():
         try: yield
         except KeyboardInterrupt:
             last = 'the last finished epoch or file'

@@ -26,7 +26,7 @@ from torch import nn
 from ..core.masking import Mask
 from ..core.model import TASKS, AntehocModel
 from ..core.utils import own_seed, unknown_name
-from .archs import HEAD_ARGUMENTS, build_cnn, find_arch, find_weights, own_cnns, weights_stats
+from .archs import HEAD_ARGUMENTS, build_cnn, find_arch, find_weights, own_cnns, torchvision_silent, weights_stats
 from .two_pass import TwoPass, normalisation
 
 # %% ../../nbs/train/12_learner.ipynb #b2f74b4b
@@ -97,7 +97,8 @@ def _can_be_rebuilt(name, kwargs):
 
 def _vision_learner(dls, arch, name, kwargs):
     "fastai's `vision_learner`; `ValueError` for an architecture that it can't give a head"
-    try: return vision_learner(dls, arch, **kwargs)
+    try:
+        with torchvision_silent(): return vision_learner(dls, arch, **kwargs)
     except (StopIteration, RuntimeError):
         if _can_be_rebuilt(name, {}): own_seed(lambda: build_cnn(name, get_c(dls)))  # raises that error, if it is one
         raise

@@ -1,7 +1,9 @@
 """What a newcomer gets wrong without an error is said, and what is said names what he gave."""
 import io
 import re
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,12 +17,12 @@ from torchvision import transforms as tv
 from torchvision.models import ResNet18_Weights
 from typer.testing import CliRunner
 
+import antehoc_nb.show.learner  # also gives Learner explain
 from antehoc_nb import cli
 from antehoc_nb.core.interpretation_loss import two_pass_step
 from antehoc_nb.core.model import AntehocModel
 from antehoc_nb.data import photo_digits
 from antehoc_nb.train.archs import build_cnn
-import antehoc_nb.show.learner  # noqa: F401  gives Learner explain
 from antehoc_nb.train.two_pass import KeptWeights, TwoPass, normalisation, resizing
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -229,3 +231,24 @@ def test_options_of_the_command_line(tmp_path, monkeypatch, options, message):
 
 class PhotoDigitsDls:
     bs, vocab, train_ds = 8, range(10), range(8)
+
+
+def test_warnings_of_a_command_are_plain_lines(capsys):
+    place = 'cli.py', 271
+    with cli._in_one_line(cli._Output()):
+        said = warnings.formatwarning(UserWarning("path='p': nothing is in the folder empty"), UserWarning, *place)
+        assert said == 'antehoc: warning: p: nothing is in the folder empty\n'
+        assert 'cli.py:271: FutureWarning: old' in warnings.formatwarning('old', FutureWarning, *place)
+    assert 'cli.py:271: UserWarning: mine' in warnings.formatwarning('mine', UserWarning, *place)
+
+
+@pytest.mark.filterwarnings('error')
+def test_no_warning_of_a_network_by_name(): build_cnn('swin_t', 2)
+
+
+@pytest.mark.parametrize('valid, log, scale', [(90., None, 'log'), (10., None, 'linear'), (90., False, 'linear')])
+def test_a_task_loss_of_a_wide_range_has_a_logarithmic_axis(valid, log, scale):
+    recorder = SimpleNamespace(losses=[2., 1.], metric_names=['epoch', 'valid_loss'], iters=[2], values=[[valid]])
+    learn = SimpleNamespace(recorder=recorder, two_pass=SimpleNamespace(int_losses=[1., .9]))
+    axs = antehoc_nb.show.learner.plot_losses(learn, log=log)
+    assert [ax.get_yscale() for ax in axs] == [scale, 'linear']
