@@ -130,11 +130,11 @@ def test_nan_in_validation_images_alone(cnn, capsys):
 
 
 @pytest.mark.parametrize('images, labels, message', [
-    (holed(9), LABELS, ', batch 2 of epoch 0: image 1 of the batch has NaN or infinite pixels; look at its file, and at '
-                       'what is done to it'),
+    (holed(9), LABELS, ', batch 2 of epoch 0: image 1 of the batch has NaN or infinite pixels; look at its file, and '
+                       'at what is done to it'),
     (torch.cat([IMAGES[:8], IMAGES[8:] * 255]), LABELS,
-     ', batch 2 of epoch 0: these look like pixels from 0 to 255 (the highest is {}); divide them by 255 and normalise; '
-     'or, if the CNN is meant to get them so, make the model with mean=[0, 0, 0], std=[1/255, 1/255, 1/255]'),
+     ', batch 2 of epoch 0: these look like pixels from 0 to 255 (the highest is {}); divide them by 255 and '
+     'normalise; or, if the CNN is meant to get them so, make the model with mean=[0, 0, 0], std=[1/255, 1/255, 1/255]'),
     (IMAGES, (LABELS / 1.).masked_fill(torch.arange(16) == 9, torch.nan),
      ', batch 2 of epoch 0: the label of image 1 of the batch is NaN or infinite')])
 def test_what_cannot_be_right_in_a_later_batch(cnn, images, labels, message):
@@ -180,7 +180,8 @@ def test_one_hot_labels(cnn):
 def test_loaders_and_data_sets_to_explain(cnn):
     learn = learner(cnn)
     assert len(learn.explain(learn.dls, n=3)) == 3
-    batch = 'explain: this is a list of batches, or a batch of images and labels; give one batch of images alone: batch[0]'
+    batch = ('explain: this is a list of batches, or a batch of images and labels; give one batch of images alone: '
+             'batch[0]')
     for explain in (learn.explain, learn.model.explain):
         with says(ValueError, batch): explain(next(iter(learn.dls.valid)))
     message = ('items: a TensorDataset is a data set; give its DataLoader, such as learn.dls.valid, or the numbers of '
@@ -216,10 +217,11 @@ BEFORE = 'antehoc train --plain trains one, and writes it to cnn.safetensors in 
 
 
 @pytest.mark.parametrize('options, message', [
-    (('--arch', 'vit'), '--arch vit: fastai cannot cut off the head of a vision transformer and put another in its place; '
-                        "use a CNN such as 'resnet18', 'convnext_tiny' or 'efficientnet_b0'"),
+    (('--arch', 'vit'), '--arch vit: fastai cannot cut off the head of a vision transformer and put another in its '
+                        "place; use a CNN such as 'resnet18', 'convnext_tiny' or 'efficientnet_b0'"),
     (('--frozen',), f'--frozen: give the trained CNN as --weights; {BEFORE}'),
-    (('--frozen', '--plain', '--weights', 'w.pt'), '--frozen and --plain: nothing would be trained; give one of the two'),
+    (('--frozen', '--plain', '--weights', 'w.pt'),
+     '--frozen and --plain: nothing would be trained; give one of the two'),
     (('--frozen', '--arch', 'small_cnn', '--weights', 'w.pt'), f'--frozen: w.pt has no head for 10 classes; {BEFORE}')])
 def test_options_of_the_command_line(tmp_path, monkeypatch, options, message):
     monkeypatch.chdir(tmp_path)
