@@ -301,9 +301,9 @@ def _finished(learn, out, plain, output, device):
     if verdict and not was_said: output.say(verdict)
     verdict = f'; {verdict}' if verdict and output.quiet else ''
     next_command = None if plain else f'antehoc explain {shlex.quote(str(out))} <your images>'
-    output.end(f'{state}accuracy {scores[-1]["accuracy"]:.4f}{verdict}', next_command, accuracy=scores[-1]['accuracy'],
-               kept_weights=outcome, epochs=len(scores), epochs_trained_now=trained,
-               seconds=round(learn.checkpoint.seconds),
+    accuracy = scores[-1]['accuracy']
+    output.end(f'{state}accuracy {accuracy:.4f}{verdict}', next_command, accuracy=accuracy, kept_weights=outcome,
+               epochs=len(scores), epochs_trained_now=trained, seconds=round(learn.checkpoint.seconds),
                device=str(device), out=str(out), files=files)
 
 # %% ../nbs/90_cli.ipynb #d4726f67
@@ -316,8 +316,8 @@ def _check_start(arch, pretrained, weights, frozen, plain):
     try: find_arch(arch)
     except ValueError as e:
         if 'vit' not in arch.lower(): raise
-        raise ValueError(f"--arch {arch}: fastai cannot cut off the head of a vision transformer and put another in its "
-                         "place; use a CNN such as 'resnet18', 'convnext_tiny' or 'efficientnet_b0'") from e
+        raise ValueError(f'--arch {arch}: fastai cannot cut off the head of a vision transformer and put another in '
+                         "its place; use a CNN such as 'resnet18', 'convnext_tiny' or 'efficientnet_b0'") from e
     if frozen and not weights: raise ValueError(f'--frozen: give the trained CNN as --weights; {_TRAIN_BEFORE}')
     if frozen and plain: raise ValueError('--frozen and --plain: nothing would be trained; give one of the two')
     if pretrained and weights: raise ValueError('--pretrained and --weights: give one of the two')

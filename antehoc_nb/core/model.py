@@ -44,9 +44,9 @@ from .layers import channel_gradients, choose_layers, unseen_share
 from .masking import masked
 from antehoc_nb.core.utils import (
     as_inputs, as_normalisation, check_folder, cnn_builders, copied_images, eval_mode, frozen, full_precision,
-    hooks_observed, import_extra, in_channels, is_bool, is_one_image, is_whole, map_tensors, noise_images, own_seed, own_sizes,
-    plain_tensor, rgb_image, rgb_images, shape_or_type, train_functions, unknown_name, usual_mode, whole_or_not_at_all,
-    with_versions,
+    hooks_observed, import_extra, in_channels, is_bool, is_one_image, is_whole, map_tensors, noise_images,
+    own_seed, own_sizes, plain_tensor, rgb_image, rgb_images, shape_or_type, train_functions, unknown_name,
+    usual_mode, whole_or_not_at_all, with_versions,
 )
 from antehoc_nb.core.weight_net import (
     EVIDENCE_EXPONENT, class_numbers, contrast, count_classes, evidence_gate, gives_logits, in_deviations,
@@ -1423,9 +1423,10 @@ def _warn_of_range(self: AntehocModel):
     "A warning if images from files, which are in [0,1], are not normalised as the CNN expects"
     if 'image_range' not in self.meta or self._is_normalised: return
     low, high = self.meta['image_range']
-    self._warn_once('range', f'explain: the CNN was made for images that go from {low:.2f} to {high:.2f}, but the model '
-                    'has no mean and std, so that those from files reach it as pixels from 0 to 1: predictions and maps '
-                    'can be wrong; give AntehocModel(cnn, mean=[...], std=[...]), or TwoPass(mean=[...], std=[...])',
+    self._warn_once('range', f'explain: the CNN was made for images that go from {low:.2f} to {high:.2f}, but the '
+                    'model has no mean and std, so that those from files reach it as pixels from 0 to 1: predictions '
+                    'and maps can be wrong; give AntehocModel(cnn, mean=[...], std=[...]), or TwoPass(mean=[...], '
+                    'std=[...])',
                     level=7)
 
 
@@ -1486,7 +1487,7 @@ def _open_image(image, position):
 
 def open_images(images, # Of any kind, as `rgb_images` takes them
                ) -> list[Image.Image]: # 8-bit RGB, each at its own size
-    "Images of any kind as `rgb_images` opens them, with its errors; one of a damaged file gives its name, or its position."
+    "Images of any kind as `rgb_images` opens them, with its errors; that of a damaged file names it, or its position."
     if is_one_image(images): return [_open_image(images, 'the image')]
     if isinstance(images, (torch.Tensor, np.ndarray)): return rgb_images(images)
     images = list(images)
@@ -1671,8 +1672,8 @@ def _images_in(self: AntehocModel, images):
     "The batch that the CNN takes, and the photographs, or None if `images` is such a batch"
     first = images[0] if isinstance(images, (tuple, list)) and images else None
     if isinstance(first, torch.Tensor) and first.ndim == 4:
-        raise ValueError('explain: this is a list of batches, or a batch of images and labels; give one batch of images '
-                         'alone: batch[0]')
+        raise ValueError('explain: this is a list of batches, or a batch of images and labels; give one batch of '
+                         'images alone: batch[0]')
     if not isinstance(images, torch.Tensor) or images.dtype == torch.uint8: return self.image_batch(images)
     x = plain_tensor(images)
     self._check_shape(x)

@@ -35,7 +35,8 @@ def antehoc_of(learn):
 # %% ../../nbs/show/31_learner.ipynb #cell0008
 def _are_images(learn, items):
     "Whether `items` are images that `AntehocModel.explain` opens itself: one, several, or a batch"
-    if items is None or hasattr(items, 'dataset') or isinstance(items, (Dataset, TfmdLists, Datasets)) or getattr(learn.dls, 'n_inp', 1) > 1: return False
+    if items is None or hasattr(items, 'dataset') or isinstance(items, (Dataset, TfmdLists, Datasets)): return False
+    if getattr(learn.dls, 'n_inp', 1) > 1: return False
     if isinstance(items, Tensor): return items.is_floating_point() or items.dtype == torch.uint8
     if isinstance(items, np.ndarray): return items.ndim > 1
     first = items if is_one_image(items) else next(iter(items), None)

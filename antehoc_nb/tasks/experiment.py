@@ -359,7 +359,8 @@ def _results(learn, dls, parts):
         n_valid=len(dls.valid_ds), seconds=round(learn.checkpoint.seconds))
     if not explains: return results
     two_pass = learn.two_pass
-    return results | dict(kept_weights=two_pass.outcome, layers=list(learn.model.layers), weight_net=learn.model.weight_net_name,
+    return results | dict(kept_weights=two_pass.outcome, layers=list(learn.model.layers),
+                          weight_net=learn.model.weight_net_name,
                           mask=two_pass.mask, int_loss=two_pass.int_loss,
                           int_losses=[round(loss, 5) for loss in two_pass.int_losses[::10]])
 

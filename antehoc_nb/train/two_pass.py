@@ -912,8 +912,8 @@ def before_validate(self: TwoPass):
 # %% ../../nbs/train/11_two_pass.ipynb #812e3847
 @patch
 def before_batch(self: TwoPass):
-    """Have the model record its soft attention maps. `ValueError` for training batches without labels, with NaN, or with
-    pixels of another range than the normalisation is of."""
+    """Have the model record its soft attention maps. `ValueError` for training batches without labels, with NaN, or
+    with pixels of another range than the normalisation is of."""
     if self.training and not len(self.yb):
         raise ValueError('the training batches have no labels, and without labels fastai does not train: '
                          'a batch must be (images, labels)')
@@ -1345,8 +1345,8 @@ def verdict(self: TwoPass) -> str:
     if self.best is None: return self._not_finite_in or ''
     only_class = self._only_class()
     if only_class is None: return str(self.best)
-    return (f'the CNN predicts {only_class} for all {self.best.images} validation images, so its maps say nothing about '
-            'classes')
+    return (f'the CNN predicts {only_class} for all {self.best.images} validation images, so its maps say nothing '
+            'about classes')
 
 
 @patch

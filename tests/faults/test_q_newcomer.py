@@ -134,7 +134,8 @@ def test_nan_in_validation_images_alone(cnn, capsys):
                        'at what is done to it'),
     (torch.cat([IMAGES[:8], IMAGES[8:] * 255]), LABELS,
      ', batch 2 of epoch 0: these look like pixels from 0 to 255 (the highest is {}); divide them by 255 and '
-     'normalise; or, if the CNN is meant to get them so, make the model with mean=[0, 0, 0], std=[1/255, 1/255, 1/255]'),
+     'normalise; or, if the CNN is meant to get them so, make the model with mean=[0, 0, 0], std=[1/255, 1/255, '
+     '1/255]'),
     (IMAGES, (LABELS / 1.).masked_fill(torch.arange(16) == 9, torch.nan),
      ', batch 2 of epoch 0: the label of image 1 of the batch is NaN or infinite')])
 def test_what_cannot_be_right_in_a_later_batch(cnn, images, labels, message):
