@@ -134,10 +134,25 @@ def _in_words(error):
     return f'{type(error).__name__}: {first_line} (ANTEHOC_DEBUG=1 shows where)'
 
 
+def _as_line(usual, message, category, *args, **kwargs):
+    "A warning for users as one line, without the place in the code; any other as usual"
+    if category is not UserWarning: return usual(message, category, *args, **kwargs)
+    return f'antehoc: warning: {_as_typed(str(message))}\n'
+
+
+@contextmanager
+def _warnings_in_one_line():
+    "Inside the block, warnings are printed as one line."
+    usual = warnings.formatwarning
+    warnings.formatwarning = partial(_as_line, usual)
+    try: yield
+    finally: warnings.formatwarning = usual
+
+
 @contextmanager
 def _in_one_line(output):
-    "Turn errors into one line and exit code 1, an interruption into 130."
-    with redirect_stdout(sys.stderr) if output.as_json else nullcontext():
+    "Turn errors into one line and exit code 1, an interruption into 130; print warnings as one line."
+    with redirect_stdout(sys.stderr) if output.as_json else nullcontext(), _warnings_in_one_line():
         try: yield
         except KeyboardInterrupt:
             last = 'the last finished epoch or file'
@@ -284,16 +299,31 @@ def _finished(learn, out, plain, output, device):
     files = sorted(path.relative_to(out).as_posix() for path in out.rglob('*') if path.is_file())
     if trained: output.say(f'wrote {", ".join(sorted(path.name for path in out.iterdir()))} to {out}/')
     state = '' if trained else f'{out} is finished already, with {len(scores)} epochs; a larger --epochs trains on; '
+    two_pass = getattr(learn, 'two_pass', None)  # which has said by itself if training did not help
+    outcome, verdict = (two_pass.outcome, two_pass.verdict) if two_pass else (None, '')
+    was_said = trained and (outcome is None or outcome['only_class'] or not outcome['helped'])
+    if verdict and not was_said: output.say(verdict)
+    verdict = f'; {verdict}' if verdict and output.quiet else ''
     next_command = None if plain else f'antehoc explain {shlex.quote(str(out))} <your images>'
-    output.end(f'{state}accuracy {scores[-1]["accuracy"]:.4f}', next_command, accuracy=scores[-1]['accuracy'],
+    accuracy = scores[-1]['accuracy']
+    output.end(f'{state}accuracy {accuracy:.4f}{verdict}', next_command, accuracy=accuracy, kept_weights=outcome,
                epochs=len(scores), epochs_trained_now=trained, seconds=round(learn.checkpoint.seconds),
                device=str(device), out=str(out), files=files)
 
 # %% ../nbs/90_cli.ipynb #d4726f67
-def _check_start(arch, pretrained, weights):
+_TRAIN_BEFORE = 'antehoc train --plain trains one, and writes it to cnn.safetensors in its folder'
+
+
+def _check_start(arch, pretrained, weights, frozen, plain):
     "Errors of an architecture, and of the weights to start from"
     from antehoc_nb.train.archs import find_arch, own_cnns
-    find_arch(arch)
+    try: find_arch(arch)
+    except ValueError as e:
+        if 'vit' not in arch.lower(): raise
+        raise ValueError(f'--arch {arch}: fastai cannot cut off the head of a vision transformer and put another in '
+                         "its place; use a CNN such as 'resnet18', 'convnext_tiny' or 'efficientnet_b0'") from e
+    if frozen and not weights: raise ValueError(f'--frozen: give the trained CNN as --weights; {_TRAIN_BEFORE}')
+    if frozen and plain: raise ValueError('--frozen and --plain: nothing would be trained; give one of the two')
     if pretrained and weights: raise ValueError('--pretrained and --weights: give one of the two')
     if pretrained and arch in own_cnns:
         raise ValueError(f'--pretrained: {arch} has no ImageNet weights; leave it out, or choose another --arch')
@@ -311,6 +341,16 @@ def _check_network(arch, size, weights, eta, layers):
         reason = (str(e).strip().splitlines() or [type(e).__name__])[-1].rstrip('.')
         raise ValueError(f'--arch {arch} does not take images of {size} x {size} pixels ({reason}); give another '
                          "--size, or another --arch, such as resnet18, efficientnet_b0 or convnext_tiny") from e
+
+
+def _check_head(arch, weights, classes):
+    "`ValueError` for weights of a CNN that has no head for these classes"
+    from antehoc_nb.core.utils import own_seed
+    from antehoc_nb.train.archs import build_cnn, read_weights
+    there = read_weights(weights)
+    expected = own_seed(lambda: build_cnn(arch, classes, pretrained=weights)).state_dict()
+    if all(name in there and there[name].shape == value.shape for name, value in expected.items()): return
+    raise ValueError(f'--frozen: {weights} has no head for {classes} classes; {_TRAIN_BEFORE}')
 
 
 def _check_method(**options):
@@ -340,6 +380,8 @@ def train(
     pretrained: Annotated[bool, _option('Start from ImageNet weights (downloads them once; those of '
                                         '`timm/tf_efficientnet_lite0` come with the extra `pretrained`).')] = False,
     weights: Annotated[Path | None, _option('Start from the weights in this file (.safetensors, .pt, .pth).')] = None,
+    frozen: Annotated[bool, _option('Train the weight network alone, beside the CNN of --weights, which was trained on '
+                                    'these classes before, as by --plain.')] = False,
     size: Annotated[int, _option('Side of the square the images are brought to, pixels.', min=8)] = 128,
     epochs: Annotated[int, _option('Passes over the training images.', min=1)] = 5,
     bs: Annotated[int | None, _option('Batch size. Default: 64, but for fewer than 1,280 images so many, 8 at least, '
@@ -389,12 +431,13 @@ def train(
         _check_out(out, Path(data))
         if eta and layers: raise ValueError('--eta and --layers: give one of the two')
         layers = layers.split(',') if layers else None
-        _check_start(arch, pretrained, weights)
+        _check_start(arch, pretrained, weights, frozen=frozen, plain=plain)
         _check_method(mask=mask, fill=fill, eta=eta, layers=layers, soft_attention=soft_attention, cells=cells,
                       temperature=temperature, weight_net=weight_net, class_specific=class_specific)
         _check_network(arch, size, weights, eta=eta, layers=layers)
         dls = _training_dls(data, size, bs, seed=seed, valid=valid, aug=aug, workers=workers, device=found_device)
         bs = dls.bs
+        if frozen: _check_head(arch, weights, len(dls.vocab))
         from antehoc_nb.tasks.experiment import train_run
         output.say(f'{len(dls.train_ds):,} training and {len(dls.valid_ds):,} validation images '
                    f'of {len(dls.vocab)} classes, on {found_device}')
@@ -405,7 +448,7 @@ def train(
             pretrained=str(weights) if weights else pretrained, aug=aug, eta=eta,
             layers=layers, mask=mask, bf16=bf16, channels_last=channels_last, seed=seed, plain=plain)
         config |= _filled_in(soft_attention=soft_attention, temperature=temperature, weight_net=weight_net, fill=fill)
-        given = dict(class_specific=class_specific, cells=cells)
+        given = dict(class_specific=class_specific, cells=cells, train_cnn=False if frozen else None)
         config |= {name: value for name, value in given.items() if value is not None}
         learn = train_run(dls, config, out, _command(), say=output.lines)
         _finished(learn, out, plain, output, device=found_device)

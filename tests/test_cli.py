@@ -2,6 +2,7 @@
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -161,12 +162,17 @@ def test_quiet_and_json(folders):
         return result.stdout.splitlines(), result.stderr
     out, err = lines('train', 'a/photos', *TRAIN, '--quiet')
     assert len(out) == 1 and out[0].startswith('accuracy 0.') and out[0].endswith('<your images>') and not err
+    assert re.search(r'^accuracy 0\.\d+; (the trained map|the CNN predicts) .*; next: ', out[0])
     out, err = lines('explain', 'antehoc-run', 'a/photos', '--quiet')
     assert out == ['24 images explained; look at explanations/contact_sheet.png'] and not err
     result = CliRunner().invoke(app, ['train', 'a/photos', *map(str, TRAIN), '--out', 'b', '--json'])
     facts = json.loads(result.stdout)
     assert facts['epochs_trained_now'] == 1 and 'train_loss' in result.stderr
     assert 0 <= facts['accuracy'] <= 1 and facts['out'] == 'b'
+    kept = facts['kept_weights']
+    assert kept['kept'] in ('last', 'untrained') and isinstance(kept['helped'], bool) and kept['images'] > 0
+    assert kept == json.loads(Path('b/record.json').read_text())['results']['kept_weights']
+    assert kept == json_of('train', 'a/photos', *TRAIN, '--out', 'b')['kept_weights']  # of a finished run
     (folders/'a'/'photos'/'odd'/'broken.png').write_bytes(b'')
     facts = json_of('explain', 'antehoc-run', 'a/photos', '--device', 'cpu', code=1)
     assert (facts['explained'], facts['done_before'], facts['device']) == (0, 24, 'cpu')
@@ -291,6 +297,9 @@ def test_interrupted(among_runs, monkeypatch, tmp_path):
 
 def test_training_begins_with_the_weights_of_a_file(among_runs, tmp_path):
     "With next to no steps, what comes out is what came in"
+    antehoc('train', 'a/photos', *TRAIN, '--out', tmp_path/'y', '--weights', 'plain/cnn.safetensors', '--frozen')
+    alone, plain = (json.loads((folder/'record.json').read_text()) for folder in (tmp_path/'y', Path('plain')))
+    assert alone['results']['cnn_sha256'] == plain['results']['cnn_sha256'] and not alone['config']['train_cnn']
     no_step = '--lr', 1e-8, '--plain', '--out', tmp_path/'x'
     antehoc('train', 'a/photos', *TRAIN, *no_step, '--weights', 'plain/cnn.safetensors')
     config = json.loads((tmp_path/'x'/'config.json').read_text())
@@ -317,7 +326,7 @@ def test_every_option_of_training_is_used(folders):
     settings = json.loads((folders/'antehoc-run'/'config.json').read_text())
     noted_if_given = {'class_specific', 'cells'}
     about_output = {'out', 'device', 'workers', 'quiet', 'as_json'}
-    assert {*options} - {*settings} - {'help'} == about_output | noted_if_given | {'weights'}
+    assert {*options} - {*settings} - {'help'} == about_output | noted_if_given | {'weights', 'frozen'}
     antehoc('train', 'a/photos', *TRAIN, '--class-agnostic', '--cells', 8, '--out', 'other')
     given = json.loads((folders/'other'/'config.json').read_text())
     assert {name: given[name] for name in noted_if_given} == dict(class_specific=False, cells=8)

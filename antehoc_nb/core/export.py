@@ -22,8 +22,8 @@ from torch import nn
 
 import antehoc_nb
 from .attention import fit_border, noise_like_photographs
-from .model import ACTIVATIONS, AntehocModel, Framing, framing_of, pixel_batch
-from .utils import full_precision, import_extra, output_tensors, rgb_images, whole_or_not_at_all
+from .model import ACTIVATIONS, AntehocModel, Framing, framing_of, open_images, pixel_batch
+from .utils import full_precision, import_extra, output_tensors, whole_or_not_at_all
 from .weight_net import class_numbers
 
 # %% ../../nbs/core/08_export.ipynb #5bc437a5
@@ -472,7 +472,7 @@ def _copy_to_cpu(model):
 def _pixels(images, framing, channels):
     "Images of any kind as a file takes them, an array (B,C,H,W) of uint8"
     framing = framing_of(images, framing)
-    return pixel_batch(list(map(framing.crop, rgb_images(images))), framing.size, channels).numpy()
+    return pixel_batch(list(map(framing.crop, open_images(images))), framing.size, channels).numpy()
 
 
 def _names(module):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ACTIVATIONS', 'TASKS', 'MAP_COLOURS', 'has_other_units', 'Explanation', 'place_map', 'check_settings', 'as_cnn_takes',
            'AntehocModel', 'output_activation', 'LayerMaps', 'Recorded', 'Framing', 'framing_of', 'pixel_batch',
-           'load_weights', 'without_prefix']
+           'open_images', 'load_weights', 'without_prefix']
 
 # %% ../../nbs/core/07_model.ipynb #cell0002
 import json
@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from fastcore.basics import patch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
@@ -46,9 +46,9 @@ from .layers import channel_gradients, choose_layers, unseen_share
 from .masking import masked
 from antehoc_nb.core.utils import (
     as_inputs, as_normalisation, check_folder, cnn_builders, copied_images, eval_mode, frozen, full_precision,
-    hooks_observed, import_extra, in_channels, is_bool, is_whole, map_tensors, noise_images, own_seed, own_sizes,
-    plain_tensor, rgb_images, shape_or_type, train_functions, unknown_name, usual_mode, whole_or_not_at_all,
-    with_versions,
+    hooks_observed, import_extra, in_channels, is_bool, is_one_image, is_whole, map_tensors, noise_images,
+    own_seed, own_sizes, plain_tensor, rgb_image, rgb_images, shape_or_type, train_functions, unknown_name,
+    usual_mode, whole_or_not_at_all, with_versions,
 )
 from antehoc_nb.core.weight_net import (
     EVIDENCE_EXPONENT, class_numbers, contrast, count_classes, evidence_gate, gives_logits, in_deviations,
@@ -617,7 +617,6 @@ def _check_sample(images):
         raise ValueError(f'sample: images (B,C,H,W) in floating point are needed, got {tuple(images.shape)} of '
                          f'{images.dtype}{hint}')
     if not images.numel(): raise ValueError(f'sample: it is empty, {tuple(images.shape)}; give at least one image')
-    if not images.isfinite().all(): raise ValueError('sample: it has NaN or infinite pixels')
 
 
 def _cause(error): return (str(error).splitlines() or [type(error).__name__])[0]
@@ -756,7 +755,9 @@ def _trial(self: AntehocModel, sample):
         try:
             if sample is None: sample = _noise_for(self.cnn)
             else:
-                _check_sample(as_inputs(sample)[0])
+                images = as_inputs(sample)[0]
+                _check_sample(images)
+                self.check_training_images(images, 'sample')
                 sample = as_cnn_takes(sample, cnn)
             yield sample
         except AssertionError as e: raise _size_error(cnn, sample, e) from e
@@ -1504,23 +1505,41 @@ def image_size(self: AntehocModel) -> tuple[int, int]:
     a warning."""
     size = self.meta.get('size')
     if size: return (size, size) if isinstance(size, int) else tuple(size)
-    normalised = (self.std != 1).any() or (self.mean != 0).any()
     if own := own_sizes(self.cnn):
-        if not normalised:
+        if not self._is_normalised:
             self._warn_once('size', 'explain: the model does not know the normalisation of its images, so the CNN gets '
                             'pixels in [0,1]; if that is not what it was trained on, give AntehocModel(cnn, '
                             'mean=[...], std=[...])', level=6)
         return own[0]
     self._warn_once('size', 'explain: the model does not know the size of its images, so they are resized to 224 x 224'
-                    + ('' if normalised else ', nor their normalisation, so the CNN gets pixels in [0,1]')
+                    + ('' if self._is_normalised else ', nor their normalisation, so the CNN gets pixels in [0,1]')
                     + '; if that is not what the CNN was trained on, give AntehocModel(cnn, mean=[...], std=[...], '
                     'meta=dict(size=[H, W]))', level=6)
     return 224, 224
 
 
 @patch(as_prop=True)
+def _is_normalised(self: AntehocModel):
+    "Whether the model knows a normalisation"
+    return bool((self.mean != 0).any() or (self.std != 1).any())
+
+
+@patch
+def _warn_of_range(self: AntehocModel):
+    "A warning if images from files, which are in [0,1], are not normalised as the CNN expects"
+    if 'image_range' not in self.meta or self._is_normalised: return
+    low, high = self.meta['image_range']
+    self._warn_once('range', f'explain: the CNN was made for images that go from {low:.2f} to {high:.2f}, but the '
+                    'model has no mean and std, so that those from files reach it as pixels from 0 to 1: predictions '
+                    'and maps can be wrong; give AntehocModel(cnn, mean=[...], std=[...]), or TwoPass(mean=[...], '
+                    'std=[...])',
+                    level=7)
+
+
+@patch(as_prop=True)
 def framing(self: AntehocModel) -> Framing:
     "What the CNN gets of an image from a file: as `meta` says; a warning where that cannot be said."
+    self._warn_of_range()
     resize = self.meta.get('resize', 'squish')
     if resize == 'own':
         self._warn_once('resize', 'explain: in training the images were padded, or cropped to a number of pixels, '
@@ -1551,6 +1570,36 @@ def pixel_batch(photos: Sequence[Image.Image], # RGB images of any size
     return pixels.permute(0, 3, 1, 2).contiguous()
 
 
+def _why_unreadable(image, error):
+    "What is wrong with an image file, in words"
+    if not isinstance(error, UnidentifiedImageError): return str(error)
+    try:
+        if isinstance(image, (str, os.PathLike)): size = os.path.getsize(image)
+        else: size = len(image) if isinstance(image, (bytes, bytearray)) else image.seek(0, os.SEEK_END)
+    except OSError: size = None
+    return 'the file is empty' if size == 0 else 'not an image, or damaged'
+
+
+def _open_image(image, position):
+    "One image of any kind; an `OSError` that names it, if it is a file that cannot be read"
+    try: return rgb_image(image)
+    except (OSError, SyntaxError, Image.DecompressionBombError) as e:  # as Pillow complains of damaged files
+        if isinstance(e, OSError) and type(e) not in (OSError, UnidentifiedImageError): raise  # it names the file
+        names = image if isinstance(image, (str, os.PathLike)) else None, *(
+            getattr(image, name, None) for name in ('filename', 'name'))
+        name = next((str(name) for name in names if isinstance(name, (str, os.PathLike)) and str(name)), position)
+        raise OSError(f'could not read {name} ({_why_unreadable(image, e)})') from None
+
+
+def open_images(images, # Of any kind, as `rgb_images` takes them
+               ) -> list[Image.Image]: # 8-bit RGB, each at its own size
+    "Images of any kind as `rgb_images` opens them, with its errors; that of a damaged file names it, or its position."
+    if is_one_image(images): return [_open_image(images, 'the image')]
+    if isinstance(images, (torch.Tensor, np.ndarray)): return rgb_images(images)
+    images = list(images)
+    return [_open_image(image, f'image {i} of {len(images)}') for i, image in enumerate(images)] or rgb_images(images)
+
+
 @patch
 def _check_units(self: AntehocModel):
     "`ValueError` if images from files, whose pixels are in [0,1], can't be what the CNN was trained on"
@@ -1576,7 +1625,7 @@ def image_batch(self: AntehocModel,
         raise ValueError(f'explain: the CNN takes images of {channels} channels, which no image file has; '
                          'give a normalised tensor (B,C,H,W)')
     self._check_units()
-    photos, framing = rgb_images(images), framing_of(images, self.framing)
+    photos, framing = open_images(images), framing_of(images, self.framing)
     x = pixel_batch(list(map(framing.crop, photos)), framing.size, channels).to(self.mean.device)
     x = (x.float() / 255 - self.mean.float()) / self.std.float()
     weight = next(self.cnn.parameters(), x)
@@ -1618,17 +1667,19 @@ def _check_values(self: AntehocModel, x):
     elif low >= -1 and high > 16:
         raise ValueError(f'explain: these look like pixels from 0 to 255 (the highest is {max(highest):.0f}); '
                          'give them as they are, x.to(torch.uint8), or divide by 255 and normalise')
-    elif {*mean} == {0.} and {*std} == {1.}: self._warn_if_normalised(low, high)
+    elif not self._is_normalised: self._warn_if_normalised(low, high, 'explain')
     else: self._warn_if_not_normalised(min(lowest), max(highest), low, high)
 
 
 @patch
-def _warn_if_normalised(self: AntehocModel, low, high):
-    "Of a model without mean and std: warn of values that are no pixels in [0,1]"
+def _warn_if_normalised(self: AntehocModel, low, high, where):
+    "Of a model without mean and std: warn of values that are no pixels in [0,1], and note what it was trained on"
     if low >= -.2 and high <= 1.2: return
-    self._warn_once('mean', f'explain: the images go from {low:.2f} to {high:.2f}, so they seem to be '
+    if where != 'explain': self.meta = dict(image_range=[round(low, 3), round(high, 3)]) | self.meta
+    in_training = ', or TwoPass(mean=[...], std=[...])' if where != 'explain' else ''
+    self._warn_once('mean', f'{where}: the images go from {low:.2f} to {high:.2f}, so they seem to be '
                     'normalised, but the model has no mean and std, without which "black" is grey and '
-                    'pixels are clipped; give AntehocModel(cnn, mean=[...], std=[...])', level=6)
+                    f'pixels are clipped; give AntehocModel(cnn, mean=[...], std=[...]){in_training}', level=6)
 
 
 @patch
@@ -1648,7 +1699,8 @@ def check_training_images(self: AntehocModel,
                           x: torch.Tensor, # Images, (B,C,H,W), normalised as the CNN expects
                           where: str, # What the message begins with, such as 'TwoPass'
                          ) -> None:
-    "`ValueError` for NaN and infinities, and for pixels of another range than the normalisation is of."
+    """`ValueError` for NaN and infinities, and for pixels of another range than the normalisation is of. A warning for
+    images that seem to be normalised, by a model without mean and std; `meta` then has their `image_range`."""
     x = plain_tensor(x.detach())
     ends = torch.stack([x.amin((0, 2, 3)), x.amax((0, 2, 3))]).float().cpu()  # (2,C)
     if not ends.isfinite().all():
@@ -1658,13 +1710,21 @@ def check_training_images(self: AntehocModel,
     mean, std = self.mean.float().cpu().flatten(), self.std.float().cpu().flatten()
     if len(mean) not in (1, x.shape[1]): return
     pixels = ends * std + mean
-    if has_other_units(mean, std): return _check_other_units(ends, pixels, mean, std, where)
+    is_made_up = where == 'sample' and _is_noise(x)
+    if has_other_units(mean, std): return None if is_made_up else _check_other_units(ends, pixels, mean, std, where)
     low, high = pixels.min().item(), pixels.max().item()
-    if not (low >= -1 and high > 16): return
+    if not (low >= -1 and high > 16):
+        if not self._is_normalised and not is_made_up: self._warn_if_normalised(low, high, where)
+        return
     scale = ', '.join(['1/255'] * x.shape[1])
     raise ValueError(f'{where}: these look like pixels from 0 to 255 (the highest is {x.max().item():.0f}); divide '
                      'them by 255 and normalise; or, if the CNN is meant to get them so, make the model with '
                      f'mean={[0] * x.shape[1]}, std=[{scale}]')
+
+
+def _is_noise(x):
+    "Whether pixels differ from their neighbours as from any others, as in a sample that is made up, and no image"
+    return x.shape[3] > 1 and bool(x.float().diff(dim=3).var() > 1.5 * x.float().var())
 
 
 def _check_other_units(ends, pixels, mean, std, where):
@@ -1744,7 +1804,9 @@ def _why_not_finite(self: AntehocModel, recorded):
 @patch
 def _check_explain(self: AntehocModel, args, threshold, target):
     if not args: raise ValueError('explain: give the images as the first positional argument')
-    if not 0 < threshold <= 1: raise ValueError(f'threshold={threshold} must lie in (0,1]')
+    try: is_share = bool(0 < threshold <= 1)
+    except (TypeError, ValueError, RuntimeError): is_share = False  # no number
+    if not is_share: raise ValueError(f'threshold={threshold!r} must lie in (0,1]')
     if target is not None and not self.class_specific:
         raise ValueError(f'target={target!r}: this model (weight_net={self.weight_net_name!r}) explains the whole '
                          "output, no single class. Train a classifier with weight_net='auto', the default, for maps of "
@@ -1762,6 +1824,10 @@ def _outputs_hint(self: AntehocModel):
 @patch
 def _images_in(self: AntehocModel, images):
     "The batch that the CNN takes, and the photographs, or None if `images` is such a batch"
+    first = images[0] if isinstance(images, (tuple, list)) and images else None
+    if isinstance(first, torch.Tensor) and first.ndim == 4:
+        raise ValueError('explain: this is a list of batches, or a batch of images and labels; give one batch of '
+                         'images alone: batch[0]')
     if not isinstance(images, torch.Tensor) or images.dtype == torch.uint8: return self.image_batch(images)
     x = plain_tensor(images)
     self._check_shape(x)

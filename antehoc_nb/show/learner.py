@@ -11,11 +11,13 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from fastai.data.core import DataLoaders, Datasets, TfmdLists
 from fastai.learner import Learner
 from fastai.torch_core import to_device
 from fastcore.basics import patch
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from ..core.model import AntehocModel, Explanation
 from ..core.utils import is_one_image
@@ -33,7 +35,8 @@ def antehoc_of(learn):
 # %% ../../nbs/show/31_learner.ipynb #cell0008
 def _are_images(learn, items):
     "Whether `items` are images that `AntehocModel.explain` opens itself: one, several, or a batch"
-    if items is None or hasattr(items, 'dataset') or getattr(learn.dls, 'n_inp', 1) > 1: return False
+    if items is None or hasattr(items, 'dataset') or isinstance(items, (Dataset, TfmdLists, Datasets)): return False
+    if getattr(learn.dls, 'n_inp', 1) > 1: return False
     if isinstance(items, Tensor): return items.is_floating_point() or items.dtype == torch.uint8
     if isinstance(items, np.ndarray): return items.ndim > 1
     first = items if is_one_image(items) else next(iter(items), None)
@@ -46,9 +49,17 @@ def _check_numbers(numbers, n):
     if outside: raise IndexError(f"items: {outside[0]} is out of range, the validation images are 0 to {n-1}")
 
 
+def _check_no_dataset(items):
+    "`TypeError` for a data set, whose items are images with their labels"
+    if not isinstance(items, (Dataset, TfmdLists, Datasets)): return
+    raise TypeError(f'items: a {type(items).__name__} is a data set; give its DataLoader, such as learn.dls.valid, or '
+                    'the numbers of validation images, such as [0, 1, 2]')
+
+
 def _loader_and_numbers(learn, items, n):
     "The `DataLoader` that `items` are in, and their numbers there"
     valid = learn.dls.valid
+    _check_no_dataset(items)
     if items is None: return valid, range(min(n, len(valid.dataset)))
     if is_one_image(items) and not isinstance(items, (np.ndarray, Tensor)): items = [items]
     if hasattr(items, 'dataset'): return items, range(min(n, len(items.dataset)))
@@ -83,6 +94,7 @@ def _batch(learn, items=None, n=9):
 def _explain(learn, items, n, target, **kwargs):
     "The explanation of validation images or items, and their targets (or None)"
     model = antehoc_of(learn)
+    if isinstance(items, DataLoaders): items = items[min(1, len(items.loaders) - 1)]
     if _are_images(learn, items): return model.explain(items, target=target, **kwargs), None
     inputs, y = _batch(learn, items, n)
     return model.explain(*inputs, target=_target_numbers(learn, target, len(inputs[0])), **kwargs), y
@@ -99,9 +111,10 @@ def _target_numbers(learn, target, n):
 # %% ../../nbs/show/31_learner.ipynb #efeeba0f
 @patch
 def explain(self: Learner,
-    items=None, # None: the first `n` validation images; or validation indices, a `DataLoader`, or images of any kind,
-    # as `AntehocModel.explain` takes them: paths, PIL images, arrays, a list of those, a batch
-    n: int = 9, # how many, if `items` is None or a `DataLoader`
+    items=None, # None: the first `n` validation images; or validation indices, a `DataLoader`, `DataLoaders` (the
+    # validation images), or images of any kind, as `AntehocModel.explain` takes them: paths, PIL images, arrays, a
+    # list of those, a batch
+    n: int = 9, # how many, if `items` is None, a `DataLoader` or `DataLoaders`
     threshold: float = .8, # of the binarised map, in (0,1]
     target=None, # target classes, by name or number, a captioner's words, a region or a reference image, as
     # `AntehocModel.explain` takes them
@@ -199,6 +212,12 @@ def _validation_losses(recorder, name, skip):
     return [(step, values[names.index(name)]) for step, values in zip(recorder.iters, recorder.values) if step > skip]
 
 
+def _is_wide(losses):
+    "Whether losses, all above 0, span so much that a linear axis would show the lower ones as 0"
+    finite = [loss for loss in losses if np.isfinite(loss)]
+    return bool(finite) and min(finite) > 0 and max(finite) > 20*min(finite)
+
+
 def _draw_losses(ax, title, train, valid, skip, log):
     "The curves of one loss"
     steps = np.arange(1, len(train)+1)
@@ -221,7 +240,7 @@ def _draw_int_losses(ax, raw, valid, skip, log):
 def plot_losses(
     learn, # a `Learner` with `TwoPass` that has been trained; its last fit is drawn
     skip: int = 0, # steps left out at the start, >= 0
-    log: bool = False, # logarithmic loss axes?
+    log: bool | None = None, # logarithmic loss axes? None: for a task loss that spans a factor of more than 20
     axs=None, # two axes to draw on; a new figure if None
 ): # array (2,) of `Axes`
     """Task loss and interpretation loss over the steps of the last fit, validation after each epoch.
@@ -231,9 +250,10 @@ def plot_losses(
     recorder, two_pass = _recorded(learn, skip)
     if axs is None: axs = plt.subplots(1, 2, figsize=(8, 2.7), layout='constrained')[1]
     task_losses, int_losses = [float(loss) for loss in recorder.losses], np.array(two_pass.int_losses)
-    _draw_losses(axs[0], 'task loss', task_losses, valid=_validation_losses(recorder, 'valid_loss', skip), skip=skip,
-                 log=log)
-    _draw_int_losses(axs[1], int_losses, _validation_losses(recorder, 'valid_int_loss', skip), skip, log=log)
+    valid = _validation_losses(recorder, 'valid_loss', skip)
+    is_wide = _is_wide([*task_losses[skip:], *(loss for _, loss in valid)])
+    _draw_losses(axs[0], 'task loss', task_losses, valid=valid, skip=skip, log=is_wide if log is None else log)
+    _draw_int_losses(axs[1], int_losses, _validation_losses(recorder, 'valid_int_loss', skip), skip, log=bool(log))
     return axs
 
 

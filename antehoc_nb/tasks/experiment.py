@@ -288,6 +288,7 @@ def _load_weights(learn, run, config):
 def _as_trained(learn, run):
     "The learner as it was when training ended"
     restore_history(learn, run.history)
+    if hasattr(learn, 'two_pass'): learn.two_pass.restore_outcome(run.history.get('kept_weights'))
     learn.checkpoint.seconds = run.history['seconds']
     learn.model.eval()
     run.delete_checkpoints()
@@ -343,7 +344,8 @@ def _join_history(learn, run):
         seconds += run.history['seconds']
     restore_history(learn, history)
     learn.checkpoint.seconds = seconds
-    return history | dict(parts=parts, seconds=seconds)
+    outcome = dict(kept_weights=learn.two_pass.outcome) if hasattr(learn, 'two_pass') else {}
+    return history | outcome | dict(parts=parts, seconds=seconds)
 
 
 def _results(learn, dls, parts):
@@ -357,8 +359,10 @@ def _results(learn, dls, parts):
         n_valid=len(dls.valid_ds), seconds=round(learn.checkpoint.seconds))
     if not explains: return results
     two_pass = learn.two_pass
-    return results | dict(layers=list(learn.model.layers), weight_net=learn.model.weight_net_name, mask=two_pass.mask,
-                          int_loss=two_pass.int_loss, int_losses=[round(loss, 5) for loss in two_pass.int_losses[::10]])
+    return results | dict(kept_weights=two_pass.outcome, layers=list(learn.model.layers),
+                          weight_net=learn.model.weight_net_name,
+                          mask=two_pass.mask, int_loss=two_pass.int_loss,
+                          int_losses=[round(loss, 5) for loss in two_pass.int_losses[::10]])
 
 # %% ../../nbs/tasks/50_experiment.ipynb #bec159bc
 def _write_weights(learn, run):

@@ -5,14 +5,16 @@
 # %% auto #0
 __all__ = ['own_cnns', 'fastai_names', 'HEAD_ARGUMENTS', 'small_cnn', 'landmark_cnn', 'resnet18_half', 'find_arch',
            'packaged_weights', 'find_weights', 'read_weights', 'weights_stats', 'no_head_error', 'download_error',
-           'build_cnn', 'tf_efficientnet_lite0', 'rebuild_cnn', 'describe_cnn']
+           'torchvision_silent', 'build_cnn', 'tf_efficientnet_lite0', 'rebuild_cnn', 'describe_cnn']
 
 # %% ../../nbs/train/10_archs.ipynb #cell0002
 import importlib.util
 import inspect
 import math
 import os
+import warnings
 from collections.abc import Callable, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import FunctionType
 
@@ -312,12 +314,21 @@ def _whole_network(found, n_out, pretrained, **kwargs):
     return found(weights='DEFAULT' if pretrained else None, num_classes=n_out, **kwargs)
 
 
+@contextmanager
+def torchvision_silent():
+    "Inside the block, torchvision does not warn of the arguments that fastai gives it."
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', module='torchvision.models')
+        yield
+
+
 def _with_head(arch, found, n_out, pretrained, head):
     "The body of a library's network, and fastai's head"
     if isinstance(found, str):
         return _timm_cnn(arch, pretrained, lambda: create_timm_model(found, n_out, pretrained=pretrained, **head)[0])
-    try: return create_vision_model(found, n_out, pretrained=pretrained, **head)
-    except (StopIteration, RuntimeError) as e: raise no_head_error(arch, e) from e
+    with torchvision_silent():
+        try: return create_vision_model(found, n_out, pretrained=pretrained, **head)
+        except (StopIteration, RuntimeError) as e: raise no_head_error(arch, e) from e
 
 
 def build_cnn(arch: str, # As for `find_arch`

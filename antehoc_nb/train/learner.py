@@ -26,7 +26,7 @@ from torch import nn
 from ..core.masking import Mask
 from ..core.model import TASKS, AntehocModel
 from ..core.utils import own_seed, unknown_name
-from .archs import HEAD_ARGUMENTS, build_cnn, find_arch, find_weights, own_cnns, weights_stats
+from .archs import HEAD_ARGUMENTS, build_cnn, find_arch, find_weights, own_cnns, torchvision_silent, weights_stats
 from .two_pass import TwoPass, normalisation
 
 # %% ../../nbs/train/12_learner.ipynb #b2f74b4b
@@ -97,7 +97,8 @@ def _can_be_rebuilt(name, kwargs):
 
 def _vision_learner(dls, arch, name, kwargs):
     "fastai's `vision_learner`; `ValueError` for an architecture that it can't give a head"
-    try: return vision_learner(dls, arch, **kwargs)
+    try:
+        with torchvision_silent(): return vision_learner(dls, arch, **kwargs)
     except (StopIteration, RuntimeError):
         if _can_be_rebuilt(name, {}): own_seed(lambda: build_cnn(name, get_c(dls)))  # raises that error, if it is one
         raise
@@ -153,6 +154,7 @@ def plain_learner(dls, # fastai DataLoaders
     if whole: learn = Learner(dls, arch, **_learner_arguments(kwargs))
     elif file or (pretrained and isinstance(arch, str)): learn = _pretrained_learner(dls, name, pretrained, kwargs)
     else: learn = _vision_learner(dls, arch, name, kwargs)
+    if hasattr(learn, 'two_pass'): learn.two_pass.starts_trained = bool(file or (pretrained and not whole))
     if isinstance(learn.model, AntehocModel) and _can_be_rebuilt(name, kwargs):
         learn.model.meta['cnn'] = dict(arch=name, n_out=get_c(dls) if whole else learn.n_out, **head)
     return learn

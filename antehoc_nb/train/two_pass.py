@@ -14,7 +14,7 @@ import random
 from collections.abc import Sequence
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 
 import numpy as np
@@ -32,7 +32,10 @@ from fastai.vision.core import PILImage, PointScaler
 from fastcore.basics import patch
 from fastcore.foundation import L
 from torch import nn
-from torch.utils.data import IterableDataset, Subset
+from torch.utils.data import ConcatDataset, IterableDataset, Subset
+from torchvision.transforms import CenterCrop
+from torchvision.transforms import Normalize as TorchvisionNormalize
+from torchvision.transforms import Resize as TorchvisionResize
 
 from antehoc_nb.core.interpretation_loss import (
     default_loss, default_mask, draw_targets, gradients_of, int_losses, interpretation_loss,
@@ -187,13 +190,21 @@ def sample_inputs(dls, # fastai DataLoaders
     return inputs
 
 # %% ../../nbs/train/11_two_pass.ipynb #4df33ee2
+def _are_shares(labels):
+    "Whether labels are shares of the classes, as for mixed images"
+    are_positive = labels.ndim == 2 and labels.shape[1] > 1 and bool((labels >= 0).all())
+    return are_positive and torch.allclose(labels.sum(1), labels.new_ones(1))
+
+
 def labels_are_classes(dls, # fastai DataLoaders, or `DataLoaders` of plain PyTorch loaders
                       ) -> bool:
-    """Whether the labels of a batch are class numbers, one for each image. No random stream is disturbed.
+    """Whether the labels of a batch are class numbers, one for each image, or shares of the classes, of which those of
+    an image sum to 1. No random stream is disturbed.
 
     `ValueError` as of `sample_batch`."""
     _, labels = sample_batch(dls)
     if len(labels) != 1 or not isinstance(labels[0], torch.Tensor): return False
+    if labels[0].is_floating_point(): return _are_shares(labels[0])
     return labels[0].ndim == 1 and labels[0].dtype in (torch.int64, torch.int32)
 
 # %% ../../nbs/train/11_two_pass.ipynb #1e5452cb
@@ -222,11 +233,20 @@ def validation_batches(dls, # fastai DataLoaders
     return batches
 
 # %% ../../nbs/train/11_two_pass.ipynb #8773d144
+def _steps_of(transform):
+    "The steps of one of torchvision's transforms, of those inside it, and of the preset that weights come with"
+    if hasattr(transform, 'resize_size') and hasattr(transform, 'mean'):
+        crop = [CenterCrop(transform.crop_size)] if hasattr(transform, 'crop_size') else []
+        return [TorchvisionResize(transform.resize_size), *crop, TorchvisionNormalize(transform.mean, transform.std)]
+    inside = transform if isinstance(transform, nn.Sequential) else getattr(transform, 'transforms', None)
+    return [transform] if inside is None else [step for part in inside for step in _steps_of(part)]
+
+
 def _torchvision_transforms(dataset):
-    "A data set's own transforms, also of the data set inside a `Subset`; [None] if it has none"
-    while isinstance(dataset, Subset): dataset = dataset.dataset
-    transform = getattr(dataset, 'transform', None)
-    return getattr(transform, 'transforms', [transform])
+    "A data set's own transforms, also of the data set inside a `Subset` or first in others; [None] if it has none"
+    while isinstance(dataset, (Subset, ConcatDataset)):
+        dataset = dataset.dataset if isinstance(dataset, Subset) else dataset.datasets[0]
+    return _steps_of(getattr(dataset, 'transform', None))
 
 
 def _torchvision_normalize(dataset):
@@ -385,6 +405,7 @@ class TwoPass(Callback):
     name = 'two_pass'  # of subclasses too: `learn.two_pass`
     order = MixedPrecision.order + 5  # after loss scaling, gradient clipping and distribution
     _normalisation = None  # of learners that an earlier version exported
+    starts_trained = False  # whether the CNN had pretrained weights, as far as is known
     fp16_scale = 2.**10  # of the interpretation loss, so that small gradients survive half precision
 
     def __init__(self,
@@ -430,6 +451,7 @@ class TwoPass(Callback):
         self._best_difference = float('inf')  # between the two, of the epoch where it was lowest
         self._best_epoch = None
         self._predicts_only = None  # a class, if the CNN predicts it for all of these images
+        self._not_finite_in = None  # why the loss of a validation batch is not finite, in words
         self._best_weight_net = None
 
     def __getstate__(self):
@@ -500,12 +522,6 @@ def _task_of_binary(labels):
     return 'binary' if labels.numel() == len(labels) else 'multi-label'
 
 
-def _are_shares(labels):
-    "Whether labels are shares of the classes, as for mixed images"
-    are_positive = labels.ndim == 2 and labels.shape[1] > 1 and bool((labels >= 0).all())
-    return are_positive and torch.allclose(labels.sum(1), labels.new_ones(1))
-
-
 _REGRESSIONS = 'mse', 'l1', 'smoothl1', 'huber', 'poissonnll', 'gaussiannll'  # losses of PyTorch
 _OF_CLASSES = 'entropy', 'bce', 'nll', 'margin', 'focal', 'hinge'  # in the names of losses
 
@@ -529,7 +545,7 @@ def _task_of_labels(labels, loss_name, names):
     of_labels = has_names and not has_entropy or 'multilabel' in loss_name.replace('_', '')
     if of_labels and labels.ndim == 2 and ((labels == 0) | (labels == 1)).all(): return 'multi-label'
     if is_whole: return 'captions' if 'caption' in loss_name else None
-    if names is not None and _are_shares(labels): return 'single-label'
+    if (names is not None or has_entropy) and _are_shares(labels): return 'single-label'
     return None if has_entropy else 'regression'
 
 
@@ -673,7 +689,7 @@ def read_learner(learn, # fastai learner
     try: has_classes = labels_are_classes(learn.dls)
     except ValueError:  # a learner that was exported and loaded
         has_classes = 'vocab' in facts and facts.get('task', 'single-label') == 'single-label'
-    if facts.get('task') == 'binary': has_classes = False  # one score is no score for each class
+    if facts.get('task') in ('binary', 'regression'): has_classes = False  # one score is no score for each class
     if facts.get('task') in ('multi-label', 'segmentation'): has_classes = True
     return dict(cnn=learn.model, sample=sample, mean=mean, std=std, meta=facts,
                 class_specific=None if has_classes else False)
@@ -702,8 +718,9 @@ def _wrap_model(self: TwoPass):
     except (RuntimeError, ValueError) as e:
         takes = in_channels(learn.model)
         failed = isinstance(e, RuntimeError) or isinstance(e.__cause__, RuntimeError)  # as a CNN fails
-        if not failed or images.shape[1] == takes: raise
-        raise _channels_error(images.shape[1], takes) from e
+        if failed and images.shape[1] != takes: raise _channels_error(images.shape[1], takes) from e
+        if not str(e).startswith(('sample: image', 'sample: these look')): raise
+        raise ValueError(str(e).replace('sample', 'TwoPass', 1)) from e
     if names is not None: learn.model.meta = dict(vocab=names) | learn.model.meta
 
 
@@ -845,6 +862,12 @@ def after_create(self: TwoPass): self.attach()
 
 # %% ../../nbs/train/11_two_pass.ipynb #c17e1ff6
 @patch
+def _is_frozen(self: TwoPass):
+    "Whether part of the CNN is frozen, as fastai freezes the body of a pretrained one"
+    return getattr(self.learn.opt, 'frozen_idx', 0) > 0
+
+
+@patch
 def before_fit(self: TwoPass):
     "Attach to a model that is new."
     self._check_alone()
@@ -853,6 +876,7 @@ def before_fit(self: TwoPass):
         raise ValueError('TwoPass: the CNN is a detector, which gives no detections in training mode; train it without '
                          'TwoPass, then the weight network alone, with two_pass_step')
     self._fit_begun = False
+    if self._is_frozen(): self.starts_trained = True
 
 # %% ../../nbs/train/11_two_pass.ipynb #63fc65c7
 @patch
@@ -887,7 +911,6 @@ def _renew_facts(self: TwoPass):
     kept = {name: fact for name, fact in model.meta.items() if name not in stale}
     model.meta = kept | _with_given_facts(facts, given)
     self._border_sample = inputs
-    model.check_training_images(inputs[0].to(model.mean.device), 'TwoPass')
     mean, std = normalisation(dls)
     if mean is None or 'mean' in self.model_kwargs or self._normalisation == (mean, std): return
     if self._normalisation is not None: model.mean, model.std = torch.zeros_like(model.mean), torch.ones_like(model.std)
@@ -905,6 +928,7 @@ def _begin_fit(self: TwoPass):
     if process_count() > 1:
         for weight in self.antehoc.weight_net.parameters(): dist.broadcast(weight.data, 0)
     self._renew_facts()
+    self.antehoc.check_training_images(self._border_sample[0].to(self.antehoc.mean.device), 'TwoPass')
     if self._finding_lr(): return
     self._prepare_measuring()
     if self.keep_maps:
@@ -938,14 +962,17 @@ def before_validate(self: TwoPass):
 # %% ../../nbs/train/11_two_pass.ipynb #812e3847
 @patch
 def before_batch(self: TwoPass):
-    "Have the model record its soft attention maps. `ValueError` for training batches without labels."
+    """Have the model record its soft attention maps. `ValueError` for training batches without labels, with NaN, or
+    with pixels of another range than the normalisation is of."""
     if self.training and not len(self.yb):
         raise ValueError('the training batches have no labels, and without labels fastai does not train: '
                          'a batch must be (images, labels)')
     images = self.xb[0]
     if self._border_sample is not None and images.shape[1] != self._border_sample[0].shape[1]:
         raise _channels_error(images.shape[1], self._border_sample[0].shape[1])
-    if self.training and not self.iter: self.antehoc.check_training_images(images, 'TwoPass')
+    if self.training:
+        place = f', batch {self.iter} of epoch {self.epoch}' if self.iter else ''
+        self.antehoc.check_training_images(images, f'TwoPass{place}')
     self.antehoc.recording = self.training or not hasattr(self.learn, 'gather_preds')
     self.antehoc.cnn_learns = self.train_cnn
 
@@ -976,6 +1003,7 @@ def _targets(self: TwoPass, y1, others, numbers):
     label = None
     if model.cnn_finds_targets: label = model.find_target(None, y1, *others)
     elif len(self.yb) == 1 and model.output is None: label = plain_tensor(self.yb[0])
+    if model.task == 'single-label' and label is not None and label.ndim == 2: label = label.argmax(1)  # of shares
     y1 = plain_tensor(output_tensors(model.logits(y1))[0])
     return draw_targets(y1, label, numbers if self.training else None, task=model.task)
 
@@ -1000,10 +1028,21 @@ def _second_pass(self: TwoPass, mask):
                                    loss=self.int_loss, target=target, others=others)
 
 # %% ../../nbs/train/11_two_pass.ipynb #87bacbf6
+def _not_finite(batch):
+    "The number of the first entry of a tensor with NaN or infinities; None if there is none"
+    if not isinstance(batch, torch.Tensor) or not batch.is_floating_point(): return None
+    is_bad = ~plain_tensor(batch).flatten(1).isfinite().all(1) if batch.ndim > 1 else ~plain_tensor(batch).isfinite()
+    return int(is_bad.nonzero()[0]) if is_bad.any() else None
+
+
 @patch
 def _check_finite(self: TwoPass, loss, what):
-    "`FloatingPointError` if the loss is not finite"
+    "`FloatingPointError` if the loss is not finite, `ValueError` if that is due to a label"
     if torch.isfinite(loss).all(): return
+    for label in self.yb:
+        if (bad := _not_finite(label)) is not None:
+            raise ValueError(f'TwoPass, batch {self.iter} of epoch {self.epoch}: the label of image {bad} of the batch '
+                             'is NaN or infinite')
     good = all(parameter.isfinite().all() for parameter in self.antehoc.parameters())
     weights = ('the model still holds its last finite weights' if good
                else 'an earlier step has spoilt the weights, a checkpoint is good')
@@ -1015,8 +1054,14 @@ def _check_finite(self: TwoPass, loss, what):
 @patch
 def _validate_batch(self: TwoPass):
     "Measure the interpretation loss of a validation batch."
-    with torch.no_grad(), frozen(self.antehoc.cnn): loss = self._second_pass('soft')
-    self._batch_losses['valid'].append((loss.item(), find_bs(self.yb)))
+    with torch.no_grad(), frozen(self.antehoc.cnn): loss = self._second_pass('soft').item()
+    if not math.isfinite(loss):
+        bad = _not_finite(self.xb[0])
+        place = sum(size for _, size in self._batch_losses['valid']) + (bad or 0)
+        self._not_finite_in = 'the output of the CNN for a validation image is not finite' if bad is None else (
+            f'image {place} of the validation set has NaN or infinite pixels; look at its file, and at what is done to '
+            'it')
+    self._batch_losses['valid'].append((loss, find_bs(self.yb)))
 
 
 @patch
@@ -1289,30 +1334,79 @@ def _choose_weight_net(self: TwoPass):
     self.best = best
 
 
+def _is_called_by(name):
+    "Whether a function of this name is running"
+    return any(frame.function == name for frame in inspect.stack(context=0))
+
+
 @patch
 def after_fit(self: TwoPass):
     "Keep the best weight network, and say so if training has not helped."
     if not self._fit_begun or self._finding_lr() or not self._drops or not self._trained_weights(): return
     self._choose_weight_net()
     logging_off = getattr(self.learn.logger, '__name__', '') == 'noop'  # as by `no_logging`, or in other processes
-    if self.best is None or logging_off: return
+    if logging_off or self._is_frozen() and _is_called_by('fine_tune'): return  # a second fit follows
+    if self._not_finite_in: print(self._not_finite_line(), flush=True)
+    if self.best is None: return
     if self._predicts_only is not None: print(self._one_class_line(), flush=True)
     elif not self.best.helped: print(self._no_help_line(), flush=True)
 
 
 @patch
+def _not_finite_line(self: TwoPass):
+    unknown = '' if self.best else '. The maps could not be measured, and the last weight network is kept'
+    return f'TwoPass: {self._not_finite_in}{unknown}.'
+
+
+@patch
 def _no_help_line(self: TwoPass):
-    trained_cnn = (', or a CNN that is trained already (pretrained=True, or TwoPass(train_cnn=False) after its '
-                   'training; in a shell --pretrained)')
+    weights = 'pretrained=True, or ' * (not self.starts_trained)
+    shell = '--plain, then --weights with --frozen' if self.starts_trained else '--pretrained'
+    trained_cnn = (f', or a CNN that is trained already ({weights}TwoPass(train_cnn=False) after its training; in a '
+                   f'shell {shell})')
     return f'TwoPass: {self.best}. Try more epochs{trained_cnn * self.train_cnn}.'
 
 
 @patch
 def _one_class_line(self: TwoPass):
-    names = self.antehoc.meta.get('vocab') or ()
-    name = names[self._predicts_only] if self._predicts_only < len(names) else f'class {self._predicts_only}'
-    return (f'TwoPass: the CNN predicts {name} for all {self.best.images} validation images, so its maps say nothing '
-            'about classes. Train the CNN longer, with smaller batches, or from pretrained weights.')
+    rest = ', or with smaller batches' if self.starts_trained else ', with smaller batches, or from pretrained weights'
+    return f'TwoPass: {self.verdict}. Train the CNN longer{rest}.'
+
+# %% ../../nbs/train/11_two_pass.ipynb #de0508c0
+@patch
+def _only_class(self: TwoPass):
+    "The class that the CNN predicts for all of the measured images, by name; None if there is none"
+    number, names = self._predicts_only, self.antehoc.meta.get('vocab') or ()
+    if number is None or isinstance(number, str): return number
+    return names[number] if number < len(names) else f'class {number}'
+
+
+@patch(as_prop=True)
+def outcome(self: TwoPass) -> dict | None: # JSON can hold it; None where nothing was measured
+    "What the last fit ended with: the fields of `best`, `helped`, `saturated`, and `only_class`, a name or None."
+    if self.best is None: return None
+    verdicts = dict(helped=self.best.helped, saturated=self.best.saturated, only_class=self._only_class())
+    return asdict(self.best) | verdicts
+
+
+@patch(as_prop=True)
+def verdict(self: TwoPass) -> str:
+    "What the last fit ended with, in a sentence; '' where nothing was measured."
+    if self.best is None: return self._not_finite_in or ''
+    only_class = self._only_class()
+    if only_class is None: return str(self.best)
+    return (f'the CNN predicts {only_class} for all {self.best.images} validation images, so its maps say nothing '
+            'about classes')
+
+
+@patch
+def restore_outcome(self: TwoPass,
+                    outcome: dict | None, # What `outcome` was
+                   ) -> None:
+    "Put back what an earlier fit ended with."
+    known = {field.name for field in fields(KeptWeights)}
+    self.best = outcome and KeptWeights(**{name: fact for name, fact in outcome.items() if name in known})
+    self._predicts_only = outcome and outcome['only_class']
 
 # %% ../../nbs/train/11_two_pass.ipynb #b58fd0a6
 @patch

@@ -269,6 +269,7 @@ def test_what_is_wrapped(model):
         assert message in str(e.value)
 
 
+HOLE = 'sample: image 1 of the batch has NaN or infinite pixels; look at its file, and at what is done to it'
 NO_BATCH = 'sample: a {} is no batch of images; give a tensor (B,C,H,W), normalised as the CNN expects'
 
 
@@ -284,8 +285,8 @@ NO_BATCH = 'sample: a {} is no batch of images; give a tensor (B,C,H,W), normali
     ((X * 255).to(torch.uint8), ValueError, 'sample: images (B,C,H,W) in floating point are needed, got (2, 3, 32, 32) '
                                             'of torch.uint8; divide pixels from 0 to 255 by 255, and normalise'),
     (X[:0], ValueError, 'sample: it is empty, (0, 3, 32, 32); give at least one image'),
-    (holed(torch.nan), ValueError, 'sample: it has NaN or infinite pixels'),
-    (holed(torch.inf), ValueError, 'sample: it has NaN or infinite pixels'),
+    (holed(torch.nan), ValueError, HOLE),
+    (holed(torch.inf), ValueError, HOLE),
     (PIXELS, TypeError, NO_BATCH.format('ndarray')), (Image.fromarray(PIXELS), TypeError, NO_BATCH.format('Image')),
     ('photo.jpg', TypeError, NO_BATCH.format('str')),
     (torch.utils.data.DataLoader(X), TypeError, NO_BATCH.format('DataLoader') + '; take a batch of it: '

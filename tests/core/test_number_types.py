@@ -118,6 +118,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.filterwarnings('ignore:AntehocModel. no gradients of the scores')  # of the quantised one
 @pytest.mark.parametrize('case', REFUSED)
 def test_it_is_refused_by_name(case):
     run, error, message = REFUSED[case]

@@ -72,6 +72,7 @@ def test_checkpoints_in_a_plain_loop(cnn, use_reentrant):
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*found))
 
 
+@pytest.mark.filterwarnings('ignore:AntehocModel. no gradients of the scores')  # which such checkpoints hide
 def test_reentrant_checkpoints_in_training(cnn):
     "The CNN comes out as by plain training, and the weight network learns."
     data = TensorDataset(torch.rand(8, 3, 16, 16), torch.arange(8) % 3)
