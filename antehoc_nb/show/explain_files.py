@@ -13,6 +13,7 @@ import hashlib
 import io
 import math
 import os
+import stat
 import sys
 import time
 import unicodedata
@@ -57,6 +58,7 @@ def decode_image(data: bytes, # What an image file holds
 
 def _read_image(path, name, framing, channels):
     "An image file at its own size and at the model's"
+    if not stat.S_ISREG(os.stat(path).st_mode): raise ValueError('not a regular file')  # a pipe would block
     data = Path(path).read_bytes()
     rgb = decode_image(data)
     pixels = pixel_batch([framing.crop(rgb)], framing.size, channels)[0].numpy()

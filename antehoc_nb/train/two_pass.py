@@ -970,7 +970,8 @@ def before_batch(self: TwoPass):
     images = self.xb[0]
     if self._border_sample is not None and images.shape[1] != self._border_sample[0].shape[1]:
         raise _channels_error(images.shape[1], self._border_sample[0].shape[1])
-    if self.training:
+    is_looked_at = images.device.type == 'cpu' or self.iter % 50 == 0  # on a GPU, to look is to wait for it
+    if self.training and is_looked_at:
         place = f', batch {self.iter} of epoch {self.epoch}' if self.iter else ''
         self.antehoc.check_training_images(images, f'TwoPass{place}')
     self.antehoc.recording = self.training or not hasattr(self.learn, 'gather_preds')

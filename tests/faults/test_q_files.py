@@ -201,3 +201,11 @@ def test_a_disk_that_takes_no_more(model, tmp_path, small_files, name):
     small_files()
     with pytest.raises(OSError) as caught: write[name]()
     assert str(caught.value) == f"[Errno 27] File too large: '{tmp_path/name}'" and files_in(tmp_path) == set()
+
+
+@pytest.mark.skipif(not hasattr(os, 'mkfifo'), reason='named pipes')
+def test_a_pipe_named_as_an_image(tmp_path, model):
+    os.mkfifo(tmp_path/'pipe.png')
+    Image.new('RGB', (32, 32), 'red').save(tmp_path/'red.png')
+    files = [(tmp_path/name, name) for name in ('pipe.png', 'red.png')]
+    assert explain_files(model, files, tmp_path/'out', say=None) == (1, 0, [('pipe.png', 'not a regular file')])
