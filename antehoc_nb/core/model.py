@@ -1796,8 +1796,9 @@ def _why_not_finite(self: AntehocModel, recorded):
                     'weights from before that')
     for name, layer in zip(self.layers, recorded):
         if not layer.response.isfinite().all():
-            return (f'the activation of the layer {name!r} is not finite, or far larger than when the model was made: if '
-                    'the CNN has changed since, call model.calibrate(images); in half precision, try float32')
+            return (f'the activation of the layer {name!r} is not finite, or far larger than when the model was '
+                    'made: if the CNN has changed since, call model.calibrate(images); in half precision, try '
+                    'float32')
     return 'if you have changed the CNN since the model was made, call model.calibrate(images)'
 
 # %% ../../nbs/core/07_model.ipynb #a2cc77fa

@@ -67,9 +67,9 @@ def test_learners_of_normalised_images(cnn, photo, tmp_path):
     with pytest.warns(UserWarning, match=give): fit(learn)
     learn.model.save_pretrained(tmp_path/'model')
     model = AntehocModel.from_pretrained(tmp_path/'model', cnn=cnn())
-    message = (r'explain: the CNN was made for images that go from -2\.50 to \d\.\d\d, but the model has no mean and std, '
-               r'so that those from files reach it as pixels from 0 to 1: predictions and maps can be wrong; give '
-               r'AntehocModel\(cnn, mean=\[...\], std=\[...\]\), or TwoPass\(mean=\[...\], std=\[...\]\)$')
+    message = (r'explain: the CNN was made for images that go from -2\.50 to \d\.\d\d, but the model has no mean and '
+               r'std, so that those from files reach it as pixels from 0 to 1: predictions and maps can be wrong; '
+               r'give AntehocModel\(cnn, mean=\[...\], std=\[...\]\), or TwoPass\(mean=\[...\], std=\[...\]\)$')
     with pytest.warns(UserWarning, match=message): model.explain(photo(tmp_path/'a.png'))
 
 
