@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['int_losses', 'describe_outputs', 'explained_output', 'with_image_axis', 'found_activation', 'as_logits', 'mse',
-           'cross_entropy', 'binary_cross_entropy', 'cosine', 'int_loss', 'class_shares', 'main_class',
+           'cross_entropy', 'binary_cross_entropy', 'cosine', 'int_loss', 'are_shares', 'class_shares', 'main_class',
            'interpretation_loss', 'top_pixels', 'target_scores', 'nearest_references', 'output_change',
            'output_at_area', 'change_at_area', 'gradients_of', 'default_mask', 'default_loss', 'is_detector',
            'two_pass_step']
@@ -138,14 +138,15 @@ def as_logits(y: torch.Tensor, # Outputs, (B,K), or of pixels (B,K,h,w)
               task: str, # 'single-label', 'multi-label', 'binary', 'segmentation' or another, which changes nothing
               are_probabilities: bool = False, # Whether the network ends in softmax or sigmoid
              ) -> torch.Tensor: # The same shape; of a segmentation with one score (B,2,h,w)
-    """Outputs as logits. Those of an image that are outside of [0,1] are kept, as of a network that leaves softmax out
+    """Outputs as logits. Those of an image that are no probabilities are kept, as of a network that leaves softmax out
     in training."""
     is_one_score = task == 'segmentation' and y.ndim == 4 and y.shape[1] == 1
     if are_probabilities:
-        is_probability = ((y >= 0) & (y <= 1)).flatten(1).all(1).view(-1, *[1] * (y.ndim - 1))
-        if task in ('multi-label', 'binary') or is_one_score: logits = y.float().logit(eps=1e-6)
-        else: logits = y.float().clamp_min(1e-12).log()
-        y = torch.where(is_probability, logits, y.float())
+        y, of_labels = y.float(), task in ('multi-label', 'binary') or is_one_score
+        is_probability = ((y >= 0) & (y <= 1)).flatten(1).all(1)
+        if not of_labels: is_probability &= ((y.sum(1) - 1).abs() < .02).reshape(len(y), -1).all(1)
+        logits = y.logit(eps=1e-6) if of_labels else y.clamp_min(1e-12).log()
+        y = torch.where(is_probability.view(-1, *[1] * (y.ndim - 1)), logits, y)
     return torch.cat([-y / 2, y / 2], 1) if is_one_score else y
 
 # %% ../../nbs/core/06_interpretation_loss.ipynb #cell0005
@@ -248,6 +249,12 @@ def _draw_words(words, number):
     one = ~_first_half(number).to(device)[:, None]
     nth = 1 + (_low_discrepancy(number, _WHICH) * count[:, -1].cpu()).long().to(device)[:, None]
     return words.masked_fill(one & ((count != nth) | (words < 0)), -1)
+
+
+def are_shares(labels: torch.Tensor) -> bool:
+    "Whether labels are shares of the classes, (B,K), as of one-hot labels or mixed images."
+    are_positive = labels.ndim == 2 and labels.shape[1] > 1 and bool((labels >= 0).all())
+    return are_positive and torch.allclose(labels.sum(1), labels.new_ones(1))
 
 
 def _checked_labels(label, y1):
@@ -606,6 +613,7 @@ def _step_targets(model, y1, label, numbers, others):
     elif model.task == 'single-label' and model.output is None: _check_classes(label, model.classes)
     if model.output is not None and label is not None and len(output_tensors(y1)) > 1: label = None  # of all outputs
     y1 = output_tensors(model.logits(y1))[0]
+    if model.task == 'single-label' and label is not None and are_shares(label): label = label.argmax(1)
     return draw_targets(y1, label, numbers, task=model.task)
 
 # %% ../../nbs/core/06_interpretation_loss.ipynb #85327d9a

@@ -1505,7 +1505,8 @@ def image_size(self: AntehocModel) -> tuple[int, int]:
     a warning."""
     size = self.meta.get('size')
     if size: return (size, size) if isinstance(size, int) else tuple(size)
-    if own := own_sizes(self.cnn):
+    own = own_sizes(self.cnn)
+    if own and self.sample_size in (None, *own):
         if not self._is_normalised:
             self._warn_once('size', 'explain: the model does not know the normalisation of its images, so the CNN gets '
                             'pixels in [0,1]; if that is not what it was trained on, give AntehocModel(cnn, '

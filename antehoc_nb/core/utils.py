@@ -274,7 +274,8 @@ def _integers_as_bytes(values, what, white=None):
                          "scale it to 0..255, array.astype('uint8')")
     if white is None or high > white:
         white = next(white for white in (255, 4095, 65535) if high <= white)
-        if white < 65535:
+        is_of_bytes = white == 255 and (high == 0 or what == 'an array' and values.dtype.itemsize != 2)
+        if white < 65535 and not is_of_bytes:
             warnings.warn(f'{what} of {values.dtype.name} has no value above {white}, which is taken for white; '
                           "if it is a dark one of 16 bits, divide by 257 and give it as 'uint8'", stacklevel=3)
     return (values.astype('int64') * 255 // white).astype('uint8')

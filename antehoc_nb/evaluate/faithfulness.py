@@ -109,10 +109,11 @@ def class_probability(
     if not isinstance(out, torch.Tensor) or out.ndim != 2:
         raise ValueError(f"class_probability needs a model that gives logits (B,K), got {shape_or_type(out)}; "
                          "pass your own score for other tasks")
-    out = as_plain(out, 'output').float()
+    out = as_plain(out, 'output')
     if out.shape[1] < 2:
         raise ValueError("The model has one output: its softmax is always 1; pass your own score for regression")
-    if found_activation(out)[0] != 'softmax': out = out.softmax(1)
+    ends_in_softmax = found_activation(out)[0] == 'softmax'  # before float(): half precision has more tolerance
+    out = out.float() if ends_in_softmax else out.float().softmax(1)
     return out.gather(1, _check_classes(target, out).long()[:, None])[:, 0]
 
 

@@ -132,7 +132,8 @@ _RIGHT, _WRONG = '#0072B2', '#D55E00'  # blue and vermilion, told apart by all c
 
 def _decode(learn, pred):
     "Probabilities and decoded predictions, as the learner's loss gives them"
-    activation = getattr(learn.loss_func, 'activation', lambda pred: pred.softmax(-1))
+    usual = (lambda pred: pred) if antehoc_of(learn).gives_probabilities else lambda pred: pred.softmax(-1)
+    activation = getattr(learn.loss_func, 'activation', usual)
     decode = getattr(learn.loss_func, 'decodes', lambda pred: pred.argmax(-1))
     probabilities = activation(pred.float())
     return probabilities, decode(probabilities)

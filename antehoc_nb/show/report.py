@@ -28,7 +28,7 @@ from PIL import Image
 
 import antehoc_nb
 
-from ..core.interpretation_loss import output_at_area, output_change, target_scores
+from ..core.interpretation_loss import as_logits, output_at_area, output_change, target_scores
 from ..core.model import AntehocModel, Framing
 from ..core.utils import import_extra, open_rgb, weights_digest, whole_or_not_at_all
 from .explain_many import GRID, Explained, load_model, read_explained
@@ -89,7 +89,7 @@ def write_explained(
     with whole_or_not_at_all(folder/'maps'/'00000.npz') as unfinished: np.savez_compressed(unfinished, maps=stored)
     with whole_or_not_at_all(folder/'images.csv') as unfinished:
         table.to_csv(unfinished, index=False, encoding='utf-8', errors='surrogateescape')
-    model = os.path.realpath(model) if str(model) else ''
+    model = os.path.realpath(model) if str(model) and os.path.exists(model) else str(model)
     meta = dict(format=1, antehoc_nb=antehoc_nb.__version__, model=model, model_digest=None,
                 classes=list(classes or sorted(set(prediction))), task='single-label', root=str(root.resolve()),
                 source='folder', size=list(size or maps.shape[1:]), map_size=list(maps.shape[1:]), maps='npz',
@@ -478,13 +478,19 @@ def _control_maps(model, explanation, size, rng):
             'random pixels': noise}
 
 
+def _scores(model, y):
+    "What the change of an output is measured on"
+    if model.task != 'binary': return model.logits(y)
+    score = as_logits(model.explained(y).reshape(-1, 1), 'binary', model.gives_probabilities)
+    return F.pad(score, (1, 0))  # the sigmoid of y is the softmax of 0 and y
+
+
 def _change(model, y1, y2, target):
     "How much the target's probability falls, or the predicted class's, or the output changes, (B,) in [0,1]"
-    if model.task == 'binary':  # the sigmoid of y is the softmax of 0 and y
-        y1, y2 = (F.pad(model.explained(y).reshape(-1, 1), (1, 0)) for y in (y1, y2))
-    if target is None and model.task == 'multi-label': target = model.explained(y1).argmax(1)
-    if target is None: return output_change(y1, y2)
-    scores = [target_scores(model.explained(y), target, model.task)[:, None] for y in (y1, y2)]
+    y1, y2 = _scores(model, y1), _scores(model, y2)
+    if target is None and model.task == 'multi-label': target = y1.argmax(1)
+    if target is None: return output_change(y1, y2, activation=None if model.task in _NO_CLASSES else 'auto')
+    scores = [target_scores(y, target, model.task)[:, None] for y in (y1, y2)]
     return output_change(*scores, activation='score')
 
 
@@ -952,7 +958,7 @@ def _shown_groups(groups, of_class):
 def _fair_counts(most, wanted):
     "How many each of some lists gets of what is `wanted`, `most` in all: the longest are cut first, then the last"
     wanted = np.array(wanted, int)
-    cap = max(cap for cap in range(wanted.max() + 1) if np.minimum(wanted, cap).sum() <= most)
+    cap = max(cap for cap in range(wanted.max(initial=0) + 1) if np.minimum(wanted, cap).sum() <= most)
     counts = np.minimum(wanted, cap)
     counts[np.flatnonzero(wanted > cap)[:most - counts.sum()]] += 1
     return counts.tolist()

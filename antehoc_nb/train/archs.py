@@ -30,6 +30,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torchvision.models.resnet import BasicBlock
 
+from ..core.model import without_prefix
 from antehoc_nb.core.utils import (
     Registry, cnn_builders, import_extra, in_channels, own_seed, train_functions, unknown_name,
     with_versions,
@@ -198,6 +199,7 @@ def _check_same(expected, came, arch, file):
 
 def _take_weights(network, weights, head, arch, file):
     "Load weights, without those of the head (how its names begin) if one of them differs. Errors as of `_check_same`"
+    weights = without_prefix(weights, network.state_dict())
     expected, came = _shapes(network.state_dict()), _shapes(weights)
     if any(expected.get(name) != came.get(name) for name in {**expected, **came} if name.startswith(head)):
         expected, came = ({name: shape for name, shape in shapes.items() if not name.startswith(head)}
@@ -244,6 +246,7 @@ def _load_weights(cnn, arch, file, cut=None, n_in=3):
     weights = read_weights(file)
     if file == packaged_weights(arch): weights = _renamed(weights, arch, file)
     has_fastai_head = type(cnn) is nn.Sequential and len(cnn) == 2 and arch not in own_cnns
+    weights = without_prefix(weights, cnn.state_dict())
     is_of_build_cnn = 2 * len(weights.keys() & cnn.state_dict().keys()) > len(weights)
     if not has_fastai_head: _take_weights(cnn, _for_channels(weights, cnn), _last_layer(cnn), arch, file=file)
     elif is_of_build_cnn: _take_weights(cnn, weights, ('1.',), arch, file=file)

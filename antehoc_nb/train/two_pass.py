@@ -23,7 +23,7 @@ import torch.distributed as dist
 from fastai.callback.core import Callback, CancelBackwardException
 from fastai.callback.fp16 import MixedPrecision
 from fastai.data.transforms import Normalize
-from fastai.learner import Metric
+from fastai.learner import Learner, Metric
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import find_bs, norm_bias_params, to_device, trainable_params
 from fastai.vision.augment import CropPad, RandomCrop, RandomResizedCrop, RandomResizedCropGPU, ResizeMethod
@@ -38,7 +38,7 @@ from torchvision.transforms import Normalize as TorchvisionNormalize
 from torchvision.transforms import Resize as TorchvisionResize
 
 from antehoc_nb.core.interpretation_loss import (
-    default_loss, default_mask, draw_targets, gradients_of, int_losses, interpretation_loss,
+    are_shares, default_loss, default_mask, draw_targets, gradients_of, int_losses, interpretation_loss,
 )
 from antehoc_nb.core.interpretation_loss import (
     is_detector, nearest_references, output_at_area, output_change, target_scores,
@@ -190,12 +190,6 @@ def sample_inputs(dls, # fastai DataLoaders
     return inputs
 
 # %% ../../nbs/train/11_two_pass.ipynb #4df33ee2
-def _are_shares(labels):
-    "Whether labels are shares of the classes, as for mixed images"
-    are_positive = labels.ndim == 2 and labels.shape[1] > 1 and bool((labels >= 0).all())
-    return are_positive and torch.allclose(labels.sum(1), labels.new_ones(1))
-
-
 def labels_are_classes(dls, # fastai DataLoaders, or `DataLoaders` of plain PyTorch loaders
                       ) -> bool:
     """Whether the labels of a batch are class numbers, one for each image, or shares of the classes, of which those of
@@ -204,7 +198,7 @@ def labels_are_classes(dls, # fastai DataLoaders, or `DataLoaders` of plain PyTo
     `ValueError` as of `sample_batch`."""
     _, labels = sample_batch(dls)
     if len(labels) != 1 or not isinstance(labels[0], torch.Tensor): return False
-    if labels[0].is_floating_point(): return _are_shares(labels[0])
+    if labels[0].is_floating_point(): return are_shares(labels[0])
     return labels[0].ndim == 1 and labels[0].dtype in (torch.int64, torch.int32)
 
 # %% ../../nbs/train/11_two_pass.ipynb #1e5452cb
@@ -545,7 +539,7 @@ def _task_of_labels(labels, loss_name, names):
     of_labels = has_names and not has_entropy or 'multilabel' in loss_name.replace('_', '')
     if of_labels and labels.ndim == 2 and ((labels == 0) | (labels == 1)).all(): return 'multi-label'
     if is_whole: return 'captions' if 'caption' in loss_name else None
-    if (names is not None or has_entropy) and _are_shares(labels): return 'single-label'
+    if (names is not None or has_entropy) and are_shares(labels): return 'single-label'
     return None if has_entropy else 'regression'
 
 
@@ -596,8 +590,8 @@ def _facts_of_loss(loss_func, usual, n_scores):
     try:
         shares = activate(scores.clone())
         decided = decode(shares.clone())
-        facts = dict(activation=_activation_name(scores, shares))
-        if facts['activation'] is None and torch.equal(decided, shares): return {}  # neither does anything
+        facts = dict(activation=_activation_name(scores, shares)) if callable(methods[0]) else {}
+        if facts.get('activation') is None and torch.equal(decided, shares): return {}  # neither does anything
         if has_threshold:
             facts['threshold'] = _threshold_of(shares, decided.reshape(scores.shape) > 0, usual['threshold'])
             is_usual = facts['threshold'] is not None
@@ -1245,7 +1239,8 @@ def _measure(self: TwoPass, *weight_nets):
     labels = [batch[size] for batch, size in zip(self._batches, sizes) if len(batch) > size]
     self._activation = _activation_of(y1[0], labels[0] if labels else None, self.learn.loss_func)
     if self._measures_scores(): self._activation = 'score'
-    self._predicts_only = _only_class(y1, labels) if self._activation == 'softmax' else None
+    of_classes = self._activation == 'softmax' and self.antehoc.task != 'regression'
+    self._predicts_only = _only_class(y1, labels) if of_classes else None
     changes = torch.stack([_changes(y1, y2, self._activation) for y2 in others])
     if process_count() == 1: return changes
     changes = changes.float().to(self.antehoc.mean.device)
@@ -1335,9 +1330,9 @@ def _choose_weight_net(self: TwoPass):
     self.best = best
 
 
-def _is_called_by(name):
-    "Whether a function of this name is running"
-    return any(frame.function == name for frame in inspect.stack(context=0))
+def _is_called_by(function):
+    "Whether a function is running"
+    return any(frame.frame.f_code is function.__code__ for frame in inspect.stack(context=0))
 
 
 @patch
@@ -1346,7 +1341,7 @@ def after_fit(self: TwoPass):
     if not self._fit_begun or self._finding_lr() or not self._drops or not self._trained_weights(): return
     self._choose_weight_net()
     logging_off = getattr(self.learn.logger, '__name__', '') == 'noop'  # as by `no_logging`, or in other processes
-    if logging_off or self._is_frozen() and _is_called_by('fine_tune'): return  # a second fit follows
+    if logging_off or self._is_frozen() and _is_called_by(Learner.fine_tune): return  # a second fit follows
     if self._not_finite_in: print(self._not_finite_line(), flush=True)
     if self.best is None: return
     if self._predicts_only is not None: print(self._one_class_line(), flush=True)

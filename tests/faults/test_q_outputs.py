@@ -15,10 +15,11 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from antehoc_nb.core.interpretation_loss import explained_output, two_pass_step
+from antehoc_nb.core.interpretation_loss import as_logits, explained_output, two_pass_step
 from antehoc_nb.core.model import AntehocModel
 from antehoc_nb.evaluate.benchmark import benchmark
 from antehoc_nb.evaluate.faithfulness import class_probability
+from antehoc_nb.show import report
 from antehoc_nb.train.archs import read_weights, rebuild_cnn
 from antehoc_nb.train.two_pass import TwoPass, read_learner
 
@@ -273,3 +274,37 @@ def test_binary_segmentation(end):
     assert e.map.isfinite().all() and e.map.shape == (2, 1, 32, 32)
     assert {int(name) for name in e.labels[0].split(', ')} <= {*predicted[0].unique().tolist()}
     assert model.explain(X, target=torch.ones(32, 32)).target.equal(predicted)
+
+
+def test_scores_that_are_no_probabilities_stay():
+    scores = torch.rand(4, 3) / 4
+    assert torch.equal(as_logits(scores, 'single-label', True), scores)
+    shares = torch.randn(4, 3, 5, 5).softmax(1)
+    torch.testing.assert_close(as_logits(shares, 'segmentation', True).softmax(1), shares)
+
+
+def test_a_loss_that_decodes_without_an_activation(cnn):
+    class Focal(nn.CrossEntropyLoss):
+        def decodes(self, scores): return scores.argmax(-1)
+    loader = DataLoader(TensorDataset(X, torch.tensor([0, 1])), 2)
+    learn = Learner(DataLoaders(loader, loader), cnn(), loss_func=Focal(), cbs=TwoPass(eta=2))
+    assert not learn.model.gives_probabilities
+
+
+def test_one_hot_labels_in_a_loop_of_ones_own(cnn):
+    losses = []
+    for label in (torch.tensor([0, 1]), torch.eye(cnn()(X).shape[1])[:2]):
+        torch.manual_seed(0)
+        losses.append(step_loss(AntehocModel(cnn(), X, eta=2), label))
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize('task, before, after, expected', [
+    ('single-label', [[.97, .03], [.2, .8]], [[.01, .99], [.2, .8]], [.96 / .97, 0]),
+    ('binary', [[.99], [.9]], [[.01], [.9]], [.98 / .99, 0]),
+    ('regression', [[5., 5], [0, 0]], [[0., 0], [0, 0]], [1, 0]),
+])
+def test_the_change_in_reports(cnn, task, before, after, expected):
+    model = AntehocModel(cnn(), X, eta=2, meta=dict(task=task, activation=None), class_specific=False)
+    change = report._change(model, torch.tensor(before), torch.tensor(after), None)
+    torch.testing.assert_close(change.double(), torch.tensor(expected).double(), atol=1e-4, rtol=0)
