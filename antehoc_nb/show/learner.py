@@ -132,10 +132,11 @@ _RIGHT, _WRONG = '#0072B2', '#D55E00'  # blue and vermilion, told apart by all c
 
 def _decode(learn, pred):
     "Probabilities and decoded predictions, as the learner's loss gives them"
-    usual = (lambda pred: pred) if antehoc_of(learn).gives_probabilities else lambda pred: pred.softmax(-1)
-    activation = getattr(learn.loss_func, 'activation', usual)
+    activation = getattr(learn.loss_func, 'activation', None)
     decode = getattr(learn.loss_func, 'decodes', lambda pred: pred.argmax(-1))
-    probabilities = activation(pred.float())
+    if activation is not None: probabilities = activation(pred.float())
+    elif getattr(learn.model, 'gives_probabilities', False): probabilities = pred.float()
+    else: probabilities = pred.float().softmax(-1)
     return probabilities, decode(probabilities)
 
 

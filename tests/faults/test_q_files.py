@@ -108,7 +108,8 @@ def test_whole_numbers_of_every_range(tmp_path, recwarn, kind, dtype, white):
         given = tmp_path/kind
     assert (np.asarray(rgb_image(given))[..., 0] == values.astype('int64') * 255 // white).all()
     said = [str(warning.message) for warning in recwarn]
-    assert len(said) == (white < 65535) and all(f'has no value above {white}, which is taken for white' in text
+    is_guess = white < 65535 and not (kind == 'array' and white == 255)  # bytes in a wider type
+    assert len(said) == is_guess and all(f'has no value above {white}, which is taken for white' in text
                                                for text in said)
 
 

@@ -59,10 +59,9 @@ def test_its_own_images_as_ever(learn):
     assert torch.equal(e.map, learn.explain(np.array([0])).map) and torch.equal(e.map, learn.explain(np.int64(0)).map)
 
 
+@pytest.mark.filterwarnings('error:an array')
 def test_whole_numbers_are_pixels(learn):
-    with pytest.warns(UserWarning, match='an array of int64 has no value above 255, which is taken for white'):
-        e = learn.explain(PIXELS.astype(int))
-    assert torch.equal(e.map, learn.explain(PIXELS).map)
+    assert torch.equal(learn.explain(PIXELS.astype(int)).map, learn.explain(PIXELS).map)
 
 
 def test_errors_name_what_came(tmp_path, learn):

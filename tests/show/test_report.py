@@ -395,7 +395,7 @@ def test_true_maps_are_better_than_controls_and_wrong_ones_are_not(corner, tmp_p
 
 
 def test_the_drop_of_one_logit_is_that_of_its_probability():
-    model = SimpleNamespace(task='binary', explained=lambda y: y)
+    model = SimpleNamespace(task='binary', explained=lambda y: y, gives_probabilities=False)
     change = module._change(model, torch.tensor([[2.], [-2.]]), torch.tensor([[0.], [0.]]), None)
     likely = torch.tensor(2.).sigmoid().item()
     assert change.tolist() == pytest.approx([1 - .5 / likely] * 2)
