@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['CANDIDATES', 'PIXELS', 'REPEATED', 'UNTRAINED', 'WRONG_TARGET', 'AVERAGE', 'GRAD_CAM', 'BLOB', 'SHARES',
            'SMALL_DATASETS', 'DEFAULT_SETTINGS', 'DEFAULT_PROFILES', 'default_choice', 'few_images', 'few_scenes',
-           'few_faces', 'Renormalise', 'pretrained_lite0', 'fit_head', 'score_maps', 'default_table', 'default_by_seed',
-           'default_accuracy']
+           'few_captions', 'few_faces', 'Renormalise', 'pretrained_lite0', 'fit_head', 'score_maps', 'default_table',
+           'default_by_seed', 'default_accuracy']
 
 # %% ../../nbs/tasks/59_default.ipynb #b7f16165
 import json
@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 from fastai.data.core import DataLoaders
 from fastai.losses import CrossEntropyLossFlat
-from fastai.metrics import accuracy
+from fastai.metrics import Perplexity, accuracy
 from fastai.torch_core import set_seed
 from sklearn.linear_model import LogisticRegression
 from torch import nn
@@ -26,11 +26,14 @@ from tqdm import tqdm
 from ..core.interpretation_loss import change_at_area
 from ..core.model import AntehocModel
 from ..core.utils import Registry, check_config, eval_mode, import_extra, plain_tensor, whole_or_not_at_all
+from ..data.captions import Captioned, caption_dls, caption_tokenizer, digit_captions
 from ..data.images import Fit, FlipShift, image_dls, labelled_dls
 from ..data.landmarks import FACE68, Landmarks, face_table, landmark_dls, nme_metric
 from ..data.photo_digits import photo_digits_dls
 from ..evaluate.explainers import centred_blob, grad_cam, regression_cam
+from ..evaluate.faithfulness import faithfulness, faithfulness_table
 from ..evaluate.localisation import localisation
+from .captioner import caption_learner, caption_maps, caption_probability
 from .classification import dataset_boxes
 from antehoc_nb.tasks.experiment import (
     DatasetSpec, Experiment, Paths, RunResult, bars_on_terminals, register_experiment, seed_loaders,
@@ -89,6 +92,23 @@ def few_scenes(path, # Not used: the scenes are made
     dls = photo_digits_dls(n_train, n_valid, size, bs, seed=seed)
     seed_loaders(dls, seed)
     dls.regions = torch.as_tensor(dls.valid_ds.boxes)
+    return dict(valid=dls)
+
+
+def few_captions(path, # Not used: the scenes are made
+                 n_train: int, # Training scenes, with five captions each
+                 n_valid: int, # Validation scenes, with one
+                 size: int, bs: int, # Side in pixels, batch size
+                 seed: int, # Of the scenes
+                ) -> dict[str, DataLoaders]: # 'valid'; `regions` are the pixels of both digits, (N,H,W)
+    "Scenes of two coloured digits with captions."
+    scenes = digit_captions(n_train, n_valid, 1, size, seed)
+    valid = scenes.of('valid')
+    captions = [of_scene[:1] if i in valid else of_scene for i, of_scene in enumerate(scenes.captions)]
+    tokenizer = caption_tokenizer([caption for i in scenes.of('train') for caption in captions[i]], min_freq=1)
+    dls = caption_dls(Captioned(scenes.images, captions, scenes.split), tokenizer, size, bs)
+    seed_loaders(dls, seed)
+    dls.regions = torch.stack([torch.as_tensor(np.any([*scenes.places[i].values()], axis=0)) for i in valid])
     return dict(valid=dls)
 
 
@@ -184,19 +204,28 @@ def score_maps(model: AntehocModel, # Its CNN is what the maps explain
                x: torch.Tensor, # Images, (N,C,H,W)
                maps: torch.Tensor, # (N,1,H,W)
                regions: torch.Tensor | None, # Of the objects: boxes (N,4), pixels, or masks (N,H,W); None: not known
+               captions: torch.Tensor | None = None, # Whose probability drops, (N,T), of a captioner; None: no captions
                **how, # Settings of `change_at_area`
               ) -> dict[str, float]: # Average drops in per cent; pointing and energy in the box as shares
     "How faithful maps are at three areas, and where they lie."
     def change(share): return np.mean([change_at_area(model, images, of_images, share=share, **how)
                                        for images, of_images in zip(x.split(50), maps.split(50))])
-    scores = {f'drop_at_{share:.0%}': float(change(share)) for share in SHARES}
+    if captions is None: drops = map(change, SHARES)
+    else:
+        table = faithfulness_table(faithfulness(model, x, maps, captions, score=caption_probability, areas=SHARES))
+        drops = [table.average_drop[f'top {share:.0%}'] for share in SHARES]
+    scores = {f'drop_at_{share:.0%}': float(drop) for share, drop in zip(SHARES, drops)}
     return scores | (localisation(maps, regions) if regions is not None else {})
 
 
 def _images_of(dls):
-    "Images, and classes or points, of the validation set"
-    batches = [(plain_tensor(x), plain_tensor(y)) for x, y in dls.valid]
-    return torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])
+    "Images, and classes, points or captions (padded with zeros), of the validation set"
+    batches = [(plain_tensor(batch[0]), plain_tensor(batch[-1])) for batch in dls.valid]
+    x, y = torch.cat([x for x, _ in batches]), [of_image for _, y in batches for of_image in y]
+    return x, nn.utils.rnn.pad_sequence(y, batch_first=True) if _is_captioned(dls) else torch.stack(y)
+
+
+def _is_captioned(dls): return hasattr(dls, 'tokenizer')
 
 
 def _predicted(model, x):
@@ -215,8 +244,8 @@ def _own_maps(model, x, ahead=0):
     return _maps(explain, x)
 
 
-def _baselines(model, x):
-    "Maps that need no training"
+def _baselines(model, x, captions=None):
+    "Maps that need no training; `captions` of a captioner"
     normalisation = dict(mean=model.mean.flatten().tolist(), std=model.std.flatten().tolist())
     def untrained(**settings): return AntehocModel(model.cnn, x[:2], layers=model.layers, **normalisation, **settings)
     maps = {}
@@ -224,6 +253,7 @@ def _baselines(model, x):
         maps = {WRONG_TARGET: _own_maps(model, x, ahead=1), UNTRAINED: _own_maps(untrained(), x)}
         predicted = zip(x.split(32), _predicted(model, x).split(32))
         cams = [grad_cam(model, images, of_images) for images, of_images in predicted]
+    elif captions is not None: cams = [caption_maps('grad-cam', model, x, captions)]
     else: cams = [regression_cam(model, images) for images in x.split(32)]
     return maps | {AVERAGE: _own_maps(untrained(weight_net='mean'), x), GRAD_CAM: torch.cat(cams),
                    BLOB: centred_blob(len(x), x.shape[2:])}
@@ -231,10 +261,13 @@ def _baselines(model, x):
 # %% ../../nbs/tasks/59_default.ipynb #9f7d4c75
 def _learner(cnn_kind, dls, settings, config):
     "A learner for one candidate: of the pretrained CNN, which stays as it is, or of a CNN from scratch"
-    group = config['images'].get('group')
+    group, scratch = config['images'].get('group'), config['scratch']
+    if _is_captioned(dls):
+        sizes = {name: scratch[name] for name in ('emb', 'hidden', 'dropout')}
+        return caption_learner(dls, scratch['arch'], pretrained=False, metrics=Perplexity(), **sizes, **settings)
     if group: common = dict(metrics=nme_metric(FACE68, group)) | settings
     else: common = dict(metrics=accuracy, loss_func=CrossEntropyLossFlat()) | settings
-    if cnn_kind == 'scratch': return antehoc_learner(dls, config['scratch']['arch'], **common)
+    if cnn_kind == 'scratch': return antehoc_learner(dls, scratch['arch'], pretrained=False, **common)
     batches = list(dls.train.new(shuffle=False, drop_last=False))
     x, y = (torch.cat([plain_tensor(batch[i]) for batch in batches]) for i in (0, 1))
     normalize = dls.train.after_batch.fs[-1]
@@ -254,8 +287,10 @@ def _run_part(cnn_kind, seed, name, config, path):
     part = dict(kept=best.kept, rows={}, valid_metric=float(learn.recorder.values[-1][2]))
     for split, dls in loaders.items():
         x, y = _images_of(dls)
-        maps = {name: _own_maps(model, x)} | (_baselines(model, x) if name == 'auto' else {})
-        how = {} if y.ndim == 1 else dict(activation=None, fill='blur')  # a detector finds nothing on black
+        captions = y if _is_captioned(dls) else None
+        maps = {name: _own_maps(model, x)} | (_baselines(model, x, captions) if name == 'auto' else {})
+        if captions is not None: how = dict(captions=captions)
+        else: how = {} if y.ndim == 1 else dict(activation=None, fill='blur')  # a detector finds nothing on black
         part['rows'][split] = {key: score_maps(model, x, of_key, dls.regions, **how) for key, of_key in maps.items()}
         if y.ndim == 1: part[f'{split}_accuracy'] = (_predicted(model, x) == y).float().mean().item()
     return part
@@ -285,6 +320,9 @@ SMALL_DATASETS = Registry('dataset')  # name -> `DatasetSpec`
 _ALL = dict(classes=None, per_class=200, n_valid=20, n_test=20, test='test')
 _DETECTORS = {name: TWO_PASS[name] for name in ('cells', 'mask', 'fill', 'temperature')}
 _FEW = dict(per_class=4, n_valid=2, n_test=2)
+_ONCE = dict(seeds=(0,), cnns=('pretrained',), scratch=None)  # for more images
+_SMOKE = dict(arch='small_cnn', size=32, epochs=1, bs=4, lr=3e-3)
+_CAPTIONER = dict(size=48, epochs=6, lr=6e-3, emb=64, hidden=256, dropout=.1)
 
 
 def _of_classes(title, archive, images, candidates=CANDIDATES, publishable=True, cpu=None):
@@ -294,11 +332,12 @@ def _of_classes(title, archive, images, candidates=CANDIDATES, publishable=True,
                        by_profile=dict(smoke=dict(images=images | _FEW), cpu=cpu or {}))
 
 
-def _from_scratch(arch, n_train, n_valid, **images):
-    "Settings for a CNN from scratch and one seed, in every profile"
-    how = dict(arch=arch, size=64, epochs=10, bs=32, lr=3e-3)
+def _from_scratch(arch, n_train, n_valid, own=None, **images):
+    "Settings for a CNN from scratch and one seed, in every profile; `own`: of this data set's CNN"
+    how = dict(arch=arch, size=64, epochs=10, bs=32, lr=3e-3) | (own or {})
     few, many = (images | dict(n_train=n, n_valid=m) for n, m in ((16, 8), (n_train, n_valid)))
-    return dict(smoke=dict(images=few), cpu=dict(images=many, cnns=('scratch',), scratch=how, seeds=(0,)),
+    return dict(smoke=dict(images=few, scratch=(own or {}) | _SMOKE),
+                cpu=dict(images=many, cnns=('scratch',), scratch=how, seeds=(0,)),
                 paper=dict(images=many, cnns=('scratch',), scratch=how))
 
 
@@ -308,11 +347,14 @@ SMALL_DATASETS.update({
     'ten-classes': _of_classes('Tiny-ImageNet-20, 10 classes with 25 images each', _TINY, dict(
         classes=_TEN, per_class=25, n_valid=10, n_test=10, boxes=True)),
     'cifar10': _of_classes('CIFAR-10 (JPEG), 10 classes with 200 images each', 'cifar10/cifar10_jpeg_full.tar.gz', _ALL,
-                           cpu=dict(seeds=(0,))),
+                           cpu=_ONCE),
     'food101-10': _of_classes('Food-101-10, 10 classes with 200 images each', 'food101_10/food101_10.tar', _ALL,
-                              publishable=False, cpu=dict(seeds=(0,))),
+                              publishable=False, cpu=_ONCE),
     'photo-digits': DatasetSpec('photo-digits, 4,000 scenes', few_scenes,
                                 by_profile=_from_scratch('small_cnn', 4000, 200)),
+    'captions': DatasetSpec('photo-digits, 4,000 captioned scenes', few_captions,
+                            settings=dict(candidates={'auto': {}, 'paper': CANDIDATES['paper'], **PIXELS}),
+                            by_profile=_from_scratch('small_cnn', 4000, 200, own=_CAPTIONER)),
     'faces68': DatasetSpec('faces68, 1,500 faces and their mouths', few_faces, archive='faces68/faces68_ytf.tar',
                            publishable=False, by_profile=_from_scratch('landmark_cnn', 1500, 200, group='mouth'),
                            settings=dict(candidates={'auto': {}, 'paper': CANDIDATES['paper'],
@@ -320,11 +362,11 @@ SMALL_DATASETS.update({
 DEFAULT_SETTINGS = dict(images={}, candidates=CANDIDATES)
 DEFAULT_PROFILES = Registry('profile')
 DEFAULT_PROFILES.update(
-    smoke=dict(cnns=('scratch',), seeds=(0,), candidates={'auto': {}},
-               scratch=dict(arch='small_cnn', size=32, epochs=1, bs=4, lr=3e-3)),
-    cpu=dict(cnns=('pretrained',), seeds=(0, 1, 2), pretrained=dict(size=128, epochs=5, bs=16, lr=3e-3), scratch=None),
+    smoke=dict(cnns=('scratch',), seeds=(0,), candidates={'auto': {}}, scratch=_SMOKE),
+    cpu=dict(cnns=('pretrained', 'scratch'), seeds=(0, 1, 2), pretrained=dict(size=128, epochs=5, bs=16, lr=3e-3),
+             scratch=dict(arch='small_cnn', size=64, epochs=30, bs=16, lr=3e-3)),
     paper=dict(cnns=('pretrained', 'scratch'), seeds=(0, 1, 2), pretrained=dict(size=128, epochs=5, bs=16, lr=3e-3),
-               scratch=dict(arch='small_cnn', size=64, epochs=30, bs=16, lr=3e-3)))
+               scratch=dict(arch='resnet50', size=128, epochs=60, bs=32, lr=1e-3)))
 
 
 def default_table(record: dict, # Of `default_choice`
