@@ -1281,9 +1281,9 @@ class KeptWeights:
 
     @property
     def helped(self) -> bool:
-        """Whether training has made the map better, by more than two standard errors and in the first decimal; also
+        """Whether training has made the map better, by more than the standard error and in the first decimal; also
         where both maps keep all there is."""
-        return self.saturated or self._gains and self.untrained_drop - self.drop > 2 * self.gain_error
+        return self.saturated or self._gains and self.untrained_drop - self.drop > self.gain_error
 
     @property
     def _gains(self): return round(self.drop, 1) < round(self.untrained_drop, 1)
@@ -1303,16 +1303,16 @@ def _standard_error(differences):
     return (differences.std(correction=0) / len(differences)**.5).item()
 
 
-def _clearly_lower(changes, others):
-    "Whether changes (N,) are lower than others of the same images, by more than two standard errors"
-    return (others - changes).mean().item() > 2 * _standard_error(others - changes)
+def _clearly_lower(changes, others, errors):
+    "Whether changes (N,) are lower than others of the same images, by more than so many standard errors"
+    return (others - changes).mean().item() > errors * _standard_error(others - changes)
 
 
 def _is_earlier_better(last, earlier, untrained):
     "Whether the weight network of an earlier epoch is to be preferred to the last, from the changes (N,) of each"
     if last.mean() <= _SATURATED: return False
-    last_helped = _clearly_lower(last, untrained)
-    return _clearly_lower(earlier, last) or not last_helped and (earlier.mean() < last.mean()).item()
+    last_helped = _clearly_lower(last, untrained, errors=1)
+    return _clearly_lower(earlier, last, errors=2) or not last_helped and (earlier.mean() < last.mean()).item()
 
 
 @patch
