@@ -141,7 +141,7 @@ def variant(name, model, plain, train, options):
     from antehoc_nb.evaluate.explainers import grad_cam
     changed = {
         'without contrast': dict(contrast=functools.partial(module.contrast, share=0.)),
-        'without gate': dict(evidence_gate=lambda evidence: 1.),
+        'without gate': dict(contribution_gate=lambda contributions, evidence=None: 1.),
         'evidence alone': dict(spatial_softmax=lambda maps, temperature: torch.ones_like(maps)),
     }.get(name, {})
     if name == 'Grad-CAM': return functools.partial(grad_cam, model)

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['int_losses', 'describe_outputs', 'explained_output', 'with_image_axis', 'found_activation', 'as_logits', 'mse',
            'cross_entropy', 'binary_cross_entropy', 'cosine', 'int_loss', 'are_shares', 'class_shares', 'main_class',
-           'interpretation_loss', 'top_pixels', 'target_scores', 'nearest_references', 'output_change',
-           'output_at_area', 'change_at_area', 'gradients_of', 'default_mask', 'default_loss', 'is_detector',
-           'two_pass_step']
+           'surrogate_loss', 'interpretation_loss', 'top_pixels', 'target_scores', 'nearest_references',
+           'output_change', 'output_at_area', 'change_at_area', 'gradients_of', 'default_mask', 'default_loss',
+           'is_detector', 'two_pass_step']
 
 # %% ../../nbs/core/06_interpretation_loss.ipynb #cell0002
 import math
@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from .masking import Mask, masked_input
+from .masking import Mask, masked, masked_input, random_areas
 from .utils import Registry, map_tensors, output_tensors, shape_or_type
 
 # %% ../../nbs/core/06_interpretation_loss.ipynb #c96d6c0c
@@ -361,6 +361,39 @@ def draw_targets(y1: torch.Tensor, # Logits for the images, (B,K), of their pixe
     return torch.where(_first_half(number).to(y1.device), y1.argmax(1), drawn)
 
 # %% ../../nbs/core/06_interpretation_loss.ipynb #2960225b
+def surrogate_loss(predicted: torch.Tensor, # Logits that the surrogate predicts, (B,K)
+                   scores: torch.Tensor, # Logits of the CNN, (B,K)
+                   task: str = 'single-label', # Or 'multi-label'
+                  ) -> torch.Tensor: # (B,): 0 if the probabilities are the same, 1 about as far off as equal ones can be
+    """The Kullback-Leibler divergence of predicted class probabilities from the CNN's, in units of log K; for several
+    labels the mean over labels, in units of log 2. Without a gradient for `scores`."""
+    scores, predicted = scores.detach().float(), predicted.float()
+    if task == 'multi-label':
+        wanted = scores.sigmoid()
+        entropy = F.binary_cross_entropy_with_logits(scores, wanted, reduction='none')
+        return (F.binary_cross_entropy_with_logits(predicted, wanted, reduction='none') - entropy).mean(1) / math.log(2)
+    divergence = F.kl_div(predicted.log_softmax(1), scores.log_softmax(1), reduction='none', log_target=True)
+    return divergence.sum(1) / math.log(scores.shape[1])
+
+
+def _loss_with_surrogate(model, x, x_masked, recorded, y1, number, fill, loss, target, others):
+    "`interpretation_loss` where every other image of pass 2 has a random area in place of its map"
+    places, surrogate = model.places(recorded), model.weight_net.surrogate
+    areas = random_areas(number, places.shape[2:]).to(places)
+    of_areas = masked(x, F.interpolate(areas, size=x.shape[2:], mode='nearest').to(x), fill, mean=model.mean,
+                      std=model.std)
+    by_map, at_random = ((number.cpu() % 2 == turn).nonzero()[:, 0].to(x.device) for turn in (0, 1))
+    y2 = model.logits(model.cnn(x_masked.index_copy(0, at_random, of_areas[at_random].to(x_masked)), *others))
+    scores = output_tensors(y2)[0]
+    predicted = surrogate.predict(places[at_random], areas[at_random])
+    predicted_whole = surrogate.predict(places, torch.ones_like(areas))
+    total = surrogate_loss(predicted, scores[at_random], model.task).sum()
+    total = total + surrogate_loss(predicted_whole, output_tensors(model.logits(y1))[0], model.task).sum() / 2
+    if len(by_map): total = total + len(by_map) * int_loss(scores[by_map], target[by_map], loss)
+    else: total = total + 0 * x_masked.sum()  # one image, and it has a random area: no gradient for the map
+    return total / (1.5 * len(x))
+
+
 def interpretation_loss(model, # An `AntehocModel`
                         x: torch.Tensor, # Images, (B,C,H,W), normalised as the CNN expects
                         recorded: list, # What pass 1 recorded, as `AntehocModel.take_recorded` gives it
@@ -372,19 +405,23 @@ def interpretation_loss(model, # An `AntehocModel`
                         target: torch.Tensor | None = None, # As of `draw_targets`; None: class-agnostic
                         others: tuple = (), # The CNN's inputs beside the images
                        ) -> torch.Tensor: # Scalar
-    """The loss of pass 2 (paper, section 2.1), differentiable in the weight network alone.
+    """The loss of pass 2 (paper, section 2.1), differentiable in the weight network alone; if that has a surrogate, its
+    loss is part of it.
 
     Errors as of `masked_input` and `int_loss`."""
     images = getattr(recorded, 'images', None)  # before the CNN wrote to them
     x, *others = map_tensors(torch.Tensor.detach, (x if images is None else images, *others))
     maps, *_ = model.interpret(recorded, x.shape[2:], target, exponent=1.)  # the map without the power that widens it
-    y2 = model.cnn(masked_input(x, maps, number, mask, fill=fill, mean=model.mean, std=model.std), *others)
+    x_masked = masked_input(x, maps, number, mask, fill=fill, mean=model.mean, std=model.std)
+    if model.has_surrogate:
+        return _loss_with_surrogate(model, x, x_masked, recorded, y1, number=number, fill=fill, loss=loss,
+                                    target=target, others=others)
+    y2 = model.cnn(x_masked, *others)
     if target is not None: return int_loss(model.logits(y2), target, loss)
     y1, y2 = (explained_output(y, model.output) for y in (y1, y2))
     return int_loss(y2, y1, loss)
 
 # %% ../../nbs/core/06_interpretation_loss.ipynb #1a69f1d3
-from .masking import masked
 from .utils import frozen
 
 # %% ../../nbs/core/06_interpretation_loss.ipynb #a0d3277c

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['masks', 'check_fill', 'masked', 'Mask', 'Soft', 'TopArea', 'AreaCap', 'Threshold', 'Alternate', 'as_mask',
-           'masked_input']
+           'random_areas', 'masked_input']
 
 # %% ../../nbs/core/05_masking.ipynb #cell0002
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -197,6 +198,27 @@ def as_mask(mask: str | Mask, # A name in `masks`, or a mask
     if not isinstance(mask, Mask):
         raise TypeError(f'mask: give a name ({", ".join(masks)}) or a `Mask`, not {type(mask).__name__}')
     return mask
+
+# %% ../../nbs/core/05_masking.ipynb #e5a1f0c2
+def random_areas(number: torch.Tensor, # Running number of each image since the start of training, (B,)
+                 size: tuple[int, int], # (h,w): rows and columns
+                 low: float = .05, # Smallest share of the places that are kept
+                 high: float = .65, # Largest share
+                 waves: int = 8, # Plane waves in the sum
+                ) -> torch.Tensor: # (B,1,h,w), 1 where a place is kept, else 0
+    """Smooth areas that no map has chosen: of each image the highest places of a sum of plane waves.
+
+    Direction, length and phase of each wave follow from the image's number, so no random stream moves."""
+    height, width = size
+    steps = (torch.arange(3 * waves, dtype=torch.float64) + 1.5).sqrt()  # irrational
+    across, down, phase = (number.cpu().double()[:, None] * steps).frac().view(-1, 3, waves, 1, 1).unbind(1)
+    rows = (torch.arange(height, dtype=torch.float64)[:, None] + .5) / height
+    columns = (torch.arange(width, dtype=torch.float64) + .5) / width
+    turns = (6 * across - 3) * columns + (6 * down - 3) * rows + phase  # at most 3 waves from side to side
+    field = (2 * math.pi * turns).cos().sum(1).flatten(1)
+    count = (_golden_share(number.cpu(), low, high) * field.shape[1]).round().long().clamp_min(1)
+    rank = field.argsort(1, descending=True).argsort(1)
+    return (rank < count[:, None]).float().view(-1, 1, height, width)
 
 # %% ../../nbs/core/05_masking.ipynb #cell0014
 def masked_input(x: torch.Tensor, # Images, (B,C,H,W), normalised as the CNN expects

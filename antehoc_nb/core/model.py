@@ -37,7 +37,7 @@ from antehoc_nb.core.attention import (
     channel_rms, fit_border, largest_value, noise_like_photographs, record_sams, soft_attentions, spatial_softmax,
     standardise, take_off_border,
 )
-from .geometry import as_lengths, is_symbolic, layer_grids, pool_cells, resize_maps
+from .geometry import as_lengths, is_symbolic, layer_grids, pool_cells, resize, resize_maps
 from antehoc_nb.core.interpretation_loss import (
     as_logits, class_shares, describe_outputs, explained_output, found_activation, is_detector, main_class,
     with_image_axis,
@@ -51,7 +51,8 @@ from antehoc_nb.core.utils import (
     usual_mode, whole_or_not_at_all, with_versions,
 )
 from antehoc_nb.core.weight_net import (
-    EVIDENCE_EXPONENT, class_numbers, contrast, count_classes, evidence_gate, gives_logits, in_deviations,
+    EVIDENCE_EXPONENT, class_numbers, coarse, contrast, contribution_gate, count_classes, evidence_gate, gives_logits,
+    in_deviations,
     interpretation_map, modulate, weight_nets,
 )
 
@@ -976,11 +977,19 @@ def logits(self: AntehocModel,
 
 # %% ../../nbs/core/07_model.ipynb #216fec3e
 @patch
+def _may_have_surrogate(self: AntehocModel):
+    "Whether the CNN has scores that a surrogate can predict: those of a classifier of images"
+    if not (self.class_specific and getattr(weight_nets[self.weight_net_name], 'takes_surrogate', False)): return False
+    return self.task in ('single-label', 'multi-label') and not self.cnn_finds_targets
+
+
+@patch
 def _build_weight_net(self: AntehocModel):
     "The weight network, from random numbers of its own"
     sizes = {}
     if self.reads_activations: sizes['channels'] = self.channels
     if self.class_specific: sizes['classes'] = self.classes
+    if self._may_have_surrogate(): sizes['surrogate'] = True
     if sizes.get('channels', ()) is None:
         raise ValueError(f'weight_net={self.weight_net_name!r} has to know the channels: '
                          'give channels=, or a sample to find them with')
@@ -1198,6 +1207,7 @@ class Recorded(list):
     "`LayerMaps` of each layer, with the scores of the same forward pass"
     scores: torch.Tensor | None = None # Of the classes, (B,K), detached, if the evidence for others is subtracted
     images: torch.Tensor | None = None # What the CNN got, (B,C,H,W), if it writes to its images
+    views: torch.Tensor | None = None # What `interpret` has read of the activations, (B,n,h,w), in their deviations
 
 
 @patch
@@ -1331,9 +1341,39 @@ def _align(self: AntehocModel, recorded, size, target):
     n_before = len(of_layers) - 1
     read = in_deviations(aligned[:, :, n_before:], aligned[:, :, n_before - 1])
     views, change = (read[:, :, :-1], read[:, :, -1]) if self.modulates else (read, None)
-    if evidence is None: maps = self._soft_attention_maps(response, change)
-    else: maps = self._soft_attention_maps(response, change + evidence) * evidence_gate(evidence)
-    return maps, [views.flatten(1, 2), activations[-1].mean((2, 3))]
+    views = views.flatten(1, 2)
+    if isinstance(recorded, Recorded): recorded.views = views
+    maps = self._soft_attention_maps(response, change if evidence is None else change + evidence)
+    gate = self._gate(views, evidence, target, getattr(recorded, 'scores', None))
+    return maps if gate is None else maps * gate, [views, activations[-1].mean((2, 3))]
+
+
+@patch
+def _gate(self: AntehocModel, views, evidence, target, scores):
+    "The factor of soft attention maps for the targets, (B,1,h,w); None if there is none"
+    if not self.has_surrogate: return None if evidence is None else evidence_gate(evidence)
+    places = self._coarse(views)
+    with torch.no_grad():  # the surrogate has a loss of its own
+        of_places = self.weight_net.surrogate.contributions(places, contrast(target, self.classes, scores))
+    return contribution_gate(resize(of_places, views.shape[2:]), evidence)
+
+
+@patch
+def _coarse(self: AntehocModel, views): return coarse(views, 1 if self.cells else 3)
+
+
+@patch
+def places(self: AntehocModel,
+           recorded: list, # As `take_recorded` gives it, after `interpret`
+          ) -> torch.Tensor: # (B,n,h,w)
+    "What the surrogate of the weight network reads at each place, differentiable in the weight network."
+    return self._coarse(recorded.views)
+
+
+@patch(as_prop=True)
+def has_surrogate(self: AntehocModel) -> bool:
+    "Whether the weight network has a surrogate of the CNN."
+    return getattr(self.weight_net, 'surrogate', None) is not None
 
 
 @patch
@@ -1924,15 +1964,20 @@ def load_weights(model: nn.Module, # As it was when it was saved
                  path: str | Path, # A safetensors file
                 ) -> None:
     "Load what `save_pretrained` stored. `RuntimeError` for weights that do not fit, `SafetensorError` for other files."
-    with safe_open(path, 'pt') as file: zeros = json.loads((file.metadata() or {}).get('zeros', '[]'))
-    if not zeros:
+    with safe_open(path, 'pt') as file:
+        zeros = json.loads((file.metadata() or {}).get('zeros', '[]'))
+        stored = set(file.keys())
+    here = model.state_dict()
+    surrogate = {name for name in here if name.startswith('weight_net.surrogate.')}
+    absent = set() if stored & surrogate else surrogate  # older files have none; untrained, it changes no map
+    if not zeros and not absent:
         load_model(model, str(path))
         return
-    here = model.state_dict()
     if unknown := [name for name in zeros if name not in here]:
         raise RuntimeError(f'unexpected weights: {", ".join(unknown)}')
     places = {here[name].data_ptr() for name in zeros}
     missing, unexpected = load_model(model, str(path), strict=False)
+    missing = set(missing) - absent
     wrong = [*unexpected, *(name for name in missing if here[name].data_ptr() not in places)]
     if wrong: raise RuntimeError(f'missing or unexpected weights: {", ".join(sorted(wrong))}')
     for name in zeros: here[name].zero_()
