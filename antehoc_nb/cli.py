@@ -884,10 +884,11 @@ def _write_demo_record(learn, config, found, out, seconds):
 
 def _tell_demo(accuracy, found, n, picture, output, **facts):
     "The two numbers of the demo, its picture, and what to do next"
-    ours, untrained = (round(found[name]['pointing']*n) for name in ('interpretation map', 'untrained weights'))
+    ours, untrained, middle = (round(found[name]['pointing']*n)
+                               for name in ('interpretation map', 'untrained weights', 'centred blob'))
     output.say(f'\n{accuracy:.1%} of {n} new scenes, with digits by other writers, are read correctly')
-    summary = (f"the strongest point of the map lies on the digit in {ours} of {n} scenes "
-               f"(with a weight network that was not trained: {untrained})")
+    summary = (f'the strongest point of the map lies on the digit in {ours} of {n} scenes '
+               f'(the middle of the scene: {middle}; a map that was not trained: {untrained})')
     output.say(f'picture: {picture}')
     output.end(summary, 'antehoc train <folder of photographs with one subfolder per class>', accuracy=accuracy,
                scenes=n, on_digit=ours, on_digit_untrained=untrained, picture=str(picture), **facts)

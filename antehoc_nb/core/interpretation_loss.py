@@ -364,7 +364,7 @@ def draw_targets(y1: torch.Tensor, # Logits for the images, (B,K), of their pixe
 def surrogate_loss(predicted: torch.Tensor, # Logits that the surrogate predicts, (B,K)
                    scores: torch.Tensor, # Logits of the CNN, (B,K)
                    task: str = 'single-label', # Or 'multi-label'
-                  ) -> torch.Tensor: # (B,): 0 if the probabilities are the same, 1 about as far off as equal ones can be
+                  ) -> torch.Tensor: # (B,), 0 if the probabilities are the same; equal ones are at most 1 off
     """The Kullback-Leibler divergence of predicted class probabilities from the CNN's, in units of log K; for several
     labels the mean over labels, in units of log 2. Without a gradient for `scores`."""
     scores, predicted = scores.detach().float(), predicted.float()

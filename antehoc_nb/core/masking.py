@@ -214,7 +214,7 @@ def random_areas(number: torch.Tensor, # Running number of each image since the 
     across, down, phase = (number.cpu().double()[:, None] * steps).frac().view(-1, 3, waves, 1, 1).unbind(1)
     rows = (torch.arange(height, dtype=torch.float64)[:, None] + .5) / height
     columns = (torch.arange(width, dtype=torch.float64) + .5) / width
-    turns = (6 * across - 3) * columns + (6 * down - 3) * rows + phase  # at most 3 waves from side to side
+    turns = (3 * across - 1.5) * columns + (3 * down - 1.5) * rows + phase  # at most 1.5 waves from side to side
     field = (2 * math.pi * turns).cos().sum(1).flatten(1)
     count = (_golden_share(number.cpu(), low, high) * field.shape[1]).round().long().clamp_min(1)
     rank = field.argsort(1, descending=True).argsort(1)

@@ -1304,6 +1304,7 @@ def interpret(self: AntehocModel,
               size: tuple[int, int], # (H,W) of the image
               target: torch.Tensor | None = None, # Of a class-specific map: classes, (B,), or several each, (B,Q)
               exponent: float | None = None, # Of the blend; None: `EVIDENCE_EXPONENT` with evidence, else 1
+              contributions: bool = True, # Use what the surrogate has learned
              ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: # Map (B,1,H,W); weights and SAMs (B,n,h,w)
     """Align the soft attention maps, weigh them and blend them (paper, Eq. 1); differentiable in the weight network.
 
@@ -1312,7 +1313,7 @@ def interpret(self: AntehocModel,
         raise ValueError('interpret: the map is class-specific, give target, (B,)')
     target = self._read_target(target) if self.class_specific else None
     dtype = next((parameter.dtype for parameter in self.weight_net.parameters()), torch.float32)
-    aligned, read = self._align(recorded, size, target)
+    aligned, read = self._align(recorded, size, target, contributions)
     specific = dict(target=target) if self.class_specific else {}
     logits = self.weight_net(aligned.to(dtype), *[part.to(dtype) for part in read], **specific)
     if exponent is None: exponent = 1. if self.evidence is None else EVIDENCE_EXPONENT
@@ -1321,7 +1322,7 @@ def interpret(self: AntehocModel,
 
 
 @patch
-def _align(self: AntehocModel, recorded, size, target):
+def _align(self: AntehocModel, recorded, size, target, contributions=True):
     "Soft attention maps at the map's resolution, (B,n,h,w); and, for some weight networks, what is read of activations"
     responses, grids, activations, rms = zip(*recorded)
     of_layers = [responses]
@@ -1344,14 +1345,14 @@ def _align(self: AntehocModel, recorded, size, target):
     views = views.flatten(1, 2)
     if isinstance(recorded, Recorded): recorded.views = views
     maps = self._soft_attention_maps(response, change if evidence is None else change + evidence)
-    gate = self._gate(views, evidence, target, getattr(recorded, 'scores', None))
+    gate = self._gate(views, evidence, target, getattr(recorded, 'scores', None), contributions)
     return maps if gate is None else maps * gate, [views, activations[-1].mean((2, 3))]
 
 
 @patch
-def _gate(self: AntehocModel, views, evidence, target, scores):
+def _gate(self: AntehocModel, views, evidence, target, scores, contributions):
     "The factor of soft attention maps for the targets, (B,1,h,w); None if there is none"
-    if not self.has_surrogate: return None if evidence is None else evidence_gate(evidence)
+    if not (contributions and self.has_surrogate): return None if evidence is None else evidence_gate(evidence)
     places = self._coarse(views)
     with torch.no_grad():  # the surrogate has a loss of its own
         of_places = self.weight_net.surrogate.contributions(places, contrast(target, self.classes, scores))

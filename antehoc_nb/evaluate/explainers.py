@@ -315,8 +315,14 @@ def plain_average(
     x: torch.Tensor, # Images, (B,C,H,W), normalised as the CNN expects
     target=None, # Not used
 ) -> torch.Tensor: # (B,1,H,W) in [0,1]
-    "Control: the mean of the recorded layers' soft attention maps. An untrained class-agnostic map is equal to it."
-    average = model.explain(x).sams[:, :model.eta].mean(1, keepdim=True)
+    """Control: the mean of the recorded layers' soft attention maps, without anything learned. An untrained
+    class-agnostic map is equal to it."""
+    with torch.no_grad(), eval_mode(model):
+        model.recording = True
+        out = model(x.clone())  # some CNNs write to their input
+        target = model.find_target(None, out) if model.class_specific else None
+        *_, sams = model.interpret(model.take_recorded(), x.shape[2:], target, contributions=False)
+    average = sams[:, :model.eta].mean(1, keepdim=True)
     return minmax(resize(average, x.shape[2:]))
 
 

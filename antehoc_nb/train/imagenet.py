@@ -105,7 +105,9 @@ def load_weight_net(file: str | Path, # That `save_weight_net` wrote
                          'give that CNN, or train a weight network for this one: TwoPass(train_cnn=False)')
     left_out = 'format', 'version', 'channels_last', 'cnn_sha256'
     model = AntehocModel(cnn, sample=False, **{name: value for name, value in config.items() if name not in left_out})
-    model.load_state_dict(tensors | {f'{_NOT_SAVED}{name}': value for name, value in cnn.state_dict().items()})
+    of_cnn = {f'{_NOT_SAVED}{name}': value for name, value in cnn.state_dict().items()}
+    untrained = {name: value for name, value in model.state_dict().items() if name.startswith('weight_net.surrogate.')}
+    model.load_state_dict(untrained | tensors | of_cnn)  # older files have no surrogate; untrained, it changes no map
     return model.eval()
 
 
