@@ -377,10 +377,10 @@ def test_the_demo_tells_one_story(demo):
     accuracy, picture, numbers, following = lines[-4:]
     results = json.loads((out/'demo.json').read_text())['results']
     assert accuracy.startswith(f"{results['accuracy']:.1%} of 40 new scenes") and picture == f'picture: {out}/demo.png'
-    ours, untrained = (round(results['localisation'][name]['pointing']*40)
-                       for name in ('interpretation map', 'untrained weights'))
+    ours, untrained, middle = (round(results['localisation'][name]['pointing']*40)
+                               for name in ('interpretation map', 'untrained weights', 'centred blob'))
     assert numbers == (f'the strongest point of the map lies on the digit in {ours} of 40 scenes '
-                       f'(with a weight network that was not trained: {untrained})')
+                       f'(the middle of the scene: {middle}; a map that was not trained: {untrained})')
     assert following == 'next: antehoc train <folder of photographs with one subfolder per class>'
     with Image.open(out/'demo.png') as image: assert image.width > 800
     assert results['seconds'] < 180 and not [*out.glob('checkpoint*')]

@@ -11,7 +11,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from antehoc_nb.core.interpretation_loss import (
-    int_loss, interpretation_loss, surrogate_loss, two_pass_step,
+    int_loss,
+    interpretation_loss,
+    surrogate_loss,
+    two_pass_step,
 )
 from antehoc_nb.core.masking import masked, masked_input, random_areas
 from antehoc_nb.core.model import AntehocModel
