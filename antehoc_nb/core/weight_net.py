@@ -319,11 +319,11 @@ def contribution_gate(contributions: torch.Tensor, # Of a surrogate, (B,1,h,w), 
     """A factor for soft attention maps from the evidence and the contributions that a surrogate has learned.
 
     Contributions of 0, as before the training, leave the factor of the evidence, or 1 without any."""
-    factor = 2 * (2 * contributions).sigmoid()
-    if evidence is not None:
-        deviation = evidence.std((2, 3), correction=0, keepdim=True)
-        factor = factor * evidence_gate(evidence + 4 * deviation * contributions)
-    return factor / factor.amax((2, 3), keepdim=True).clamp_min(1)
+    factor = (2 * contributions).sigmoid()
+    factor = factor / factor.amax((2, 3), keepdim=True).clamp_min(1e-30)
+    if evidence is None: return factor
+    deviation = evidence.std((2, 3), correction=0, keepdim=True)
+    return factor * evidence_gate(evidence + 4 * deviation * contributions)
 
 # %% ../../nbs/core/04_weight_net.ipynb #cell0023
 @weight_nets.register(name='scalars')

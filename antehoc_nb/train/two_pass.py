@@ -1272,7 +1272,6 @@ class KeptWeights:
     untrained_drop: float # Of the untrained map, with the same CNN
     images: int # Of how many validation images
     measure: str = 'average drop' # What is measured
-    gain_error: float = 0. # Standard error of `untrained_drop - drop`, over the images
 
     @property
     def saturated(self) -> bool:
@@ -1281,16 +1280,11 @@ class KeptWeights:
 
     @property
     def helped(self) -> bool:
-        """Whether training has made the map better, by more than the standard error and in the first decimal; also
-        where both maps keep all there is."""
-        return self.saturated or self._gains and self.untrained_drop - self.drop > self.gain_error
-
-    @property
-    def _gains(self): return round(self.drop, 1) < round(self.untrained_drop, 1)
+        "Whether training has made the map better, to a tenth of a per cent, or both maps keep all there is."
+        return self.saturated or round(self.drop, 1) < round(self.untrained_drop, 1)
 
     def __str__(self):
-        how = 'better' if self.helped else 'not clearly better' if self._gains else 'no better'
-        verdict = f'the trained map is {how} than the untrained one'
+        verdict = f"the trained map is {'better' if self.helped else 'no better'} than the untrained one"
         if self.saturated: verdict = 'the trained map and the untrained one both keep nearly all of the output'
         names = {'last': 'the last weight network', 'untrained': 'the untrained one'}
         kept = names.get(self.kept, f'that of {self.kept}')
@@ -1298,21 +1292,17 @@ class KeptWeights:
                 f'on {self.images} validation images); {kept} is kept')
 
 
-def _standard_error(differences):
-    "Of the mean of differences (N,)"
-    return (differences.std(correction=0) / len(differences)**.5).item()
+def _clearly_lower(changes, others):
+    "Whether changes (N,) are lower than others of the same images, by more than two standard errors"
+    differences = others - changes
+    return bool(differences.mean() > 2 * differences.std(correction=0) / len(differences)**.5)
 
 
-def _clearly_lower(changes, others, errors):
-    "Whether changes (N,) are lower than others of the same images, by more than so many standard errors"
-    return (others - changes).mean().item() > errors * _standard_error(others - changes)
-
-
-def _is_earlier_better(last, earlier, untrained):
-    "Whether the weight network of an earlier epoch is to be preferred to the last, from the changes (N,) of each"
-    if last.mean() <= _SATURATED: return False
-    last_helped = _clearly_lower(last, untrained, errors=1)
-    return _clearly_lower(earlier, last, errors=2) or not last_helped and (earlier.mean() < last.mean()).item()
+def _is_earlier_better(changes, drops, untrained_drop):
+    "Whether the weight network of an earlier epoch, the last of those measured, is to be kept, and not the final one"
+    if drops[0] <= _SATURATED: return False
+    in_vain = drops[0] >= untrained_drop > drops[-1]
+    return in_vain or _clearly_lower(changes[-1], changes[0])
 
 
 @patch
@@ -1331,10 +1321,9 @@ def _choose_weight_net(self: TwoPass):
     *changes, untrained = self._measure(*weight_nets.values(), self._untrained)
     drops, untrained_drop = [of_net.mean().item() for of_net in changes], untrained.mean().item()
     if np.isnan([*drops, untrained_drop]).any(): return
-    chosen = -1 if _is_earlier_better(changes[0], changes[-1], untrained) else 0
-    best = KeptWeights(list(weight_nets)[chosen], drops[chosen], untrained_drop,
-                       images=sum(len(batch[0]) for batch in self._batches), measure=self._measure_in_words(),
-                       gain_error=_standard_error(untrained - changes[chosen]))
+    drop, kept = list(zip(drops, weight_nets))[-1 if _is_earlier_better(changes, drops, untrained_drop) else 0]
+    best = KeptWeights(kept, drop, untrained_drop, images=sum(len(batch[0]) for batch in self._batches),
+                       measure=self._measure_in_words())
     if self.keep_best and not best.helped: best = replace(best, kept='untrained')
     weight_nets['untrained'] = self._untrained
     self.antehoc.weight_net.load_state_dict(weight_nets[best.kept].state_dict())
