@@ -379,14 +379,14 @@ def surrogate_loss(predicted: torch.Tensor, # Logits that the surrogate predicts
 def _loss_with_surrogate(model, x, x_masked, recorded, y1, number, fill, loss, target, others):
     "`interpretation_loss` where every other image of pass 2 has a random area in place of its map"
     places, surrogate = model.places(recorded), model.weight_net.surrogate
-    areas = random_areas(number, places.shape[2:]).to(places)
-    of_areas = masked(x, F.interpolate(areas, size=x.shape[2:], mode='nearest').to(x), fill, mean=model.mean,
-                      std=model.std)
     by_map, at_random = ((number.cpu() % 2 == turn).nonzero()[:, 0].to(x.device) for turn in (0, 1))
-    y2 = model.logits(model.cnn(x_masked.index_copy(0, at_random, of_areas[at_random].to(x_masked)), *others))
+    areas = random_areas(number, places.shape[2:]).to(places)[at_random]
+    pixels = F.interpolate(areas, size=x.shape[2:], mode='nearest').to(x)
+    of_areas = masked(x[at_random], pixels, fill, mean=model.mean, std=model.std)
+    y2 = model.logits(model.cnn(x_masked.index_copy(0, at_random, of_areas.to(x_masked)), *others))
     scores = output_tensors(y2)[0]
-    predicted = surrogate.predict(places[at_random], areas[at_random])
-    predicted_whole = surrogate.predict(places, torch.ones_like(areas))
+    predicted = surrogate.predict(places[at_random], areas)
+    predicted_whole = surrogate.predict(places, torch.ones_like(places[:, :1]))
     total = surrogate_loss(predicted, scores[at_random], model.task).sum()
     total = total + surrogate_loss(predicted_whole, output_tensors(model.logits(y1))[0], model.task).sum() / 2
     if len(by_map): total = total + len(by_map) * int_loss(scores[by_map], target[by_map], loss)

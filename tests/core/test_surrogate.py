@@ -52,7 +52,7 @@ def test_the_divergence_in_units_of_log_k():
         assert surrogate_loss(scores, scores, task).item() == pytest.approx(0, abs=1e-6)
 
 
-@pytest.mark.parametrize('fill', ['black', 'mean'])
+@pytest.mark.parametrize('fill', ['black', 'mean', 'blur'])
 def test_pass_2_against_one_image_at_a_time(fill):
     model, target, number = model_of(), torch.tensor([0, 3, 1, 2, 2]), torch.arange(7, 12)
     y1, recorded = pass_1(model)
@@ -86,12 +86,13 @@ def test_the_maps_own_loss_does_not_train_the_surrogate():
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize('fill', ['black', 'blur'])
 @pytest.mark.parametrize('number', [4, 5])
-def test_a_batch_of_one(number):
+def test_a_batch_of_one(number, fill):
     "Masked by its map or at random: the step goes through, and with a random area it teaches the surrogate alone."
     model = model_of()
     y1, recorded = pass_1(model, X[:1])
-    loss = interpretation_loss(model, X[:1], recorded, y1, torch.tensor([number]), 'soft', loss='cross_entropy',
+    loss = interpretation_loss(model, X[:1], recorded, y1, torch.tensor([number]), 'soft', fill, 'cross_entropy',
                                target=torch.tensor([1]))
     gradient, = torch.autograd.grad(loss, [model.weight_net.autoencoder.out.weight], retain_graph=True)
     assert loss.isfinite() and (gradient.abs().sum() > 0) == (number == 4)
