@@ -271,13 +271,21 @@ def test_results_page_has_the_numbers_of_the_records(record):
 
 def test_readme_has_the_numbers_of_the_records():
     "Computed apart from the page: the one table of the README, and what it says of costs."
-    results = json.loads((ROOT/'results/benchmarks/evidence.json').read_text())['results']
     readme = (ROOT/'README.md').read_text(encoding='utf-8')
-    for said, row in {'ours, before training': 'untrained default', 'Grad-CAM': 'Grad-CAM'}.items():
-        animals, imagenet = (results[name][row] for name in ('tinyimagenet20', 'imagenet600'))
-        numbers = [f"{scores['drop']['20%']:.1f}" for scores in (animals, imagenet)]
-        numbers += [f'{value:.2f}' for value in (animals['pointing'], animals['grid'], animals['swap energy']['other'])]
-        assert f"| {said} | {' | '.join(numbers)} |" in readme
+    records = sorted(ROOT.glob('results/classification/*-transfer.json'))
+    assert len(records) > 1
+    for file in records:
+        results = json.loads(file.read_text())['results']
+        cells = {}
+        for scores in (results['slow'], results):  # our maps of all images, Score-CAM's of some
+            for cell in (dict(zip(scores['columns'], row)) for row in scores['rows']):
+                if (cell['scorer'], cell['masks'], cell['metric']) == ('cnn', 'top 20%', 'average_drop'):
+                    cells[cell['explainer']] = cell['value']
+        names = 'ante-hoc, class-specific', 'grad-cam', 'score-cam', 'tame'
+        numbers = [*(cells[name] for name in names), min(cells['random'], cells['gaussian'])]
+        title = json.loads(file.read_text())['config']['title']
+        row = [f"{results['runs'][0]['accuracy']:.2f}", *(f'{number:.1f}' for number in numbers)]
+        assert f"| {title} | {' | '.join(row)} | " in readme
     record = json.loads((ROOT/'results/benchmarks/explain-amd-epyc.json').read_text())
     ratios = [case['explain']['ratio'] for case in record['results']['cells'] if case['threads'] == 1]
     assert f'prediction and map {min(ratios):.2f} to {max(ratios):.2f}' in readme
