@@ -376,21 +376,33 @@ def surrogate_loss(predicted: torch.Tensor, # Logits that the surrogate predicts
     return divergence.sum(1) / math.log(scores.shape[1])
 
 
-def _loss_with_surrogate(model, x, x_masked, recorded, y1, number, fill, loss, target, others):
-    "`interpretation_loss` where every other image of pass 2 has a random area in place of its map"
+def _of_images(others, chosen, n):
+    "The CNN's inputs beside the images, for some of `n` images"
+    of_each = [isinstance(other, torch.Tensor) and other.shape[:1] == (n,) for other in others]
+    return [other[chosen] if rows else other for other, rows in zip(others, of_each)]
+
+
+def _loss_with_surrogate(model, x, maps, recorded, y1, number, mask, fill, loss, target, others):
+    "`interpretation_loss` where every other image has a random area for its map; for it, nothing goes back in the CNN"
+    def scores_of(x_masked, chosen):
+        y2 = model.cnn(x_masked, *_of_images(others, chosen, len(x)))
+        return output_tensors(model.logits(y2))[0]
+
+    number, filled = number.cpu(), dict(fill=fill, mean=model.mean, std=model.std)
+    by_map, at_random = ((number % 2 == turn).nonzero()[:, 0] for turn in (0, 1))
     places, surrogate = model.places(recorded), model.weight_net.surrogate
-    by_map, at_random = ((number.cpu() % 2 == turn).nonzero()[:, 0].to(x.device) for turn in (0, 1))
-    areas = random_areas(number, places.shape[2:]).to(places)[at_random]
-    pixels = F.interpolate(areas, size=x.shape[2:], mode='nearest').to(x)
-    of_areas = masked(x[at_random], pixels, fill, mean=model.mean, std=model.std)
-    y2 = model.logits(model.cnn(x_masked.index_copy(0, at_random, of_areas.to(x_masked)), *others))
-    scores = output_tensors(y2)[0]
-    predicted = surrogate.predict(places[at_random], areas)
-    predicted_whole = surrogate.predict(places, torch.ones_like(places[:, :1]))
-    total = surrogate_loss(predicted, scores[at_random], model.task).sum()
-    total = total + surrogate_loss(predicted_whole, output_tensors(model.logits(y1))[0], model.task).sum() / 2
-    if len(by_map): total = total + len(by_map) * int_loss(scores[by_map], target[by_map], loss)
-    else: total = total + 0 * x_masked.sum()  # one image, and it has a random area: no gradient for the map
+    predicted = surrogate.predict(places, torch.ones_like(places[:, :1]))
+    total = surrogate_loss(predicted, output_tensors(model.logits(y1))[0], model.task).sum() / 2
+    if len(at_random):
+        areas, chosen = random_areas(number[at_random], places.shape[2:]).to(places), at_random.to(x.device)
+        pixels = F.interpolate(areas, size=x.shape[2:], mode='nearest').to(x)
+        with torch.no_grad(): scores = scores_of(masked(x[chosen], pixels, **filled), chosen)
+        total = total + surrogate_loss(surrogate.predict(places[chosen], areas), scores, model.task).sum()
+    if len(by_map):
+        chosen = by_map.to(x.device)
+        scores = scores_of(masked_input(x[chosen], maps[chosen], number[by_map], mask, **filled), chosen)
+        total = total + len(by_map) * int_loss(scores, target[chosen], loss)
+    else: total = total + 0 * maps.sum()  # one image, and it has a random area: no gradient for the map
     return total / (1.5 * len(x))
 
 
@@ -412,10 +424,10 @@ def interpretation_loss(model, # An `AntehocModel`
     images = getattr(recorded, 'images', None)  # before the CNN wrote to them
     x, *others = map_tensors(torch.Tensor.detach, (x if images is None else images, *others))
     maps, *_ = model.interpret(recorded, x.shape[2:], target, exponent=1.)  # the map without the power that widens it
-    x_masked = masked_input(x, maps, number, mask, fill=fill, mean=model.mean, std=model.std)
     if model.has_surrogate:
-        return _loss_with_surrogate(model, x, x_masked, recorded, y1, number=number, fill=fill, loss=loss,
+        return _loss_with_surrogate(model, x, maps, recorded, y1, number=number, mask=mask, fill=fill, loss=loss,
                                     target=target, others=others)
+    x_masked = masked_input(x, maps, number, mask, fill=fill, mean=model.mean, std=model.std)
     y2 = model.cnn(x_masked, *others)
     if target is not None: return int_loss(model.logits(y2), target, loss)
     y1, y2 = (explained_output(y, model.output) for y in (y1, y2))

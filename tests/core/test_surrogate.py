@@ -74,6 +74,39 @@ def test_pass_2_against_one_image_at_a_time(fill):
     assert found.item() == pytest.approx(sum(part.sum().item() for part in parts) / 7.5, abs=1e-4)
 
 
+class Shifted(nn.Module):
+    "A CNN with a second input"
+    def __init__(self):
+        super().__init__()
+        self.cnn = small_cnn(4)
+
+    def forward(self, x, shift): return self.cnn(x) + shift
+
+
+def test_other_inputs_go_with_their_images():
+    torch.manual_seed(0)
+    shift, target, number = 3 * torch.randn(5, 4), torch.tensor([0, 3, 1, 2, 2]), torch.arange(7, 12)
+    model = AntehocModel(Shifted(), (X[:2], shift[:2]), class_specific=True).eval()
+    assert model.has_surrogate
+
+    def loss(chosen):
+        model.recording = True
+        y1 = model(X[chosen], shift[chosen])
+        return interpretation_loss(model, X[chosen], model.take_recorded(), y1, number[chosen], loss='cross_entropy',
+                                   target=target[chosen], others=(shift[chosen],)).item()
+
+    alone = [loss(slice(i, i + 1)) for i in range(5)]
+    assert loss(slice(None)) == pytest.approx(sum(alone) / 5, abs=1e-4)
+
+
+def test_images_with_a_random_area_go_through_the_cnn_without_a_gradient():
+    model, seen = model_of(), []
+    y1, recorded = pass_1(model)
+    model.cnn.register_forward_pre_hook(lambda cnn, args: seen.append((len(args[0]), torch.is_grad_enabled())))
+    interpretation_loss(model, X, recorded, y1, torch.arange(1, 6), loss='cross_entropy', target=torch.arange(5) % 4)
+    assert sorted(seen) == [(2, True), (3, False)]
+
+
 def test_the_maps_own_loss_does_not_train_the_surrogate():
     model, number = model_of(), torch.arange(5)
     y1, recorded = pass_1(model)
