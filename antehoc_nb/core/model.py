@@ -1623,20 +1623,24 @@ def _why_unreadable(image, error):
 
 
 def _open_image(image, position):
-    "One image of any kind; an `OSError` that names it, if it is a file that cannot be read"
+    "One image of any kind; an `OSError` that names it, if it is a file that cannot be read; else its position"
     try: return rgb_image(image)
+    except (TypeError, ValueError) as e:
+        if not position or type(e) not in (TypeError, ValueError): raise
+        raise type(e)(f'{position}: {e}') from None
     except (OSError, SyntaxError, Image.DecompressionBombError) as e:  # as Pillow complains of damaged files
         if isinstance(e, OSError) and type(e) not in (OSError, UnidentifiedImageError): raise  # it names the file
         names = image if isinstance(image, (str, os.PathLike)) else None, *(
             getattr(image, name, None) for name in ('filename', 'name'))
-        name = next((str(name) for name in names if isinstance(name, (str, os.PathLike)) and str(name)), position)
+        names = *names, position, 'the image'
+        name = next(str(name) for name in names if isinstance(name, (str, os.PathLike)) and str(name))
         raise OSError(f'could not read {name} ({_why_unreadable(image, e)})') from None
 
 
 def open_images(images, # Of any kind, as `rgb_images` takes them
                ) -> list[Image.Image]: # 8-bit RGB, each at its own size
-    "Images of any kind as `rgb_images` opens them, with its errors; that of a damaged file names it, or its position."
-    if is_one_image(images): return [_open_image(images, 'the image')]
+    "Images of any kind as `rgb_images` opens them, with its errors, which name a damaged file, or the position in a list."
+    if is_one_image(images): return [_open_image(images, '')]
     if isinstance(images, (torch.Tensor, np.ndarray)): return rgb_images(images)
     images = list(images)
     return [_open_image(image, f'image {i} of {len(images)}') for i, image in enumerate(images)] or rgb_images(images)

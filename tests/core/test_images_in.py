@@ -101,6 +101,18 @@ def test_what_is_no_image(image, error, message):
     assert message in str(e.value)
 
 
+@pytest.mark.parametrize('bad, error', [
+    (None, TypeError), (PIXELS[..., :2], ValueError), (Image.new('RGB', (0, 8)), ValueError), ([PIXELS], TypeError),
+    (torch.zeros(3, 8, 8), ValueError)])
+def test_what_is_no_image_in_a_list_is_named_by_its_position(model, bad, error):
+    with pytest.raises(error, match='^image 1 of 3: '): model.explain([PIXELS, bad, PIXELS])
+
+
+def test_an_image_without_pixels():
+    with pytest.raises(ValueError, match='the image has no pixels: its size is 0 x 8'):
+        rgb_image(Image.new('RGB', (0, 8)))
+
+
 def test_a_broken_file_is_named(tmp_path, model):
     (tmp_path/'empty.jpg').write_bytes(b'')
     Image.fromarray(PIXELS).save(tmp_path/'good.png')
