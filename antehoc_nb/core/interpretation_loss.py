@@ -303,10 +303,18 @@ def main_class(shares: torch.Tensor, # Of the pixels, (B,K)
     return torch.where(shares[:, 1:].sum(1) > 0, 1 + shares[:, 1:].argmax(1), 0)
 
 
+def _class_of_pixels(label, classes):
+    "Labels of pixels as (B,h,w), those of a mask as numbers: (B,1,h,w), or shares in [0,1] of two classes"
+    if label.ndim == 4 and label.shape[1] == 1: label = label[:, 0]
+    is_mask = classes == 2 and label.is_floating_point() and bool(((label >= 0) & (label <= 1)).all())
+    return (label > .5).long() if is_mask else label
+
+
 def _draw_regions(y1, label, number, temperature):
     "A class for each image of a segmentation network, at the pixels that have it, (B,h,w); -1 elsewhere"
     classes = y1.argmax(1)
     if number is None and label is not None:
+        label = _class_of_pixels(label, y1.shape[1])
         if label.shape != classes.shape or label.is_floating_point():
             raise ValueError(f'labels must be the class of each pixel, {tuple(classes.shape)}, '
                              f'got {tuple(label.shape)} of {label.dtype}')

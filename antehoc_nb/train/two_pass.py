@@ -511,7 +511,8 @@ def _is_binary(loss_name): return 'bce' in loss_name or 'binary' in loss_name
 
 
 def _task_of_binary(labels):
-    "The task of labels that a binary cross-entropy compares with; None for those of pixels"
+    "The task of labels that a binary cross-entropy compares with; None for those of pixels but one mask an image"
+    if labels.ndim == 4 and labels.shape[1] == 1 and labels[0].numel() > 1: return 'segmentation'
     if labels.ndim > 2 and labels[0].numel() > 1: return None
     return 'binary' if labels.numel() == len(labels) else 'multi-label'
 

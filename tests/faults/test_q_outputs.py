@@ -15,7 +15,7 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from antehoc_nb.core.interpretation_loss import as_logits, explained_output, two_pass_step
+from antehoc_nb.core.interpretation_loss import as_logits, draw_targets, explained_output, two_pass_step
 from antehoc_nb.core.model import AntehocModel
 from antehoc_nb.evaluate.benchmark import benchmark
 from antehoc_nb.evaluate.faithfulness import class_probability
@@ -256,15 +256,19 @@ def test_an_architecture_that_takes_no_other_head():
 
 
 # --- binary segmentation
+@pytest.mark.parametrize('as_masks', [False, True])
 @pytest.mark.parametrize('end', [(), (nn.Sigmoid(),)])
-def test_binary_segmentation(end):
+def test_binary_segmentation(end, as_masks):
+    "Labels are class numbers (B,h,w), or masks (B,1,h,w) as PyTorch's losses take them."
     torch.manual_seed(0)
-    loss = F.binary_cross_entropy if end else F.binary_cross_entropy_with_logits
+    loss = nn.BCELoss() if end else nn.BCEWithLogitsLoss()
     network = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 8, 3, padding=1),
                             nn.ReLU(), nn.Upsample(scale_factor=2), nn.Conv2d(8, 1, 1), *end)
     masks = torch.zeros(8, 32, 32).long()
     masks[:, 8:24, 8:24] = 1
-    learn = learner(network, masks, lambda out, y: loss(out[:, 0], y.float()), cbs=TwoPass(eta=2))
+    labels = masks[:, None].float() if as_masks else masks
+    of_numbers = lambda out, y: loss(out[:, 0], y.float())
+    learn = learner(network, labels, loss if as_masks else of_numbers, cbs=TwoPass(eta=2))
     with learn.no_bar(), learn.no_logging(): learn.fit(1)
     model = learn.model
     assert (model.task, model.classes, model.gives_probabilities) == ('segmentation', 2, bool(end))
@@ -274,6 +278,19 @@ def test_binary_segmentation(end):
     assert e.map.isfinite().all() and e.map.shape == (2, 1, 32, 32)
     assert {int(name) for name in e.labels[0].split(', ')} <= {*predicted[0].unique().tolist()}
     assert model.explain(X, target=torch.ones(32, 32)).target.equal(predicted)
+
+
+def test_labels_of_pixels():
+    "A mask as binary cross-entropy takes it says what class numbers say; other floats are refused."
+    y1, masks = torch.randn(2, 2, 4, 4), torch.rand(2, 4, 4) < .5
+    wanted = draw_targets(y1, masks.long(), None, task='segmentation')
+    for mask in (masks.float(), masks[:, None].float(), masks[:, None].long()):
+        assert torch.equal(draw_targets(y1, mask, None, task='segmentation'), wanted)
+    for label in (2 * masks.float(), torch.zeros(2, 2, 4, 4), torch.zeros(2, 4, 3)):
+        with pytest.raises(ValueError, match='labels must be the class of each pixel'):
+            draw_targets(y1, label, None, task='segmentation')
+    with pytest.raises(ValueError, match='got .* of torch.float32'):
+        draw_targets(torch.randn(2, 3, 4, 4), masks.float(), None, task='segmentation')
 
 
 def test_scores_that_are_no_probabilities_stay():
