@@ -304,10 +304,11 @@ def main_class(shares: torch.Tensor, # Of the pixels, (B,K)
 
 
 def _class_of_pixels(label, classes):
-    "Labels of pixels as (B,h,w), those of a mask as numbers: (B,1,h,w), or shares in [0,1] of two classes"
+    "Labels of pixels as (B,h,w), and as numbers if they are floats for two classes: the nearest, -1 if that is none"
     if label.ndim == 4 and label.shape[1] == 1: label = label[:, 0]
-    is_mask = classes == 2 and label.is_floating_point() and bool(((label >= 0) & (label <= 1)).all())
-    return (label > .5).long() if is_mask else label
+    if classes != 2 or not label.is_floating_point(): return label
+    nearest = label.round()
+    return torch.where((nearest == 0) | (nearest == 1), nearest, -1).long()
 
 
 def _draw_regions(y1, label, number, temperature):
@@ -342,7 +343,7 @@ def _draw_references(y1, number, temperature):
 # %% ../../nbs/core/06_interpretation_loss.ipynb #84e7f5a8
 def draw_targets(y1: torch.Tensor, # Logits for the images, (B,K), of their pixels, (B,K,h,w), of the words of their
                  # captions, (B,T,K), or embeddings, (B,D)
-                 label: torch.Tensor | None, # Class numbers, (B,) or (B,h,w), labels that are on, (B,K), None: not
+                 label: torch.Tensor | None, # Class numbers, (B,) or (B,h,w), masks (B,1,h,w), labels that are on, (B,K), None: not
                  # known; or words, (B,T), below 0 for none
                  number: torch.Tensor | None, # Running number of each image since the start of training, (B,);
                  # None: the labels alone
@@ -384,32 +385,37 @@ def surrogate_loss(predicted: torch.Tensor, # Logits that the surrogate predicts
     return divergence.sum(1) / math.log(scores.shape[1])
 
 
-def _of_images(others, chosen, n):
-    "The CNN's inputs beside the images, for some of `n` images"
-    of_each = [isinstance(other, torch.Tensor) and other.shape[:1] == (n,) for other in others]
-    return [other[chosen] if rows else other for other, rows in zip(others, of_each)]
+def _scores_of(model, of_maps, of_areas, by_map, at_random, others):
+    """The CNN's scores for images that their maps mask and for images with random areas. No gradient has to go back for
+    the latter, so they go through the CNN by themselves; all go together if it has other inputs, some of which may
+    belong to images"""
+    def scores_of(x_masked): return output_tensors(model.logits(model.cnn(x_masked, *others)))[0]
+
+    if others:
+        order = torch.cat([by_map, at_random])
+        scores = scores_of(torch.cat([of_maps, of_areas])[order.argsort()])
+        return scores[by_map], scores[at_random].detach()
+    with torch.no_grad(): random_scores = scores_of(of_areas) if len(at_random) else None
+    return scores_of(of_maps) if len(by_map) else None, random_scores
 
 
 def _loss_with_surrogate(model, x, maps, recorded, y1, number, mask, fill, loss, target, others):
-    "`interpretation_loss` where every other image has a random area for its map; for it, nothing goes back in the CNN"
-    def scores_of(x_masked, chosen):
-        y2 = model.cnn(x_masked, *_of_images(others, chosen, len(x)))
-        return output_tensors(model.logits(y2))[0]
-
+    "`interpretation_loss` where every other image of pass 2 has a random area in place of its map"
     number, filled = number.cpu(), dict(fill=fill, mean=model.mean, std=model.std)
-    by_map, at_random = ((number % 2 == turn).nonzero()[:, 0] for turn in (0, 1))
+    by_map, at_random = ((number % 2 == turn).nonzero()[:, 0].to(x.device) for turn in (0, 1))
     places, surrogate = model.places(recorded), model.weight_net.surrogate
+    areas = random_areas(number, places.shape[2:]).to(places)[at_random]
+    pixels = F.interpolate(areas, size=x.shape[2:], mode='nearest').to(x)
+    of_areas = masked(x[at_random], pixels, **filled)
+    nth = number[by_map.cpu()] // 2  # so that masks that take turns do
+    of_maps = masked_input(x[by_map], maps[by_map], nth, mask, **filled) if len(by_map) else x[by_map]
+    scores, random_scores = _scores_of(model, of_maps, of_areas, by_map, at_random, others)
     predicted = surrogate.predict(places, torch.ones_like(places[:, :1]))
     total = surrogate_loss(predicted, output_tensors(model.logits(y1))[0], model.task).sum() / 2
     if len(at_random):
-        areas, chosen = random_areas(number[at_random], places.shape[2:]).to(places), at_random.to(x.device)
-        pixels = F.interpolate(areas, size=x.shape[2:], mode='nearest').to(x)
-        with torch.no_grad(): scores = scores_of(masked(x[chosen], pixels, **filled), chosen)
-        total = total + surrogate_loss(surrogate.predict(places[chosen], areas), scores, model.task).sum()
-    if len(by_map):
-        chosen = by_map.to(x.device)
-        scores = scores_of(masked_input(x[chosen], maps[chosen], number[by_map], mask, **filled), chosen)
-        total = total + len(by_map) * int_loss(scores, target[chosen], loss)
+        predicted = surrogate.predict(places[at_random], areas)
+        total = total + surrogate_loss(predicted, random_scores, model.task).sum()
+    if len(by_map): total = total + len(by_map) * int_loss(scores, target[by_map], loss)
     else: total = total + 0 * maps.sum()  # one image, and it has a random area: no gradient for the map
     return total / (1.5 * len(x))
 

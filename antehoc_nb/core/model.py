@@ -1632,8 +1632,8 @@ def _open_image(image, position):
         if isinstance(e, OSError) and type(e) not in (OSError, UnidentifiedImageError): raise  # it names the file
         names = image if isinstance(image, (str, os.PathLike)) else None, *(
             getattr(image, name, None) for name in ('filename', 'name'))
-        names = *names, position, 'the image'
-        name = next(str(name) for name in names if isinstance(name, (str, os.PathLike)) and str(name))
+        known = (str(name) for name in names if isinstance(name, (str, os.PathLike)) and str(name))
+        name = next(known, position or 'the image')
         raise OSError(f'could not read {name} ({_why_unreadable(image, e)})') from None
 
 

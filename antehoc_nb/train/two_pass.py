@@ -511,8 +511,9 @@ def _is_binary(loss_name): return 'bce' in loss_name or 'binary' in loss_name
 
 
 def _task_of_binary(labels):
-    "The task of labels that a binary cross-entropy compares with; None for those of pixels but one mask an image"
-    if labels.ndim == 4 and labels.shape[1] == 1 and labels[0].numel() > 1: return 'segmentation'
+    "The task of labels that a binary cross-entropy compares with; None for those of pixels that are no masks"
+    is_mask = labels.ndim == 4 and labels.shape[1] == 1 and min(labels.shape[2:]) > 1
+    if is_mask and ((labels == 0) | (labels == 1)).all(): return 'segmentation'
     if labels.ndim > 2 and labels[0].numel() > 1: return None
     return 'binary' if labels.numel() == len(labels) else 'multi-label'
 

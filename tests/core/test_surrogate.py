@@ -16,7 +16,7 @@ from antehoc_nb.core.interpretation_loss import (
     surrogate_loss,
     two_pass_step,
 )
-from antehoc_nb.core.masking import masked, masked_input, random_areas
+from antehoc_nb.core.masking import Alternate, as_mask, masked, masked_input, random_areas
 from antehoc_nb.core.model import AntehocModel
 from antehoc_nb.core.weight_net import contribution_gate, evidence_gate
 from antehoc_nb.train.archs import small_cnn
@@ -65,7 +65,7 @@ def test_pass_2_against_one_image_at_a_time(fill):
         places, surrogate = model.places(recorded), model.weight_net.surrogate
         parts.append(.5 * surrogate_loss(surrogate.predict(places, torch.ones(1, 1, 8, 8)), y))
         if n % 2 == 0:
-            x2 = masked_input(x, maps, of_image, 'soft', fill, model.mean, model.std)
+            x2 = masked_input(x, maps, of_image // 2, 'soft', fill, model.mean, model.std)
             parts.append(int_loss(model.cnn(x2), target[i:i + 1], 'cross_entropy'))
         else:
             area = random_areas(of_image, (8, 8))
@@ -97,6 +97,34 @@ def test_other_inputs_go_with_their_images():
 
     alone = [loss(slice(i, i + 1)) for i in range(5)]
     assert loss(slice(None)) == pytest.approx(sum(alone) / 5, abs=1e-4)
+
+
+def test_masks_take_turns():
+    "A mask that alternates by number does so, though every other image has a random area."
+    model, target = model_of(), torch.tensor([0, 3, 1, 2, 2])
+    y1, recorded = pass_1(model)
+
+    def loss(mask): return interpretation_loss(model, X, recorded, y1, torch.arange(5), mask, 'black', 'cross_entropy',
+                                               target).item()
+
+    assert len({loss(mask) for mask in ('soft', 'threshold', Alternate(as_mask('soft'), as_mask('threshold')))}) == 3
+
+
+def test_nested_inputs_stay_whole():
+    "A table of as many rows as there are images, which does not belong to them."
+    class WithTable(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cnn = small_cnn(4)
+
+        def forward(self, x, tables):
+            assert len(tables['a'][0]) == 5
+            return self.cnn(x) + tables['a'][0].sum(0)
+
+    tables = {'a': [torch.randn(5, 4)]}
+    model = AntehocModel(WithTable(), (X[:2], tables), class_specific=True).train()
+    _, loss = two_pass_step(model, X, torch.tensor([0, 3, 1, 2, 2]), others=(tables,))
+    assert loss.isfinite()
 
 
 def test_images_with_a_random_area_go_through_the_cnn_without_a_gradient():

@@ -280,13 +280,24 @@ def test_binary_segmentation(end, as_masks):
     assert model.explain(X, target=torch.ones(32, 32)).target.equal(predicted)
 
 
+def test_grey_images_as_labels_are_no_masks():
+    learn = learner(nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 1, 1)), torch.rand(8, 1, 32, 32),
+                    nn.BCEWithLogitsLoss(), cbs=TwoPass(eta=1))
+    assert (learn.model.task, learn.model.class_specific) == ('', False)
+
+
 def test_labels_of_pixels():
     "A mask as binary cross-entropy takes it says what class numbers say; other floats are refused."
     y1, masks = torch.randn(2, 2, 4, 4), torch.rand(2, 4, 4) < .5
     wanted = draw_targets(y1, masks.long(), None, task='segmentation')
     for mask in (masks.float(), masks[:, None].float(), masks[:, None].long()):
         assert torch.equal(draw_targets(y1, mask, None, task='segmentation'), wanted)
-    for label in (2 * masks.float(), torch.zeros(2, 2, 4, 4), torch.zeros(2, 4, 3)):
+    unknown = torch.where(torch.arange(16).view(4, 4) < 6, -1, masks.long())  # those pixels are left out
+    for left_out in (-1., 255., torch.nan):
+        mask = torch.where(unknown < 0, left_out, unknown + 1e-4)
+        assert torch.equal(draw_targets(y1, mask, None, task='segmentation'),
+                           draw_targets(y1, unknown, None, task='segmentation'))
+    for label in (torch.zeros(2, 2, 4, 4), torch.zeros(2, 4, 3)):
         with pytest.raises(ValueError, match='labels must be the class of each pixel'):
             draw_targets(y1, label, None, task='segmentation')
     with pytest.raises(ValueError, match='got .* of torch.float32'):
