@@ -343,8 +343,8 @@ def _draw_references(y1, number, temperature):
 # %% ../../nbs/core/06_interpretation_loss.ipynb #84e7f5a8
 def draw_targets(y1: torch.Tensor, # Logits for the images, (B,K), of their pixels, (B,K,h,w), of the words of their
                  # captions, (B,T,K), or embeddings, (B,D)
-                 label: torch.Tensor | None, # Class numbers, (B,) or (B,h,w), masks (B,1,h,w), labels that are on, (B,K), None: not
-                 # known; or words, (B,T), below 0 for none
+                 label: torch.Tensor | None, # Class numbers, (B,) or (B,h,w), masks, (B,1,h,w),
+                 # labels that are on, (B,K), None: not known; or words, (B,T), below 0 for none
                  number: torch.Tensor | None, # Running number of each image since the start of training, (B,);
                  # None: the labels alone
                  temperature: float = 1.5, # Of the softmax that the other classes are drawn from;

@@ -1639,7 +1639,7 @@ def _open_image(image, position):
 
 def open_images(images, # Of any kind, as `rgb_images` takes them
                ) -> list[Image.Image]: # 8-bit RGB, each at its own size
-    "Images of any kind as `rgb_images` opens them, with its errors, which name a damaged file, or the position in a list."
+    "Images of any kind as `rgb_images` opens them, with its errors, which name a damaged file or the place in a list."
     if is_one_image(images): return [_open_image(images, '')]
     if isinstance(images, (torch.Tensor, np.ndarray)): return rgb_images(images)
     images = list(images)

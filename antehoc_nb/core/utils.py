@@ -305,7 +305,7 @@ def _load_unmapped(image):
 
 def as_rgb(image: Image.Image, # A PIL image of any mode
           ) -> Image.Image: # 8-bit RGB, upright, on white where it is transparent
-    "A PIL image as 8-bit RGB. `ValueError` for one without pixels, of floats outside [0,1] or of whole numbers outside 0..65535."
+    "A PIL image as 8-bit RGB. `ValueError` for one without pixels, floats outside [0,1], integers outside 0..65535."
     if not all(image.size): raise ValueError(f'the image has no pixels: its size is {image.width} x {image.height}')
     packed = str(getattr(image, 'tile', ''))
     _load_unmapped(image)

@@ -489,7 +489,8 @@ def summary_table(benchmarks: dict, # Data set -> `Benchmark`
         rows[DATASETS[dataset].title] = {
             'accuracy': f"{scores.record['results']['runs'][0]['accuracy']:.2f}",
             'default': f'{drop[CLASS_SPECIFIC]:.1f}',
-            'class-agnostic': f"{drop['ante-hoc']:.1f}", 'best CAM': _best(drop, BASELINES[:-1]) + _on_same(scores, drop),
+            'class-agnostic': f"{drop['ante-hoc']:.1f}",
+            'best CAM': _best(drop, BASELINES[:-1]) + _on_same(scores, drop),
             'TAME': f'{drop[TAME_MAP]:.1f}' if TAME_MAP in drop else '–', 'best control': _best(drop, CONTROLS),
             'criteria won': f'{won[CLASS_SPECIFIC]} and {won["ante-hoc"]} of {len(CRITERIA)}'}
     return pd.DataFrame(rows).T

@@ -281,8 +281,8 @@ def test_binary_segmentation(end, as_masks):
 
 
 def test_grey_images_as_labels_are_no_masks():
-    learn = learner(nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 1, 1)), torch.rand(8, 1, 32, 32),
-                    nn.BCEWithLogitsLoss(), cbs=TwoPass(eta=1))
+    network = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 1, 1))
+    learn = learner(network, torch.rand(8, 1, 32, 32), nn.BCEWithLogitsLoss(), cbs=TwoPass(eta=1))
     assert (learn.model.task, learn.model.class_specific) == ('', False)
 
 

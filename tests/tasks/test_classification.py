@@ -259,7 +259,10 @@ def test_tables_of_a_record(path):
                 np.testing.assert_equal(measures[column][explainer], wanted)
     row, drop = summary_table({dataset: b}).iloc[0], measures['drop at 20 %']
     cams = drop[[name for name in C.BASELINES[:-1] if name in drop]]
-    assert row['best CAM'] == f'{cams.min():.1f} ({cams.idxmin()})' and row['default'] == f'{drop[CLASS_SPECIFIC]:.1f}'
+    best, slow = f'{cams.min():.1f} ({cams.idxmin()})', C.slow_scores(b)
+    if cams.idxmin() not in {*b.df.explainer}:  # scored on fewer images
+        best += f", default {measures_table(slow)['drop at 20 %'][CLASS_SPECIFIC]:.1f} on its images"
+    assert row['best CAM'] == best and row['default'] == f'{drop[CLASS_SPECIFIC]:.1f}'
     assert row['criteria won'] == f"{won['all'][CLASS_SPECIFIC]} and {won['all']['ante-hoc']} of 20"
 
 
