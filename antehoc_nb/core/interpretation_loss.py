@@ -407,7 +407,7 @@ def _loss_with_surrogate(model, x, maps, recorded, y1, number, mask, fill, loss,
     areas = random_areas(number, places.shape[2:]).to(places)[at_random]
     pixels = F.interpolate(areas, size=x.shape[2:], mode='nearest').to(x)
     of_areas = masked(x[at_random], pixels, **filled)
-    nth = number[by_map.cpu()] // 2  # so that masks that take turns do
+    nth = number[number % 2 == 0] // 2  # so that masks that take turns do
     of_maps = masked_input(x[by_map], maps[by_map], nth, mask, **filled) if len(by_map) else x[by_map]
     scores, random_scores = _scores_of(model, of_maps, of_areas, by_map, at_random, others)
     predicted = surrogate.predict(places, torch.ones_like(places[:, :1]))
