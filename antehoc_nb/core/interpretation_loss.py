@@ -385,39 +385,25 @@ def surrogate_loss(predicted: torch.Tensor, # Logits that the surrogate predicts
     return divergence.sum(1) / math.log(scores.shape[1])
 
 
-def _scores_of(model, of_maps, of_areas, by_map, at_random, others):
-    """The CNN's scores for images that their maps mask and for images with random areas. No gradient has to go back for
-    the latter, so they go through the CNN by themselves; all go together if it has other inputs, some of which may
-    belong to images"""
+def _loss_with_surrogate(model, x, maps, recorded, y1, number, mask, fill, loss, target, others):
+    "`interpretation_loss` where the CNN gets each image with a random area, and every other one under its map as well"
     def scores_of(x_masked): return output_tensors(model.logits(model.cnn(x_masked, *others)))[0]
 
-    if others:
-        order = torch.cat([by_map, at_random])
-        scores = scores_of(torch.cat([of_maps, of_areas])[order.argsort()])
-        return scores[by_map], scores[at_random].detach()
-    with torch.no_grad(): random_scores = scores_of(of_areas) if len(at_random) else None
-    return scores_of(of_maps) if len(by_map) else None, random_scores
-
-
-def _loss_with_surrogate(model, x, maps, recorded, y1, number, mask, fill, loss, target, others):
-    "`interpretation_loss` where every other image of pass 2 has a random area in place of its map"
     number, filled = number.cpu(), dict(fill=fill, mean=model.mean, std=model.std)
-    by_map, at_random = ((number % 2 == turn).nonzero()[:, 0].to(x.device) for turn in (0, 1))
     places, surrogate = model.places(recorded), model.weight_net.surrogate
-    areas = random_areas(number, places.shape[2:]).to(places)[at_random]
+    areas = random_areas(number, places.shape[2:]).to(places)
     pixels = F.interpolate(areas, size=x.shape[2:], mode='nearest').to(x)
-    of_areas = masked(x[at_random], pixels, **filled)
-    nth = number[number % 2 == 0] // 2  # so that masks that take turns do
-    of_maps = masked_input(x[by_map], maps[by_map], nth, mask, **filled) if len(by_map) else x[by_map]
-    scores, random_scores = _scores_of(model, of_maps, of_areas, by_map, at_random, others)
-    predicted = surrogate.predict(places, torch.ones_like(places[:, :1]))
-    total = surrogate_loss(predicted, output_tensors(model.logits(y1))[0], model.task).sum() / 2
-    if len(at_random):
-        predicted = surrogate.predict(places[at_random], areas)
-        total = total + surrogate_loss(predicted, random_scores, model.task).sum()
-    if len(by_map): total = total + len(by_map) * int_loss(scores, target[by_map], loss)
-    else: total = total + 0 * maps.sum()  # one image, and it has a random area: no gradient for the map
-    return total / (1.5 * len(x))
+    with torch.no_grad(): of_areas = scores_of(masked(x, pixels, **filled))
+    of_whole = output_tensors(model.logits(y1))[0]
+    total = surrogate_loss(surrogate.predict(places, areas), of_areas, model.task).sum()
+    total = total + surrogate_loss(surrogate.predict(places, torch.ones_like(areas)), of_whole, model.task).sum() / 2
+    by_map = (number % 2 == 0).nonzero()[:, 0].to(x.device)
+    if not len(by_map): return (total + 0 * maps.sum()) / (2 * len(x))  # one image: no gradient for its map
+    whole_batch = torch.arange(len(x), device=x.device)
+    chosen = whole_batch if others else by_map  # the CNN's other inputs may belong to all images
+    x_masked = masked_input(x[chosen], maps[chosen], number[chosen.cpu()] // 2, mask, **filled)  # // 2: they take turns
+    scores = scores_of(x_masked)[by_map] if others else scores_of(x_masked)
+    return (total + len(by_map) * int_loss(scores, target[by_map], loss)) / (2 * len(x))
 
 
 def interpretation_loss(model, # An `AntehocModel`

@@ -318,9 +318,11 @@ def contribution_gate(contributions: torch.Tensor, # Of a surrogate, (B,1,h,w), 
                      ) -> torch.Tensor: # (B,1,h,w) in [0,1]
     """A factor for soft attention maps from the evidence and the contributions that a surrogate has learned.
 
-    Contributions of 0, as before the training, leave the factor of the evidence, or 1 without any."""
-    factor = (2 * contributions).sigmoid()
-    factor = factor / factor.amax((2, 3), keepdim=True).clamp_min(1e-30)
+    Contributions that are the same everywhere give a factor of 1; those of 0, as before the training, leave the factor
+    of the evidence."""
+    raised = (1.5 * contributions).sigmoid() + .01
+    lowest = raised.amin((2, 3), keepdim=True) - .01
+    factor = ((raised - lowest) / (raised.amax((2, 3), keepdim=True) - lowest)).square()
     if evidence is None: return factor
     deviation = evidence.std((2, 3), correction=0, keepdim=True)
     return factor * evidence_gate(evidence + 4 * deviation * contributions)

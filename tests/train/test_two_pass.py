@@ -143,7 +143,7 @@ def test_pass_2_masks_as_the_mask_says():
     hook = learn.model.cnn.register_forward_pre_hook(note)
     run(learn, lambda learn: learn.fit(1, 1e-2))
     hook.remove()
-    in_pass_2, = [x for x in inputs if len(x) == 8]  # every other image; the rest has random areas, without gradients
+    in_pass_2, = [x for x in inputs if len(x) == 8]  # every other image; random areas go without gradients
     pixels = in_pass_2 * learn.model.std + learn.model.mean
     darkest = pixels.abs().amax(1).flatten(1).amin(1)
     assert darkest[0] < 1e-6 and darkest[1:].min() > 1e-3, darkest
