@@ -724,7 +724,8 @@ def report(
                                           '(or path, xmin, ymin, xmax, ymax), in pixels.')] = None,
     masks: Annotated[Path | None, _option('Where the objects are: a folder of PNG files named as the images, not black '
                                           'on the object.')] = None,
-    root: Annotated[Path | None, _option('Where the images, or their tar, are. Default: where they were then.')] = None,
+    root: Annotated[Path | None, _option('Where the images, their tar or their data set are. Default: where they were '
+                                         'then.')] = None,
     title: Annotated[str, _option('Of the page.')] = 'What the network looks at',
     per_class: Annotated[int, _option('Maps of each class that are compared, at most.', min=1)] = 2000,
     pictures: Annotated[int, _option('Pictures in the file, at most; about 8 kB each.', min=0)] = 240,

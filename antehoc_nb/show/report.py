@@ -1152,8 +1152,8 @@ def make_report(
     model: AntehocModel | str | Path | None = None, # the model of the maps, or its folder; None: as explain.json says
     boxes: str | Path | pd.DataFrame | None = None, # boxes of the objects: a CSV file, or a table
     masks: str | Path | None = None, # masks of the objects: a folder of PNG files
-    root: str | Path | None = None, # folder of the image files, or the tar, if it was moved; None: as explain.json says
-    source=None, # the data set, if it was in memory; a saved data set that was moved
+    root: str | Path | None = None, # where the image files, the tar or the saved data set are; None: where they were
+    source=None, # the data set, if it was in memory
     title: str = 'What the network looks at', # of the page
     per_class: int = 2000, # maps of each class that are compared, at most
     most_pictures: int = 240, # in the page, about 8 kB each
@@ -1169,8 +1169,10 @@ def make_report(
     the extra `report`."""
     out, explained = _check_file(out), read_explained(folder)
     vega = _bundled_vega()
-    if root is not None and explained.meta['source'] == 'tar' and Path(root).is_file(): source, root = root, None
-    if root is not None and not Path(root).is_dir(): raise NotADirectoryError(f'root={str(root)!r}: no such folder')
+    kind = explained.meta['source']
+    if root is not None and not Path(root).is_dir() and not (kind == 'tar' and Path(root).is_file()):
+        raise NotADirectoryError(f'root={str(root)!r}: no such folder')
+    if root is not None and (kind == 'datasets' or Path(root).is_file()): source, root = root, None
     sample = sample_maps(explained, per_class, seed)
     if not len(sample): raise ValueError(f'{folder}: every map is empty; explain the images again')
     objects = None

@@ -581,6 +581,9 @@ def test_photographs_of_a_tar_or_a_data_set(images, folder, tmp_path, kind):
             read_explained(folder).open_image(0, tmp_path)
         with pytest.raises(ValueError, match='40 images were explained, the source has 39; give the one that was'):
             read_explained(folder).open_image(0, source.select(range(39)))
+        source.save_to_disk(tmp_path/'moved')
+        moved = make_report(folder, tmp_path/'moved.html', root=tmp_path/'moved').path
+        assert 'could not be read' not in words(moved) and moved.read_text().count('data:image/jpeg') > 20
     report = make_report(folder, tmp_path/'r.html', root=root, source=source)
     page = report.path.read_text()
     pictures = json.loads(re.search(r'id="data">(.*?)</script>', page, flags=re.S)[1])['pictures']
