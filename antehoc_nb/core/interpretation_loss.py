@@ -699,7 +699,7 @@ def _check_images(model, x):
 def _first_pass(wrapped, model, x, others):
     "What the CNN gives for the images. `ValueError` for those of other channels, another type or another size"
     try: return wrapped(x, *others)
-    except (RuntimeError, AssertionError) as e:
+    except (RuntimeError, AssertionError, ValueError) as e:
         if x.shape[1] != model.image_channels: raise model.wrong_channels(x, 'two_pass_step') from e
         weights = next(model.cnn.parameters(), x)
         if x.dtype == weights.dtype or torch.is_autocast_enabled(x.device.type):

@@ -620,7 +620,7 @@ def _check_sample(images):
     if not images.numel(): raise ValueError(f'sample: it is empty, {tuple(images.shape)}; give at least one image')
 
 
-def _cause(error): return (str(error).splitlines() or [type(error).__name__])[0]
+def _cause(error): return (str(error).splitlines() or [type(error).__name__])[0].rstrip('.')
 
 
 def _noise_for(cnn):
@@ -1813,7 +1813,8 @@ def check_size(self: AntehocModel,
     known = [(given, given) if isinstance(given, int) else tuple(given)] if given else []
     known += [*own_sizes(self.cnn), *([self.sample_size] if self.sample_size else [])]
     speaks_of_size = isinstance(error, AssertionError) or re.search('shape|size|dimension', str(error))
-    if size in known or isinstance(error, torch.OutOfMemoryError) or not (known or speaks_of_size): return
+    if size in known or isinstance(error, torch.OutOfMemoryError): return
+    if not speaks_of_size and (isinstance(error, ValueError) or not known): return
     what = f'give images of {_sides(known[0])}' if known else 'give images of the size that it was trained on'
     side = list(known[0]) if known else '[H, W]'
     raise ValueError(f'{where}: the CNN does not take images of {_sides(size)} ({_cause(error)}); {what}, and for '
@@ -1887,7 +1888,7 @@ def _run_cnn(self: AntehocModel, x, others, kwargs):
     "The CNN's output and what is recorded; `ValueError` if it takes images of other channels, another type or size"
     inputs = x.clone(), *others  # some CNNs write to their input
     try: return self._run_and_record(inputs, kwargs)
-    except (RuntimeError, AssertionError) as e:
+    except (RuntimeError, AssertionError, ValueError) as e:
         if x.shape[1] != self.image_channels: raise self.wrong_channels(x) from e
         weights = next(self.cnn.parameters(), x)
         if x.dtype == weights.dtype or not weights.is_floating_point():

@@ -20,7 +20,7 @@ from antehoc_nb.core.model import AntehocModel
 from antehoc_nb.evaluate.benchmark import benchmark
 from antehoc_nb.evaluate.faithfulness import class_probability
 from antehoc_nb.show import report
-from antehoc_nb.train.archs import read_weights, rebuild_cnn
+from antehoc_nb.train.archs import read_weights, rebuild_cnn, small_cnn
 from antehoc_nb.train.two_pass import TwoPass, read_learner
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -164,6 +164,18 @@ def lenet():
 def vit(): return torchvision.models.VisionTransformer(32, 8, 2, 2, 16, 16, num_classes=3).eval()
 
 
+class Strict(nn.Module):
+    "Refuses images by `ValueError`, for their size or for something else"
+    def __init__(self):
+        super().__init__()
+        self.cnn = small_cnn(3)
+
+    def forward(self, x):
+        if x.shape[2:] == (64, 64): raise ValueError("size (64*64) doesn't match.")
+        if (x == .5).all(): raise ValueError('something else')
+        return self.cnn(x)
+
+
 @pytest.mark.filterwarnings('ignore')
 def test_a_size_that_the_cnn_refuses():
     hint = r'give images of 32 x 32, and for photographs AntehocModel\(..., meta=dict\(size=\[32, 32\]\)\)'
@@ -175,6 +187,11 @@ def test_a_size_that_the_cnn_refuses():
     with pytest.raises(ValueError, match=f'224 x 224 .*{hint}'): model.explain(photo)
     with pytest.raises(ValueError, match='^sample: the CNN does not take images of 64 x 64'):
         AntehocModel(lenet(), large)
+    model = AntehocModel(Strict(), torch.rand(2, 3, 32, 32))  # as a network of Hugging Face
+    for where, call in ('explain', model.explain), ('two_pass_step', lambda x: two_pass_step(model, x)):
+        want = fr"^{where}: the CNN does not take images of 64 x 64 \(size \(64\*64\) doesn't match\); {hint}$"
+        with pytest.raises(ValueError, match=want): call(torch.rand(1, 3, 64, 64))
+        with pytest.raises(ValueError, match='^something else$'): call(torch.full((1, 3, 40, 40), .5))
     model = AntehocModel(vit(), class_specific=False)
     with pytest.raises(ValueError, match=f'64 x 64 .Wrong image height.*{hint}'):
         model.explain(torch.rand(1, 3, 64, 64))
