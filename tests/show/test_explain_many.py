@@ -739,7 +739,8 @@ def test_the_benchmark_runs(tmp_path, monkeypatch):
     options = SimpleNamespace(device='cpu', bs=4, pictures=False, reps=2, n=8)
     case = dict(arch='small_cnn', size=32, threads=1, workers=0)
     found = bench_bulk.measure(case, fill(tmp_path/'in', 8), options)
-    assert all(found[side][clock]['ratio'] > 0 for side in ('none', 'npz') for clock in ('wall', 'cpu'))
+    for side in 'none', 'npz':  # the clock of the CPU may stand still for so little
+        assert found[side]['wall']['ratio'] > 0 and found[side]['cpu']['ratio'] >= 0
     told = bench_bulk.plain_loop(bench_bulk.make_model('small_cnn', 32), tmp_path/'in', 4, 0)
     assert len(told) == 8 and all(0 < probability < 1 for _, probability in told)
 
