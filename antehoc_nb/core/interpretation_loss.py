@@ -397,13 +397,12 @@ def _loss_with_surrogate(model, x, maps, recorded, y1, number, mask, fill, loss,
     of_whole = output_tensors(model.logits(y1))[0]
     total = surrogate_loss(surrogate.predict(places, areas), of_areas, model.task).sum()
     total = total + surrogate_loss(surrogate.predict(places, torch.ones_like(areas)), of_whole, model.task).sum() / 2
-    by_map = (number % 2 == 0).nonzero()[:, 0].to(x.device)
-    if not len(by_map): return (total + 0 * maps.sum()) / (2 * len(x))  # one image: no gradient for its map
-    whole_batch = torch.arange(len(x), device=x.device)
-    chosen = whole_batch if others else by_map  # the CNN's other inputs may belong to all images
-    x_masked = masked_input(x[chosen], maps[chosen], number[chosen.cpu()] // 2, mask, **filled)  # // 2: they take turns
-    scores = scores_of(x_masked)[by_map] if others else scores_of(x_masked)
-    return (total + len(by_map) * int_loss(scores, target[by_map], loss)) / (2 * len(x))
+    even = (number % 2 == 0).nonzero()[:, 0]  # on the CPU, as the numbers are: no wait for a GPU
+    if not len(even): return (total + 0 * maps.sum()) / (2 * len(x))  # one image: no gradient for its map
+    by_map, nth = even.to(x.device), number // 2  # so that masks that take turns do
+    if others: scores = scores_of(masked_input(x, maps, nth, mask, **filled))[by_map]  # they may belong to all images
+    else: scores = scores_of(masked_input(x[by_map], maps[by_map], nth[even], mask, **filled))
+    return (total + len(even) * int_loss(scores, target[by_map], loss)) / (2 * len(x))
 
 
 def interpretation_loss(model, # An `AntehocModel`
